@@ -1,0 +1,288 @@
+"""The command: DemoFusion on diffusers, without the WebUI. `python -m lib_demofusion --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+from lib_demofusion import __version__
+from lib_demofusion.config import DemoFusionConfig
+
+DESCRIPTION = "Make a high-resolution image with DemoFusion, from a prompt or from an image, with any checkpoint."
+
+
+class Refused(Exception):
+    """Wrong input; its text is the one line that the user gets."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise Refused(message)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="demofusion", description=DESCRIPTION)
+    add = parser.add_argument
+    add("prompt", nargs="?", default="", help="what the image shows")
+    add("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write (default: %(default)s)")
+    add("--negative-prompt", default="", help="what the image does not show")
+    add("--model", help="diffusers folder, .safetensors file or hub name (default: the small embedded checkpoint)")
+    add("--image", type=Path, help="start from this image instead of a base made from the prompt")
+    add("--width", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
+    add("--height", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
+    add("--steps", type=int, default=50, help="sampling steps of the base and of each phase (default: %(default)s)")
+    add("--cfg-scale", type=float, default=7.5, help="guidance; 1 is none, at half the time (default: %(default)s)")
+    add("--sampler", default="Euler", help="Euler, Euler a, DDIM, DPM++ 2M, Heun, LCM or UniPC (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the first image; the next ones count up (default: %(default)s)")
+    add("--batch-count", type=int, default=1, help="how many images (default: %(default)s)")
+    add("--device", help="cuda, mps or cpu (default: the first of these that is here)")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on cuda, else float32")
+    add("--plan", action="store_true", help="print what would be done, and stop")
+    add("--save-phases", action="store_true", help="also write each phase's image, with its number in the name")
+    add("--compare", action="store_true", help="also write base and result side by side, with one crop of both enlarged")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    method = parser.add_argument_group("DemoFusion", "the method's settings; the defaults are the paper's")
+    for f in fields(DemoFusionConfig):
+        flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default: {f.default})"
+        if isinstance(f.default, bool):
+            method.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
+        else:
+            method.add_argument(flag, type=type(f.default), default=f.default, help=text)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C. What was finished is written."""
+    try:
+        return run(build_parser().parse_args(argv))
+    except (Refused, ValueError) as error:
+        print(f"demofusion: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("demofusion: stopped; nothing was finished yet", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in fields(DemoFusionConfig)})
+    check_arguments(args)
+    image = open_image(args.image) if args.image else None
+    host, pipe = load(args)
+    if args.model is None:
+        check_vocabulary(pipe, f"{args.prompt} {args.negative_prompt}")
+    shape = dict(height=args.height, width=args.width, steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler)
+    plan = host.plan_for(pipe, config, image=image, **shape)
+    if args.plan:
+        print(plan.table(pipe.vae_scale_factor))
+        return 0
+
+    with interruptible() as stopped, progress_bar(plan.evaluations * args.batch_count) as bar:
+
+        def advance(phase, views):
+            bar.set_description(f"phase {phase.number} of {len(plan.phases)}")
+            bar.update(views * plan.branches)
+
+        for number in range(args.batch_count):
+            path = args.output if args.batch_count == 1 else suffixed(args.output, f"{number + 1}")
+            seed, stop = args.seed + number, None
+            try:
+                result = host.generate(
+                    pipe,
+                    args.prompt,
+                    negative_prompt=args.negative_prompt,
+                    config=config,
+                    seed=seed,
+                    image=image,
+                    progress=advance,
+                    cancelled=stopped,
+                    **shape,
+                )
+            except host.Incomplete as error:
+                stop, result = error, error.result
+            code = finish(args, config, result, path, seed, stop, bar.write)
+            if code:
+                return code
+    return 0
+
+
+def finish(args, config, result, path: Path, seed: int, stop: Exception | None, say: Callable[[str], None]) -> int:
+    """Write what was finished and say where it is; the exit code."""
+    done = len(result.phases)
+    if not stop:
+        images = [result.images(i)[0] for i in range(done)] if args.save_phases or args.compare else [result.images()[0]]
+    else:
+        images = [result.images(i)[0] for i in range(done)]
+    for index, image in enumerate(images[:-1] if args.save_phases else []):
+        save(image, suffixed(path, f"phase{index + 1}"), infotext(args, config, result, index, seed))
+    if images:
+        save(images[-1], path, infotext(args, config, result, done - 1, seed))
+    if args.compare and len(images) > 1:
+        save(comparison(images[0], images[-1]), suffixed(path, "compare"))
+    if not stop:
+        say(f"{path}: {images[-1].width}x{images[-1].height}, {result.evaluations:,} model calls")
+        return 0
+    reason = f"stopped: {stop}" if str(stop) != "stopped" else "stopped"
+    what = f"the last finished phase, {done} of {len(result.plan.phases)}, is in {path}" if done else "nothing was finished yet"
+    print(f"demofusion: {reason}; {what}", file=sys.stderr)
+    return 130 if str(stop) == "stopped" else 1
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    if not args.prompt and not args.image:
+        raise Refused("say what the image shows, or give --image")
+    if args.output.suffix.lower() != ".png":
+        raise Refused(f"the output must be a .png file, got {args.output}")
+    if not args.output.parent.is_dir():
+        raise Refused(f"output folder {args.output.parent} does not exist; make it first")
+    if args.output.is_dir():
+        raise Refused(f"{args.output} is a folder; name a .png file in it")
+    for name, low in (("width", 8), ("height", 8), ("steps", 1), ("batch_count", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise Refused(f"{name.replace('_', ' ')} must be at least {low}, got {value}")
+    if args.seed + args.batch_count > 2**63:
+        raise Refused("seed is too large; use one below 2**63")
+
+
+def open_image(path: Path):
+    """The image to start from, as RGB. Raises Refused for what is no plain RGB or grey image."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise Refused(f"no such image: {path}")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise Refused(f"{path} cannot be read as an image: {error}") from error
+    if image.mode not in ("RGB", "L") or "transparency" in image.info:
+        kind = "has transparency" if "A" in image.mode or "transparency" in image.info else f"is {image.mode}"
+        raise Refused(f"{path} {kind}; save it as plain RGB first")
+    return image.convert("RGB")
+
+
+def load(args: argparse.Namespace):
+    """The diffusers host and the pipeline. Raises Refused if the packages are missing."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        import torch
+        from diffusers.utils import logging
+
+        from lib_demofusion.hosts import diffusers as host
+    except ImportError as error:
+        raise Refused(f"{error.name} is missing; pip install 'demofusion[command]'") from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = args.device or host.default_device()
+    dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+    return host, host.load_pipeline(args.model or host.EMBEDDED_CHECKPOINT, device, getattr(torch, dtype))
+
+
+def check_vocabulary(pipe, prompt: str) -> None:
+    """The embedded checkpoint knows a few dozen words; anything else would be drawn as noise."""
+    known = sorted(token[:-4] for token in pipe.tokenizer.get_vocab() if token.endswith("</w>") and len(token) > 5)
+    unknown = [word for word in prompt.split() if word.lower() not in known]
+    if unknown:
+        raise Refused(f"the embedded checkpoint does not know {', '.join(unknown)}; it knows: {' '.join(known)}")
+
+
+@contextmanager
+def interruptible():
+    """Yields a callable that says whether Ctrl-C was pressed. A second Ctrl-C stops at once."""
+    pressed = []
+
+    def handler(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def progress_bar(total: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="call", file=sys.stderr, dynamic_ncols=True)
+
+
+def suffixed(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.stem}-{suffix}{path.suffix}")
+
+
+def save(image, path: Path, parameters: str = "") -> None:
+    """Write a PNG, whole or not at all; parameters is what PNG Info shows."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if parameters:
+        info.add_text("parameters", parameters) if parameters.isascii() else info.add_itxt("parameters", parameters)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, "PNG", pnginfo=info)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, index: int, seed: int) -> str:
+    """The settings as the WebUI writes them; size is the base's, and the scale is the one that was reached."""
+    phase, factor = result.phases[index][0], result.pipe.vae_scale_factor
+    h, w = result.plan.window
+    values = {
+        "Steps": args.steps,
+        "Sampler": args.sampler,
+        "CFG scale": f"{args.cfg_scale:g}",
+        "Seed": seed,
+        "Size": f"{w * factor}x{h * factor}",
+        "Model": Path(args.model).stem if args.model else "embedded",
+    }
+    if phase.number > 1:
+        values.update(replace(config, scale=phase.scale).to_infotext())
+    values["Version"] = f"demofusion {__version__}"
+    lines = [args.prompt, f"Negative prompt: {args.negative_prompt}" if args.negative_prompt else ""]
+    lines.append(", ".join(f"{key}: {value}" for key, value in values.items()))
+    return "\n".join(filter(None, lines))
+
+
+def comparison(base, result):
+    """Base enlarged by Lanczos beside the result, and below each the same crop of it, enlarged.
+
+    The crop is where the result has most fine detail.
+    """
+    import numpy as np
+    from PIL import Image, ImageFilter
+
+    enlarged = base.resize(result.size, Image.Resampling.LANCZOS)
+    side = max(min(result.size) // 4, 8)
+    grey = result.convert("L")
+    detail = np.abs(np.asarray(grey, np.float32) - np.asarray(grey.filter(ImageFilter.GaussianBlur(4)), np.float32))
+    sums = np.pad(detail, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    boxes = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    top, left = np.unravel_index(boxes.argmax(), boxes.shape)
+    box = (int(left), int(top), int(left) + side, int(top) + side)
+    gap, width = max(result.width // 64, 2), result.width
+    sheet = Image.new("RGB", (2 * width + gap, result.height + gap + width), "white")
+    for column, image in enumerate((enlarged, result)):
+        x = column * (width + gap)
+        sheet.paste(image, (x, 0))
+        sheet.paste(image.crop(box).resize((width, width), Image.Resampling.NEAREST), (x, result.height + gap))
+    return sheet
+
+
+def entry() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,97 @@
+"""One frozen, validated value holds the settings of the method; every host reads the same one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+INFOTEXT_PREFIX = "DemoFusion"
+
+
+def _setting(default: Any, label: str, help: str, low: float = 0, high: float = 0, above: bool = False) -> Any:
+    """A field with its infotext label, its tooltip and its range (`above`: the lower end itself is excluded)."""
+    return field(default=default, metadata={"label": label, "help": help, "low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True)
+class DemoFusionConfig:
+    """Settings of DemoFusion (arXiv 2311.16973); the defaults are the paper's.
+
+    The window of the local views is always the base latent's size, so it is not a setting.
+    Raises ValueError, one line, for a value of the wrong type or out of range.
+    """
+
+    scale: float = _setting(4.0, "scale", "how many times larger each side becomes", 1, 8, above=True)
+    phase_steps: int = _setting(0, "phase steps", "sampling steps of each phase after the base; 0: as the base", 0, 1000)
+    stride: int = _setting(
+        0,
+        "stride",
+        "latent pixels from one local window to the next; smaller is smoother and slower; 0: half the window",
+        0,
+        1024,
+    )
+    jitter: bool = _setting(True, "jitter", "shift the local windows at random at every step, against seams")
+    alpha1: float = _setting(3.0, "alpha1", "skip residual: more lets go of the previous phase sooner", 0, 20)
+    alpha2: float = _setting(1.0, "alpha2", "dilated sampling: more hands over to the local windows sooner", 0, 20)
+    alpha3: float = _setting(1.0, "alpha3", "blur of the dilated views: more makes it fade sooner", 0, 20)
+    blur_sigma: float = _setting(
+        1.0, "blur sigma", "blur before dilated sampling at the start, in latent pixels; more is smoother", 0, 10, above=True
+    )
+    blur_sigma_end: float = _setting(
+        0.01, "blur sigma end", "blur before dilated sampling at the end, in latent pixels", 0, 10, above=True
+    )
+    view_batch_size: int = _setting(
+        4, "view batch size", "views per model call: more is faster and takes more memory; 0: all at once", 0, 4096
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, meta = getattr(self, f.name), f.metadata
+            if isinstance(f.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{meta['label']} must be true or false, got {value!r}")
+                continue
+            kind = int if isinstance(f.default, int) else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                number = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{meta['label']} must be {number}, got {value!r}")
+            low, high, above = meta["low"], meta["high"], meta["above"]
+            if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+                bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+                raise ValueError(f"{meta['label']} must be {bounds}, got {value:g}")
+
+    def to_infotext(self) -> dict[str, str]:
+        """Labels and values for a picture's parameters: the scale always, the rest where it is not the default."""
+        return {
+            f"{INFOTEXT_PREFIX} {f.metadata['label']}": _text(getattr(self, f.name))
+            for f in fields(self)
+            if f.name == "scale" or getattr(self, f.name) != f.default
+        }
+
+    @classmethod
+    def from_infotext(cls, parameters: Mapping[str, str]) -> DemoFusionConfig | None:
+        """The settings a picture was made with; None if it was made without DemoFusion. Inverse of to_infotext.
+
+        Raises ValueError for a value that cannot be read or is out of range.
+        """
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            text = parameters.get(f"{INFOTEXT_PREFIX} {f.metadata['label']}")
+            if text is not None:
+                values[f.name] = _parse(text, f.default, f.metadata["label"])
+        return cls(**values) if "scale" in values else None
+
+
+def _text(value: Any) -> str:
+    return repr(value) if isinstance(value, bool) else f"{value:.12g}"
+
+
+def _parse(text: str, default: Any, label: str) -> Any:
+    try:
+        if isinstance(default, bool):
+            return {"True": True, "False": False}[text]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{label} cannot be read from {text!r}") from None

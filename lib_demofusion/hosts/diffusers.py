@@ -1,0 +1,411 @@
+"""DemoFusion on Hugging Face diffusers: Stable Diffusion 1.x, 2.x and XL pipelines.
+
+    pipe = load_pipeline("folder, .safetensors file or hub name")
+    result = generate(pipe, "three red striped rings on grass", seed=1)
+    result.images()[0].save("out.png")
+
+diffusers is imported only when something here is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_demofusion import decode as tiles
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import Cancelled, Fusion
+from lib_demofusion.phases import Phase, Plan, make_plan, upscale
+from lib_demofusion.views import View
+
+EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoint"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A diffusers scheduler and what the method must know of it.
+
+    variance_preserving: its x is sqrt(alphas_cumprod) * z + sqrt(1 - alphas_cumprod) * n, instead of z + sigma * n.
+    fresh_noise: it adds noise of its own. calls: model predictions for so many steps. phase_settings: what the
+    scheduler needs besides in the phases after the base.
+    """
+
+    scheduler: str
+    variance_preserving: bool = False
+    fresh_noise: bool = False
+    calls: Callable[[int], int] = lambda steps: steps
+    phase_settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+SAMPLERS = {
+    "Euler": Sampler("EulerDiscreteScheduler"),
+    "Euler a": Sampler("EulerAncestralDiscreteScheduler", fresh_noise=True),
+    "DDIM": Sampler("DDIMScheduler", variance_preserving=True),
+    "DPM++ 2M": Sampler("DPMSolverMultistepScheduler", variance_preserving=True),
+    "Heun": Sampler("HeunDiscreteScheduler", calls=lambda steps: 2 * steps - 1),
+    "LCM": Sampler("LCMScheduler", variance_preserving=True, fresh_noise=True),
+    # UniPC's corrector takes its step again from the state before the skip residual, which would undo it.
+    "UniPC": Sampler(
+        "UniPCMultistepScheduler", variance_preserving=True, phase_settings={"disable_corrector": list(range(1000))}
+    ),
+}
+
+
+class Incomplete(Exception):
+    """Stopped before the last phase; `result` holds what was finished, `__cause__` says why."""
+
+    def __init__(self, message: str, result: Result):
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass
+class Result:
+    """Finished phases, the base first, each with its latents [B, C, H, W] on the CPU.
+
+    evaluations: views that the model saw, per image, as counted at the model.
+    """
+
+    plan: Plan
+    pipe: Any
+    phases: list[tuple[Phase, Tensor]]
+    evaluations: int = 0
+
+    def images(self, index: int = -1) -> list:
+        """The PIL images of one phase: -1 the last one finished, 0 the base."""
+        return decode_latents(self.pipe, self.phases[index][1])
+
+
+def load_pipeline(model: str | Path = EMBEDDED_CHECKPOINT, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline from a diffusers folder, a single .safetensors or .ckpt file, or a hub name; loading is diffusers' own.
+
+    Raises ValueError, one line, if there is nothing to load or the device is not there.
+    """
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    _check_device(device)
+    path = Path(model)
+    if path.suffix in (".safetensors", ".ckpt"):
+        if not path.is_file():
+            raise ValueError(f"no such checkpoint: {model}")
+        kind = StableDiffusionXLPipeline if _is_sdxl(path) else StableDiffusionPipeline
+        pipe = kind.from_single_file(str(path), torch_dtype=dtype)
+    else:
+        if not path.exists() and (path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2):
+            raise ValueError(f"no such checkpoint: {model}")
+        if path.exists() and not (path / "model_index.json").is_file():
+            raise ValueError(f"{model} is not a diffusers folder: it has no model_index.json")
+        try:
+            pipe = DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype)
+        except OSError as error:
+            raise ValueError(f"{model} is neither here nor on the hub: {str(error).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _is_sdxl(path: Path) -> bool:
+    if path.suffix != ".safetensors":
+        return False
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        return any(key.startswith("conditioner.embedders.") for key in file)
+
+
+def default_device() -> str:
+    """The fastest device that is here."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device} is not available here; {default_device()} is") from error
+
+
+def generate(
+    pipe: Any,
+    prompt: str,
+    *,
+    negative_prompt: str = "",
+    config: DemoFusionConfig = DemoFusionConfig(),
+    height: int | None = None,
+    width: int | None = None,
+    steps: int = 50,
+    cfg_scale: float = 7.5,
+    sampler: str = "Euler",
+    seed: int | Sequence[int] = 0,
+    image: Any = None,
+    progress: Callable[[Phase, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Result:
+    """Images of config.scale times height x width (pixels; the model's own size unless given).
+
+    seed: one for one image, several for a batch; each image depends on its own seed alone. cfg_scale 1: no guidance,
+    half the model calls. image: a PIL image to start from instead of the model's own base; height and width then
+    are the image's unless given. progress: called after every model call with the phase and the views just done.
+    cancelled: asked before every model call.
+
+    Raises ValueError, one line, before anything is computed, if a setting cannot work; Incomplete, with what was
+    finished, if it was cancelled or failed later.
+    """
+    _check_pipeline(pipe)
+    check_prompt(pipe, prompt, "prompt")
+    check_prompt(pipe, negative_prompt, "negative prompt")
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    plan = plan_for(pipe, config, height=height, width=width, steps=steps, cfg_scale=cfg_scale, sampler=sampler, image=image)
+    run = _Run(pipe, plan, config, SAMPLERS[sampler], steps, cfg_scale, seeds, progress, cancelled)
+    try:
+        with torch.inference_mode():
+            run.encode_prompts(prompt, negative_prompt)
+            base = run.base() if image is None else run.encode_image(image)
+            run.finish(plan.phases[0], base)
+            for phase, latents in upscale(plan, base, run.noise, run.denoise):
+                run.finish(phase, latents)
+    except (Cancelled, KeyboardInterrupt) as error:
+        raise Incomplete("stopped", run.result) from error
+    except (RuntimeError, FloatingPointError) as error:
+        raise Incomplete(str(error).splitlines()[0], run.result) from error
+    return run.result
+
+
+def plan_for(
+    pipe: Any,
+    config: DemoFusionConfig,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int = 50,
+    cfg_scale: float = 7.5,
+    sampler: str = "Euler",
+    image: Any = None,
+) -> Plan:
+    """The plan that `generate` follows with the same settings. Raises ValueError, one line, if one cannot work."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"no sampler called {sampler!r}; there are: {', '.join(SAMPLERS)}")
+    if not math.isfinite(cfg_scale) or cfg_scale < 1:
+        raise ValueError(f"CFG scale must be at least 1, got {cfg_scale:g}")
+    factor = pipe.vae_scale_factor
+    native = pipe.unet.config.sample_size
+    native = (native, native) if isinstance(native, int) else native
+    own = (image.height, image.width) if image is not None else (native[0] * factor, native[1] * factor)
+    size = (height or own[0], width or own[1])
+    multiple = factor * 2 ** (len(pipe.unet.config.down_block_types) - 1)
+    for name, value in zip(("height", "width"), size):
+        if value % factor:
+            near = max(round(value / multiple), 1) * multiple
+            raise ValueError(f"{name} must be divisible by {factor}, got {value}; {near} is near")
+    return make_plan(
+        (size[0] // factor, size[1] // factor),
+        steps,
+        config,
+        branches=2 if cfg_scale > 1 else 1,
+        calls=SAMPLERS[sampler].calls,
+        from_image=image is not None,
+    )
+
+
+def _check_pipeline(pipe: Any) -> None:
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        raise ValueError(f"{type(pipe).__name__} has no UNet; use a Stable Diffusion 1.x, 2.x or XL checkpoint")
+    if unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise ValueError("this checkpoint's UNet takes more than latents (inpainting, for one); use a text-to-image one")
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError("this checkpoint has its guidance distilled into it; use it as a LoRA, or another checkpoint")
+    if pipe.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction type {pipe.scheduler.config.prediction_type} is not known; epsilon and v_prediction are")
+
+
+def check_prompt(pipe: Any, prompt: str, name: str) -> None:
+    """Raises ValueError, one line, if one of the pipeline's tokenizers would cut the prompt off."""
+    for tokenizer in filter(None, (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))):
+        tokens, most = len(tokenizer(prompt, truncation=False).input_ids), tokenizer.model_max_length
+        if tokens > most:
+            raise ValueError(f"the {name} is too long: {tokens - 2} tokens, {most - 2} at most; shorten it")
+
+
+def decode_latents(pipe: Any, latents: Tensor) -> list:
+    """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder, in tiles where they are large."""
+    vae = pipe.vae
+    dtype = vae.dtype
+    fragile = dtype == torch.float16 and vae.config.get("force_upcast", False)  # SDXL's overflows in half precision
+    if fragile:
+        vae.to(torch.float32)
+    try:
+        with torch.inference_mode():
+            z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+            pixels = tiles.decode(lambda tile: vae.decode(tile).sample, z, factor=pipe.vae_scale_factor)
+    finally:
+        if fragile:
+            vae.to(dtype)
+    if not torch.isfinite(pixels).all():
+        raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
+    return pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+
+
+class _Run:
+    """One call of `generate`: the settings, the prompts' embeddings, the seeded generators and what is finished."""
+
+    def __init__(self, pipe, plan, config, sampler, steps, cfg_scale, seeds, progress, cancelled):
+        self.pipe = pipe
+        self.plan = plan
+        self.config = config
+        self.sampler = sampler
+        self.cfg_scale = cfg_scale
+        self.progress = progress
+        self.cancelled = cancelled or (lambda: False)
+        self.device = pipe.unet.device
+        self.factor = pipe.vae_scale_factor
+        self.schedule = self._schedule(steps)
+        self.phase_schedule = self._schedule(config.phase_steps or steps, sampler.phase_settings)
+        # On the CPU whatever the device, so that a seed gives one picture everywhere.
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self.result = Result(plan, pipe, [])
+
+    def _schedule(self, steps: int, settings: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        import diffusers
+
+        kind = getattr(diffusers, self.sampler.scheduler)
+        # The fused prediction is noise whatever the model predicts, since the dilated views see another x.
+        schedule = kind.from_config(self.pipe.scheduler.config, prediction_type="epsilon", **settings)
+        schedule.set_timesteps(steps, device=self.device)
+        return schedule
+
+    def finish(self, phase: Phase, latents: Tensor) -> None:
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(f"phase {phase.number} gave NaN; use --dtype float32")
+        self.result.phases.append((phase, latents.cpu()))
+
+    def encode_prompts(self, prompt: str, negative_prompt: str) -> None:
+        """Embeddings by branch of guidance, the negative prompt's first: [branches, tokens, channels]."""
+        guided = self.plan.branches == 2
+        encoded = self.pipe.encode_prompt(
+            prompt=prompt,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative_prompt if guided else None,
+        )
+        self.is_sdxl = len(encoded) == 4
+        embeds, negative = encoded[:2]
+        self.embeds = torch.cat([negative, embeds]) if guided else embeds
+        if self.is_sdxl:
+            pooled, negative_pooled = encoded[2:]
+            self.pooled = torch.cat([negative_pooled, pooled]) if guided else pooled
+
+    def encode_image(self, image: Any) -> Tensor:
+        """A PIL image, resized to the plan's base, as latents, one copy for each seed."""
+        h, w = self.plan.window
+        image = image.resize((w * self.factor, h * self.factor), resample=3)
+        pixels = self.pipe.image_processor.preprocess(image).to(self.device, self.pipe.vae.dtype)
+        vae = self.pipe.vae
+        latents = tiles.encode(lambda tile: vae.encode(tile).latent_dist.mode(), pixels, factor=self.factor)
+        return (latents * vae.config.scaling_factor).float().repeat(len(self.generators), 1, 1, 1)
+
+    def noise(self, phase: Phase) -> Tensor:
+        shape = (1, self.pipe.unet.config.in_channels, *phase.size)
+        return torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+
+    def base(self) -> Tensor:
+        """Phase 1: ordinary sampling from noise."""
+        phase, (h, w) = self.plan.phases[0], self.plan.window
+        x = self.noise(phase) * self.schedule.init_noise_sigma
+        everything = [View("local", 0, 0, h, w)]
+
+        def predict(x: Tensor, t: Tensor, sigma: float) -> Tensor:
+            if self.cancelled():
+                raise Cancelled
+            return self._model(phase, x, everything, t, sigma)
+
+        return self._sample(self.schedule, x, predict)
+
+    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor) -> Tensor:
+        """Phases after the base: the same sampling, of the fused prediction, with the skip residual."""
+        fusion = Fusion(
+            reference,
+            noise,
+            window=self.plan.window,
+            stride=self.plan.stride,
+            dilation=phase.dilation,
+            config=self.config,
+            phase=phase.number,
+            fresh_noise=self.sampler.fresh_noise,
+            cancelled=self.cancelled,
+            t_max=self.phase_schedule.config.num_train_timesteps,
+        )
+
+        def predict(x: Tensor, t: Tensor, sigma: float) -> Tensor:
+            fusion.skip_residual_(x, float(t), *self._levels(sigma))
+            return fusion.predict(x, float(t), lambda crops, views: self._model(phase, crops, views, t, sigma))
+
+        first = self._sigma(self.phase_schedule, 0)
+        return self._sample(self.phase_schedule, fusion.noised_reference(*self._levels(first)), predict)
+
+    def _levels(self, sigma: float) -> tuple[float, float]:
+        """How much noise and how much signal the sampler's x holds at noise level sigma."""
+        signal = 1 / math.sqrt(1 + sigma * sigma) if self.sampler.variance_preserving else 1.0
+        return sigma * signal, signal
+
+    @staticmethod
+    def _sigma(schedule: Any, index: int) -> float:
+        """The noise level, over the signal, at a step."""
+        if hasattr(schedule, "sigmas"):
+            return float(schedule.sigmas[index])
+        kept = float(schedule.alphas_cumprod[int(schedule.timesteps[index])])
+        return math.sqrt((1 - kept) / kept)
+
+    def _sample(self, template: Any, x: Tensor, predict: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+        schedule = copy.deepcopy(template)  # multistep ones keep a history; it ends with the phase
+        extra = {"generator": self.generators} if "generator" in inspect.signature(schedule.step).parameters else {}
+        for index, t in enumerate(schedule.timesteps):
+            eps = predict(x, t, self._sigma(schedule, index))
+            x = schedule.step(eps, t, x, return_dict=False, **extra)[0]
+        return x
+
+    def _model(self, phase: Phase, crops: Tensor, views: Sequence[View], t: Tensor, sigma: float) -> Tensor:
+        """The guided noise in crops [len(views) * B, C, h, w] at noise level sigma."""
+        branches, unet = self.plan.branches, self.pipe.unet
+        scale = 1.0 if self.sampler.variance_preserving else 1 / math.sqrt(1 + sigma * sigma)
+        x = crops * scale
+        rows = len(crops)
+        extra = {}
+        if self.is_sdxl:
+            ids = self._size_ids(phase, views).repeat_interleave(rows // len(views), 0).repeat(branches, 1)
+            pooled = self.pooled.repeat_interleave(rows, 0)
+            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.to(self.device, pooled.dtype)}
+        output = unet(
+            x.repeat(branches, 1, 1, 1).to(unet.dtype),
+            t,
+            encoder_hidden_states=self.embeds.repeat_interleave(rows, 0),
+            return_dict=False,
+            **extra,
+        )[0].float()
+        self.result.evaluations += len(output) // len(self.generators)
+        if self.progress is not None:
+            self.progress(phase, len(views))
+        if self.pipe.scheduler.config.get("prediction_type", "epsilon") == "v_prediction":
+            output = (output + sigma * x.repeat(branches, 1, 1, 1)) / math.sqrt(1 + sigma * sigma)
+        if branches == 1:
+            return output
+        uncond, cond = output.chunk(2)
+        return uncond + self.cfg_scale * (cond - uncond)
+
+    def _size_ids(self, phase: Phase, views: Sequence[View]) -> Tensor:
+        """SDXL's size conditions, a row a view: original (height, width), crop (top, left), target (height, width).
+
+        The base is asked for at its own size; the phases after it at the final one, each window where it lies.
+        """
+        of = self.plan.phases[0] if phase.number == 1 else self.plan.phases[-1]
+        size = [side * self.factor for side in of.size]
+        return torch.tensor([[*size, *view.crop_pixels(self.factor), *size] for view in views])

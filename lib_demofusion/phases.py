@@ -1,0 +1,130 @@
+"""Progressive Upscaling: the plan of the phases, as a value, and the loop over them, for any host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import match_moments
+from lib_demofusion.views import Size, dilated_views, local_views
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase. number: 1 is the base; size: its latent's (H, W); views: looked at for one prediction.
+
+    calls: predictions that the sampler asks for, which is the steps for samplers of first order.
+    """
+
+    number: int
+    scale: float
+    size: Size
+    steps: int
+    calls: int
+    local: int
+    dilated: int
+
+    @property
+    def dilation(self) -> int:
+        return math.ceil(self.scale)
+
+    @property
+    def views(self) -> int:
+        return self.local + self.dilated
+
+    @property
+    def evaluations(self) -> int:
+        """Views that the model sees in the phase, per image and branch of guidance."""
+        return self.calls * self.views
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be done, known before any model is loaded. branches: 2 with guidance, 1 at CFG scale 1."""
+
+    window: Size
+    stride: Size
+    phases: tuple[Phase, ...]
+    branches: int
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations per image, over all phases and branches of guidance."""
+        return self.branches * sum(phase.evaluations for phase in self.phases)
+
+    def table(self, factor: int = 8) -> str:
+        """The plan for people; factor: image pixels per latent pixel."""
+        rows = [("phase", "image", "steps", "views a step", "model calls")]
+        for p in self.phases:
+            image = f"{p.size[1] * factor}x{p.size[0] * factor}"
+            views = f"{p.local} + {p.dilated}" if p.dilated else f"{p.local}"
+            rows.append((f"{p.number}", image, f"{p.steps}", views, f"{self.branches * p.evaluations:,}"))
+        rows.append(("all", "", "", "", f"{self.evaluations:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def phase_scales(scale: float) -> list[float]:
+    """2, 3, ... up to the scale, which comes last also where it is no whole number: 2.5 -> [2, 2.5]."""
+    return [float(s) for s in range(2, math.ceil(scale))] + [float(scale)]
+
+
+def make_plan(
+    window: Size,
+    steps: int,
+    config: DemoFusionConfig,
+    *,
+    branches: int = 2,
+    calls: Callable[[int], int] | None = None,
+    from_image: bool = False,
+) -> Plan:
+    """What DemoFusion will do for a base latent of `window` (h, w) latent pixels.
+
+    steps: of the base; calls: how many predictions the sampler asks for in a phase of so many steps (as many, unless
+    given); from_image: the base is a real image, so that the first phase costs nothing.
+    Raises ValueError, one line, for a size, step count or stride that cannot work.
+    """
+    h, w = window
+    if h < 1 or w < 1:
+        raise ValueError(f"the base must be at least one latent pixel each way, got {w}x{h}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if config.stride > min(window):
+        raise ValueError(f"stride must be at most {min(window)} (the shorter side of the base latent), got {config.stride}")
+    stride = (config.stride, config.stride) if config.stride else (max(h // 2, 1), max(w // 2, 1))
+    calls = calls or (lambda steps: steps)
+    phase_steps = config.phase_steps or steps
+
+    base_calls = 0 if from_image else calls(steps)
+    phases = [Phase(1, 1.0, window, 0 if from_image else steps, base_calls, local=1, dilated=0)]
+    for number, scale in enumerate(phase_scales(config.scale), start=2):
+        size = (round(h * scale), round(w * scale))
+        if size == phases[-1].size:
+            raise ValueError(f"scale {config.scale:g} adds no latent pixel to a base of {w}x{h}; choose a larger one")
+        local, dilated = len(local_views(size, window, stride)), len(dilated_views(window, math.ceil(scale)))
+        phases.append(Phase(number, scale, size, phase_steps, calls(phase_steps), local, dilated))
+    return Plan(window, stride, tuple(phases), branches)
+
+
+def upscale(
+    plan: Plan,
+    base: Tensor,
+    noise: Callable[[Phase], Tensor],
+    denoise: Callable[[Phase, Tensor, Tensor], Tensor],
+) -> Iterator[tuple[Phase, Tensor]]:
+    """The "upsample, diffuse, denoise" loop of Eq. 3: yields each phase after the base with its finished latents.
+
+    base: [B, C, h, w], of the model or of a real image. noise: a phase's Gaussian noise, [B, C, H, W].
+    denoise: the host's sampler over one phase; gets the phase, the upsampled latents (Fusion's reference) and the
+    noise, returns the denoised latents. What was yielded is finished and stays so, whatever happens later.
+    """
+    latents = base
+    for phase in plan.phases[1:]:
+        reference = F.interpolate(latents, size=phase.size, mode="bicubic", align_corners=False)
+        latents = match_moments(denoise(phase, reference, noise(phase)), base)
+        yield phase, latents

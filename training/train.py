@@ -1,0 +1,309 @@
+"""Makes the embedded checkpoint: scenes -> autoencoder -> latents -> UNet and text encoder -> export.
+
+    python -m training.train [--build DIR] [--out DIR] [STAGE ...]
+
+Every stage reads what the one before left in the build folder and is skipped when its own file is there, so that a
+run that was cut short goes on; the UNet stage also goes on from its last checkpoint. Everything is seeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from training.scenes import Scene, crops, render, vocabulary
+
+SEED = 0
+SCENES = 12_000
+VAE_STEPS, VAE_BATCH, VAE_CROP = 3_400, 16, 64
+UNET_STEPS, UNET_BATCH = 6_400, 48
+CONTEXT = 77  # tokens, as CLIP's
+WIDTH = 64  # of the text encoder
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+ROOT = Path(__file__).resolve().parent
+
+
+def scene_at(index: int) -> tuple[Scene, np.random.Generator]:
+    rng = np.random.default_rng([SEED, index])
+    return Scene.draw(rng), rng
+
+
+def scene_crops(index: int) -> np.ndarray:
+    scene, rng = scene_at(index)
+    return crops(render(scene, rng), rng)
+
+
+def make_scenes(build: Path) -> None:
+    """scenes.npy: uint8 [SCENES, 4 views, 128, 128, 3]; the captions follow from the seeds."""
+    views = np.lib.format.open_memmap(build / "scenes.tmp", "w+", np.uint8, (SCENES, 4, 128, 128, 3))
+    with ProcessPoolExecutor() as pool:
+        for index, view in enumerate(pool.map(scene_crops, range(SCENES), chunksize=64)):
+            views[index] = view
+    views.flush()
+    (build / "scenes.tmp").rename(build / "scenes.npy")
+
+
+def to_unit(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> float [N, 3, H, W] in -1...1."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def cosine_lr(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+
+
+class Log:
+    """One line per hundred steps: what was reached, and how long the rest will take."""
+
+    def __init__(self, name: str, steps: int, first: int = 0):
+        self.name, self.steps, self.first, self.start, self.losses = name, steps, first, time.time(), []
+
+    def __call__(self, step: int, loss: torch.Tensor) -> None:
+        self.losses.append(float(loss))
+        if step % 100 == 99:
+            rest = (time.time() - self.start) / (step + 1 - self.first) * (self.steps - step - 1)
+            print(f"{self.name} {step + 1}/{self.steps} loss {np.mean(self.losses):.5f} left {rest / 60:.1f} min", flush=True)
+            self.losses.clear()
+
+
+def make_vae(build: Path) -> None:
+    """An f = 8, 4-channel KL autoencoder; no attention, so that a tile decodes as the whole does."""
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    views = np.load(build / "scenes.npy", mmap_mode="r")
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+        mid_block_add_attention=False,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
+    log = Log("vae", VAE_STEPS)
+    for step in range(VAE_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, VAE_STEPS, 1.5e-3)
+        index, view = rng.integers(0, SCENES, VAE_BATCH), rng.integers(0, 4, VAE_BATCH)
+        y, x = rng.integers(0, 128 - VAE_CROP + 1, (2, VAE_BATCH))
+        batch = to_unit(
+            np.stack([views[i, v, a : a + VAE_CROP, b : b + VAE_CROP] for i, v, a, b in zip(index, view, y, x, strict=True)])
+        )
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        mse = F.mse_loss(decoded, batch)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = mse + 0.1 * F.l1_loss(decoded, batch) + 5e-5 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        log(step, mse.detach())
+    vae.save_pretrained(build / "vae")
+
+
+@torch.no_grad()
+def make_latents(build: Path) -> None:
+    """latents.pt: float16 [SCENES, 4 views, 4, 16, 16] of unit standard deviation, and the factor that made it so."""
+    vae = AutoencoderKL.from_pretrained(build / "vae")
+    views = np.load(build / "scenes.npy", mmap_mode="r")
+    latents = torch.empty(SCENES, 4, 4, 16, 16)
+    for start in range(0, SCENES, 8):
+        pixels = views[start : start + 8].reshape(-1, 128, 128, 3)
+        latents[start : start + 8] = vae.encode(to_unit(pixels)).latent_dist.mean.unflatten(0, (-1, 4))
+    factor = 1 / float(latents.std())
+    torch.save({"latents": (latents * factor).half(), "scaling_factor": factor}, build / "latents.pt")
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's own kind of tokenizer with one token for each word of the captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=1, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(vocabulary(), trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    tokens = sorted(learned["vocab"], key=learned["vocab"].get)
+    tokens += [f"{c}</w>" for c in letters if f"{c}</w>" not in learned["vocab"]] + special
+    merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    config = dict(
+        tokenizer_class="CLIPTokenizer",
+        model_max_length=CONTEXT,
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[1],
+        unk_token=special[1],
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    for word in vocabulary():
+        ids = tokenizer(word).input_ids
+        if len(ids) != 3:
+            raise RuntimeError(f"'{word}' became {tokenizer.convert_ids_to_tokens(ids)} instead of one token")
+    return tokenizer
+
+
+def captions(rng: np.random.Generator, index: np.ndarray) -> list[str]:
+    """The scenes' captions; now and then without the texture, without the place, or empty (for guidance)."""
+    out = []
+    for i in index:
+        words = scene_at(int(i))[0].caption.split()
+        chance = rng.random(3)
+        if chance[0] < 0.1:
+            out.append("")
+            continue
+        if chance[1] < 0.1:
+            words = words[:-2]
+        if chance[2] < 0.1:
+            del words[2]
+        out.append(" ".join(words))
+    return out
+
+
+def draw_views(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
+    """Which view to train on at timestep t: 0 the whole scene, 1 a crop of 2x, 2 and 3 crops of 4x.
+
+    Close-ups are learnt where noise is low enough for the picture to say that it is one; where only the caption
+    speaks, the model knows whole scenes alone, so that a picture at 1x is never a close-up.
+    """
+    closeup = 0.65 * np.clip((900 - t) / 450, 0, 1)
+    return np.where(rng.random(len(t)) < closeup, rng.integers(1, 4, len(t)), 0)
+
+
+def make_unet(build: Path) -> None:
+    """The UNet with cross-attention and the text encoder, trained together to predict the noise."""
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED + 1)
+    data = torch.load(build / "latents.pt")
+    tokenizer = make_tokenizer(build / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 96, 88),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # diffusers reads this as the number of heads
+        norm_num_groups=8,
+    )
+    model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
+    first, saved = 0, build / "unet_checkpoint.pt"
+    if saved.exists():
+        state = torch.load(saved, weights_only=False)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, rng = state["step"], state["rng"]
+    schedule = DDPMScheduler(**SCHEDULE)
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    log = Log("unet", UNET_STEPS, first)
+    for step in range(first, UNET_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, UNET_STEPS, 1e-3, warmup=300)
+        index, t = rng.integers(0, SCENES, UNET_BATCH), rng.integers(0, 1000, UNET_BATCH)
+        z = data["latents"][index, draw_views(rng, t)].float()
+        ids = tokenizer(captions(rng, index), padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+        t = torch.from_numpy(t)
+        noise = torch.randn_like(z) + 0.05 * torch.randn(UNET_BATCH, 4, 1, 1)
+        predicted = unet(schedule.add_noise(z, noise, t), t, text_encoder(ids).last_hidden_state).sample
+        weight = snr[t].clamp(max=5) / snr[t]  # min-SNR, arXiv 2303.09556
+        loss = ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(0.9985, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        log(step, loss.detach())
+        if step % 400 == 399 or step == UNET_STEPS - 1:
+            state = dict(
+                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, rng=rng
+            )
+            torch.save(state, saved.with_suffix(".tmp"))
+            saved.with_suffix(".tmp").rename(saved)
+            ema["unet"].save_pretrained(build / "unet.tmp")
+            ema["text_encoder"].save_pretrained(build / "text_encoder")
+    (build / "unet.tmp").rename(build / "unet")
+
+
+def export(build: Path, out: Path) -> None:
+    """The checkpoint as fp16 safetensors in diffusers' format."""
+    unet_folder = build / "unet" if (build / "unet").exists() else build / "unet.tmp"
+    vae = AutoencoderKL.from_pretrained(build / "vae")
+    vae.register_to_config(scaling_factor=torch.load(build / "latents.pt")["scaling_factor"])
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel.from_pretrained(build / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(build / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(unet_folder),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)
+
+
+STAGES = {
+    "scenes": ("scenes.npy", make_scenes),
+    "vae": ("vae", make_vae),
+    "latents": ("latents.pt", make_latents),
+    "unet": ("unet", make_unet),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", default=[*STAGES, "export"], help="default: all, in order")
+    parser.add_argument("--build", type=Path, default=ROOT / "build")
+    parser.add_argument("--out", type=Path, default=ROOT.parent / "lib_demofusion" / "checkpoint")
+    args = parser.parse_args()
+    args.build.mkdir(parents=True, exist_ok=True)
+    for name in args.stages:
+        if name == "export":
+            export(args.build, args.out)
+        elif not (args.build / STAGES[name][0]).exists():
+            STAGES[name][1](args.build)
+
+
+if __name__ == "__main__":
+    main()
