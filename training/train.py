@@ -27,7 +27,7 @@ from training.scenes import Scene, crops, render, vocabulary
 
 SEED = 0
 SCENES = 12_000
-VAE_STEPS, VAE_BATCH, VAE_CROP = 3_400, 16, 64
+VAE_STEPS, VAE_FINE_STEPS = 3_400, 2_000
 UNET_STEPS, UNET_BATCH = 6_400, 48
 CONTEXT = 77  # tokens, as CLIP's
 WIDTH = 64  # of the text encoder
@@ -80,12 +80,10 @@ class Log:
             self.losses.clear()
 
 
-def make_vae(build: Path) -> None:
+def new_vae() -> AutoencoderKL:
     """An f = 8, 4-channel KL autoencoder; no attention, so that a tile decodes as the whole does."""
     torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
-    views = np.load(build / "scenes.npy", mmap_mode="r")
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 64),
@@ -95,16 +93,20 @@ def make_vae(build: Path) -> None:
         sample_size=128,
         mid_block_add_attention=False,
     )
+
+
+def train_vae(vae: AutoencoderKL, build: Path, steps: int, batch_size: int, side: int, shares: list[float], peak: float) -> None:
+    """Train on crops of side x side pixels; shares: how often from the whole scene, 2x, 4x and 4x."""
+    rng = np.random.default_rng([SEED, side])
+    views = np.load(build / "scenes.npy", mmap_mode="r")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
-    log = Log("vae", VAE_STEPS)
-    for step in range(VAE_STEPS):
+    log = Log(f"vae {side}", steps)
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, VAE_STEPS, 1.5e-3)
-        index, view = rng.integers(0, SCENES, VAE_BATCH), rng.integers(0, 4, VAE_BATCH)
-        y, x = rng.integers(0, 128 - VAE_CROP + 1, (2, VAE_BATCH))
-        batch = to_unit(
-            np.stack([views[i, v, a : a + VAE_CROP, b : b + VAE_CROP] for i, v, a, b in zip(index, view, y, x, strict=True)])
-        )
+            group["lr"] = cosine_lr(step, steps, peak)
+        index, view = rng.integers(0, SCENES, batch_size), rng.choice(4, batch_size, p=shares)
+        y, x = rng.integers(0, 128 - side + 1, (2, batch_size))
+        batch = to_unit(np.stack([views[i, v, a : a + side, b : b + side] for i, v, a, b in zip(index, view, y, x)]))
         posterior = vae.encode(batch).latent_dist
         decoded = vae.decode(posterior.sample()).sample
         mse = F.mse_loss(decoded, batch)
@@ -115,6 +117,19 @@ def make_vae(build: Path) -> None:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         log(step, mse.detach())
+
+
+def make_vae_64(build: Path) -> None:
+    """Most of the autoencoder's training, on small crops."""
+    vae = new_vae()
+    train_vae(vae, build, VAE_STEPS, 16, 64, [0.25] * 4, 1.5e-3)
+    vae.save_pretrained(build / "vae_64")
+
+
+def make_vae(build: Path) -> None:
+    """The rest of it, at the size that the UNet sees, with more of the close-ups, whose textures it must hold."""
+    vae = AutoencoderKL.from_pretrained(build / "vae_64")
+    train_vae(vae, build, VAE_FINE_STEPS, 5, 128, [0.22, 0.22, 0.28, 0.28], 1e-3)
     vae.save_pretrained(build / "vae")
 
 
@@ -285,6 +300,7 @@ def export(build: Path, out: Path) -> None:
 
 STAGES = {
     "scenes": ("scenes.npy", make_scenes),
+    "vae_64": ("vae_64", make_vae_64),
     "vae": ("vae", make_vae),
     "latents": ("latents.pt", make_latents),
     "unet": ("unet", make_unet),

@@ -369,6 +369,7 @@ class _Run:
         schedule = copy.deepcopy(template)  # multistep ones keep a history; it ends with the phase
         extra = {"generator": self.generators} if "generator" in inspect.signature(schedule.step).parameters else {}
         for index, t in enumerate(schedule.timesteps):
+            schedule.scale_model_input(x, t)  # some warn if they are not asked; _model scales each crop itself
             eps = predict(x, t, self._sigma(schedule, index))
             x = schedule.step(eps, t, x, return_dict=False, **extra)[0]
         return x

@@ -1,0 +1,64 @@
+import math
+from dataclasses import fields
+
+import pytest
+
+from lib_demofusion.config import DemoFusionConfig
+
+
+def test_defaults_are_the_papers():
+    config = DemoFusionConfig()
+    assert (config.alpha1, config.alpha2, config.alpha3) == (3, 1, 1)
+    assert (config.blur_sigma, config.blur_sigma_end) == (1.0, 0.01)
+    assert config.jitter
+    assert config.stride == 0  # half the window
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("scale", 0, "scale must be above 1 and at most 8, got 0"),
+        ("scale", 1.0, "scale must be above 1 and at most 8, got 1"),
+        ("scale", 8.5, "got 8.5"),
+        ("scale", math.nan, "got nan"),
+        ("scale", "4", "scale must be a number, got '4'"),
+        ("stride", -1, "stride must be from 0 to 1024, got -1"),
+        ("stride", 2.5, "stride must be a whole number, got 2.5"),
+        ("alpha1", math.inf, "alpha1 must be from 0 to 20, got inf"),
+        ("blur_sigma", 0, "blur sigma must be above 0"),
+        ("view_batch_size", True, "view batch size must be a whole number, got True"),
+        ("jitter", 1, "jitter must be true or false, got 1"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_line(setting, value, says):
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        DemoFusionConfig(**{setting: value})
+    assert says in str(error.value)
+
+
+def test_every_setting_has_a_label_of_its_own_and_a_tooltip():
+    labels = [f.metadata["label"] for f in fields(DemoFusionConfig)]
+    assert len(set(labels)) == len(labels)
+    assert all(f.metadata["help"] for f in fields(DemoFusionConfig))
+
+
+def test_infotext_holds_the_scale_always_and_the_rest_where_it_differs():
+    assert DemoFusionConfig().to_infotext() == {"DemoFusion scale": "4"}
+    assert DemoFusionConfig(scale=2.5, stride=8, jitter=False).to_infotext() == {
+        "DemoFusion scale": "2.5",
+        "DemoFusion stride": "8",
+        "DemoFusion jitter": "False",
+    }
+
+
+def test_infotext_restores_every_setting():
+    changed = DemoFusionConfig(3.7, 20, 12, False, 2.5, 0.1, 0.123456789, 0.8, 0.008, 16)
+    assert all(getattr(changed, f.name) != f.default for f in fields(changed))
+    assert DemoFusionConfig.from_infotext(changed.to_infotext()) == changed
+    assert DemoFusionConfig.from_infotext({"Steps": "20"}) is None
+
+
+@pytest.mark.parametrize(("label", "text"), [("scale", "four"), ("scale", "80"), ("jitter", "yes"), ("stride", "1.5")])
+def test_infotext_that_cannot_be_read_is_refused(label, text):
+    with pytest.raises(ValueError, match=label):
+        DemoFusionConfig.from_infotext({"DemoFusion scale": "2", f"DemoFusion {label}": text})

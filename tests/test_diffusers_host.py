@@ -1,0 +1,273 @@
+"""The diffusers host, on tiny random Stable Diffusion 1.5, 2 (v-prediction) and XL pipelines."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import KINDS, tiny_pipeline
+
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import Fusion
+from lib_demofusion.hosts.diffusers import SAMPLERS, Incomplete, generate, load_pipeline, plan_for
+
+TWICE = DemoFusionConfig(scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {kind: tiny_pipeline(kind) for kind in KINDS}
+
+
+@pytest.fixture
+def sd15(pipes):
+    return pipes["sd15"]
+
+
+def spy_unet(monkeypatch, pipe, answer=None):
+    """Record (input, t, keywords) of every UNet call; answer(input, t) replaces what the UNet says."""
+    calls, forward = [], pipe.unet.forward
+
+    def spied(sample, t, **kwargs):
+        calls.append((sample.clone(), float(t), kwargs))
+        return forward(sample, t, **kwargs) if answer is None else (answer(sample, t),)
+
+    monkeypatch.setattr(pipe.unet, "forward", spied)
+    return calls
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sampler_makes_the_plans_evaluations_and_a_finite_image(pipes, kind, sampler, monkeypatch):
+    calls = spy_unet(monkeypatch, pipes[kind])
+    result = generate(pipes[kind], "two blue stars", config=TWICE, steps=4, sampler=sampler, seed=[1, 2])
+    assert sum(len(sample) for sample, _, _ in calls) == 2 * result.plan.evaluations
+    assert result.evaluations == result.plan.evaluations == 2 * (1 + 13) * SAMPLERS[sampler].calls(4)
+    assert [tuple(latents.shape) for _, latents in result.phases] == [(2, 4, 8, 8), (2, 4, 16, 16)]
+    assert [image.size for image in result.images()] == [(128, 128)] * 2
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_n_equals_n_singles_at_any_view_batch_size(pipes, kind, sampler):
+    def latents(seed, **settings):
+        config = DemoFusionConfig(scale=2.0, **settings)
+        return generate(pipes[kind], "one red ring", config=config, steps=3, sampler=sampler, seed=seed).phases[-1][1]
+
+    batch = latents([5, 6], view_batch_size=3)
+    assert torch.equal(batch, latents([5, 6], view_batch_size=3))
+    # The random model answers with numbers far from noise; what matters is the error against its spread.
+    for i in range(2):
+        alone = latents(5 + i, view_batch_size=0)
+        assert float((batch[i : i + 1] - alone).abs().max() / alone.std()) < 1e-4
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64)])
+def test_height_and_width_are_not_mixed_up(sd15, size):
+    config = DemoFusionConfig(scale=1.5)
+    result = generate(sd15, "", config=config, height=size[0], width=size[1], steps=2, cfg_scale=1)
+    assert result.images()[0].size == (size[1] * 3 // 2, size[0] * 3 // 2)
+    assert result.images(0)[0].size == (size[1], size[0])
+
+
+def test_cfg_scale_1_evaluates_each_view_once(sd15, monkeypatch):
+    calls = spy_unet(monkeypatch, sd15)
+    result = generate(sd15, "one red ring", config=TWICE, steps=3, cfg_scale=1)
+    assert sum(len(sample) for sample, _, _ in calls) == result.plan.evaluations == 3 * 14
+
+
+def test_the_negative_prompt_matters_and_only_with_guidance(sd15):
+    def latents(**settings):
+        return generate(sd15, "one red ring", config=TWICE, steps=2, **settings).phases[-1][1]
+
+    assert not torch.equal(latents(negative_prompt="three blue stars"), latents())
+    assert torch.equal(latents(negative_prompt="three blue stars", cfg_scale=1), latents(cfg_scale=1))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_unets_input_has_the_scale_of_its_own_noise_level(sd15, sampler, monkeypatch):
+    """Every crop of a step is scaled with that step's sigma, the first batch as the last, local and dilated."""
+    calls = spy_unet(monkeypatch, sd15)
+    states, predict = [], Fusion.predict
+
+    def spied(fusion, x, t, denoise):
+        states.append((len(calls), x.clone(), t))
+        return predict(fusion, x, t, denoise)
+
+    monkeypatch.setattr(Fusion, "predict", spied)
+    generate(sd15, "", config=DemoFusionConfig(scale=2.0, jitter=False), steps=3, sampler=sampler, cfg_scale=1)
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    assert states
+    for first, x, t in states:
+        sample, given_t, _ = calls[first]
+        assert given_t == t
+        scale = 1.0 if SAMPLERS[sampler].variance_preserving else float(kept[int(t)].sqrt())
+        torch.testing.assert_close(sample[0], x[0, :, :8, :8] * scale, rtol=2e-3, atol=1e-3)
+
+
+def test_the_sampler_steps_from_the_blended_latent(sd15, monkeypatch):
+    """With alpha1 = 0 the skip residual is all there is: each step starts from the noised reference."""
+    states, predict = [], Fusion.predict
+
+    def spied(fusion, x, t, denoise):
+        sigma = float(((1 - kept[int(t)]) / kept[int(t)]).sqrt())
+        states.append((x.clone(), fusion.noised_reference(sigma)))
+        return predict(fusion, x, t, denoise)
+
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    monkeypatch.setattr(Fusion, "predict", spied)
+    generate(sd15, "", config=DemoFusionConfig(scale=2.0, alpha1=0.0), steps=3)
+    assert len(states) == 3
+    for x, reference in states:
+        torch.testing.assert_close(x, reference, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_v_prediction_and_noise_prediction_of_one_model_give_one_picture(pipes, sampler, monkeypatch):
+    """An exact model of white latents, N(0.5, 1), once as its noise and once as its v."""
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+
+    def noise(x, t):  # x = signal * z + sigma * n; the posterior mean of n
+        signal, sigma = float(kept[int(t)].sqrt()), float((1 - kept[int(t)]).sqrt())
+        return sigma * (x - signal * 0.5)
+
+    def v(x, t):
+        signal, sigma = float(kept[int(t)].sqrt()), float((1 - kept[int(t)]).sqrt())
+        return (noise(x, t) - sigma * x) / signal
+
+    pictures = []
+    for kind, answer in (("sd15", noise), ("sd2", v)):
+        with monkeypatch.context() as patch:
+            spy_unet(patch, pipes[kind], answer)
+            pictures.append(generate(pipes[kind], "", config=TWICE, steps=4, sampler=sampler).phases[-1][1])
+    torch.testing.assert_close(*pictures, rtol=0, atol=2e-3)
+
+
+def test_sdxl_size_ids_are_the_final_size_and_each_windows_place(pipes, monkeypatch):
+    calls = spy_unet(monkeypatch, pipes["sdxl"])
+    config = DemoFusionConfig(scale=3.0, jitter=False, view_batch_size=0, stride=8)
+    generate(pipes["sdxl"], "one red ring", config=config, height=64, width=128, steps=1)
+    base, second, third = ([tuple(int(n) for n in row) for row in kw["added_cond_kwargs"]["time_ids"]] for *_, kw in calls)
+    assert set(base) == {(64, 128, 0, 0, 64, 128)}
+    final = (192, 384)
+    local = [(y, x) for y in (0, 64) for x in (0, 64, 128)]
+    assert second == 2 * [(*final, *crop, *final) for crop in local + [(0, 0)] * 4]
+    local = [(y, x) for y in (0, 64, 128) for x in (0, 64, 128, 192, 256)]
+    assert third == 2 * [(*final, *crop, *final) for crop in local + [(0, 0)] * 9]
+
+
+def test_a_real_image_is_encoded_and_starts_at_the_second_phase(sd15):
+    image = Image.radial_gradient("L").convert("RGB").resize((96, 64))
+    result = generate(sd15, "", config=TWICE, image=image, steps=3, seed=[1, 2])
+    assert result.evaluations == result.plan.evaluations == 2 * 3 * 13
+    (base, encoded), (last, latents) = result.phases
+    assert (base.steps, last.number) == (0, 2)
+    assert encoded.shape == (2, 4, 8, 12)
+    assert torch.equal(encoded[0], encoded[1])
+    assert latents.shape == (2, 4, 16, 24)
+
+
+@pytest.mark.parametrize("after", range(0, 22, 3))
+def test_cancelling_hands_back_what_is_finished(sd15, after):
+    """Between any two model calls; 3 calls in the base, 3 * 4 in phase 2, the rest in phase 3."""
+    calls = []
+    config = DemoFusionConfig(scale=3.0)
+    with pytest.raises(Incomplete) as stop:
+        generate(
+            sd15, "", config=config, steps=3, cancelled=lambda: len(calls) >= after, progress=lambda *call: calls.append(call)
+        )
+    assert len(calls) == after
+    assert len(stop.value.result.phases) == (after >= 3) + (after >= 15)
+    for phase, latents in stop.value.result.phases:
+        assert latents.shape[-2:] == phase.size
+
+
+def test_a_failure_in_a_phase_hands_back_what_is_finished(sd15, monkeypatch):
+    def fail(fusion, x, t, denoise):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr(Fusion, "predict", fail)
+    with pytest.raises(Incomplete, match=r"^CUDA out of memory.$") as stop:
+        generate(sd15, "", config=TWICE, steps=2)
+    assert len(stop.value.result.phases) == 1
+
+
+def test_nan_is_noticed_in_the_phase_where_it_arises(sd15, monkeypatch):
+    spy_unet(monkeypatch, sd15, lambda x, t: x * (math.nan if len(x) > 2 else 1))
+    with pytest.raises(Incomplete, match="phase 2 gave NaN") as stop:
+        generate(sd15, "", config=TWICE, steps=2)
+    assert len(stop.value.result.phases) == 1
+
+
+def test_nothing_stays_behind_on_the_pipeline(sd15):
+    before = (sd15.scheduler, dict(sd15.scheduler.config), dict(vars(sd15)), dict(vars(sd15.unet)))
+    generate(sd15, "", config=TWICE, steps=2, sampler="UniPC")
+    assert (sd15.scheduler, dict(sd15.scheduler.config), dict(vars(sd15)), dict(vars(sd15.unet))) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(sampler="Euler b"), "no sampler called 'Euler b'; there are: Euler, Euler a, DDIM"),
+        (dict(cfg_scale=0.5), "CFG scale must be at least 1, got 0.5"),
+        (dict(height=100), "height must be divisible by 8, got 100; 96 is near"),
+        (dict(width=4), "width must be divisible by 8, got 4; 16 is near"),
+        (dict(steps=0), "steps must be at least 1"),
+        (dict(prompt="red " * 80), "the prompt is too long: 80 tokens, 75 at most"),
+        (dict(negative_prompt="red " * 80), "the negative prompt is too long"),
+        (dict(config=DemoFusionConfig(stride=9)), "stride must be at most 8"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_computed(sd15, settings, says, monkeypatch):
+    calls = spy_unet(monkeypatch, sd15)
+    with pytest.raises(ValueError, match=says):
+        generate(sd15, settings.pop("prompt", ""), **settings)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("unet", {"in_channels": 9}, "takes more than latents"),
+        ("unet", {"time_cond_proj_dim": 256}, "guidance distilled"),
+        ("scheduler", {"prediction_type": "sample"}, "prediction type sample is not known"),
+    ],
+)
+def test_checkpoints_that_cannot_work_are_refused(part, change, says):
+    pipe = tiny_pipeline("sd15")
+    getattr(pipe, part).register_to_config(**change)
+    with pytest.raises(ValueError, match=says):
+        generate(pipe, "")
+
+
+@pytest.mark.parametrize(("key", "kind"), [("cond_stage_model.x", ""), ("conditioner.embedders.0.x", "XL")])
+def test_a_single_file_is_handed_to_the_diffusers_pipeline_of_its_kind(key, kind, tmp_path, monkeypatch, sd15):
+    """diffusers reads the file itself, with configs from the hub, which tests do not reach: here it only gets it."""
+    path, got = tmp_path / "model.safetensors", []
+    save_file({key: torch.zeros(1)}, path)
+
+    def from_single_file(file, torch_dtype):
+        got.append((file, torch_dtype))
+        return sd15
+
+    monkeypatch.setattr(f"diffusers.StableDiffusion{kind}Pipeline.from_single_file", from_single_file)
+    assert load_pipeline(path, dtype=torch.float32) is sd15
+    assert got == [(str(path), torch.float32)]
+
+
+def test_models_load_from_a_folder_and_what_is_none_is_refused(sd15, tmp_path):
+    sd15.save_pretrained(tmp_path / "folder")
+    loaded = load_pipeline(tmp_path / "folder")
+    a, b = (generate(pipe, "one red ring", config=TWICE, steps=2).phases[-1][1] for pipe in (sd15, loaded))
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        load_pipeline(tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="has no model_index.json"):
+        load_pipeline(tmp_path)
+
+
+def test_the_plan_needs_no_run(sd15):
+    plan = plan_for(sd15, DemoFusionConfig(scale=4.0), steps=50)
+    assert plan.window == (8, 8)
+    assert plan.evaluations == 2 * 50 * (1 + 13 + 34 + 65)

@@ -1,0 +1,161 @@
+"""The fused prediction, blur, moments and skip residual, with drawn shapes and toy models."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import conv2d
+
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import Cancelled, Fusion, gaussian_blur, match_moments, pad_edges, skip_residual_
+from lib_demofusion.schedule import cosine_decay, weights_at
+
+torch.manual_seed(0)
+WEIGHT = torch.randn(4, 4, 3, 3) / 6
+
+
+def toy(crops, views):
+    """A model that looks at its neighbours and knows where its window's border is."""
+    return torch.tanh(conv2d(crops, WEIGHT, padding=1))
+
+
+def fusion_for(x, window=(8, 6), dilation=2, stride=(4, 3), **settings):
+    cancelled = settings.pop("cancelled", None)
+    config = DemoFusionConfig(scale=float(dilation), **settings)
+    return Fusion(x, torch.zeros_like(x), window=window, stride=stride, dilation=dilation, config=config, cancelled=cancelled)
+
+
+@st.composite
+def cases(draw):
+    """(x, window, dilation, stride) where size is any up to dilation * window."""
+    window = draw(st.integers(3, 10)), draw(st.integers(3, 10))
+    dilation = draw(st.integers(2, 4))
+    size = tuple(draw(st.integers((dilation - 1) * w + 1, dilation * w)) for w in window)
+    stride = tuple(draw(st.integers(1, w)) for w in window)
+    x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
+    return x, window, dilation, stride
+
+
+@settings(max_examples=40)
+@given(cases(), st.floats(1, 999), st.integers(1, 7))
+def test_the_view_batch_size_changes_nothing(case, t, size):
+    x, window, dilation, stride = case
+    want = fusion_for(x, window, dilation, stride, view_batch_size=0).predict(x, t, toy)
+    got = fusion_for(x, window, dilation, stride, view_batch_size=size).predict(x, t, toy)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=40)
+@given(cases(), st.floats(1, 999))
+def test_a_batch_of_n_equals_n_singles(case, t):
+    x, window, dilation, stride = case
+    together = fusion_for(x, window, dilation, stride).predict(x, t, toy)
+    for i in range(len(x)):
+        alone = fusion_for(x[i : i + 1], window, dilation, stride).predict(x[i : i + 1], t, toy)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=40)
+@given(cases(), st.floats(1, 999))
+def test_a_transposed_input_gives_the_transposed_prediction(case, t):
+    x, window, dilation, stride = case
+
+    def flipped_toy(crops, views):
+        return toy(crops.mT, views).mT
+
+    want = fusion_for(x, window, dilation, stride, jitter=False).predict(x, t, toy)
+    turned = x.mT.contiguous()
+    got = fusion_for(turned, window[::-1], dilation, stride[::-1], jitter=False).predict(turned, t, flipped_toy)
+    torch.testing.assert_close(got.mT, want, atol=1e-5, rtol=0)
+
+
+def test_local_windows_and_dilated_views_share_batches():
+    x = torch.randn(3, 4, 16, 12)
+    seen = []
+
+    def model(crops, views):
+        seen.append((len(crops), [view.kind for view in views]))
+        return toy(crops, views)
+
+    fusion_for(x, view_batch_size=5).predict(x, 500.0, model)
+    assert [rows for rows, _ in seen] == [15, 15, 9]
+    assert [kind for _, kinds in seen for kind in kinds] == ["local"] * 9 + ["dilated"] * 4
+    assert seen[1][1] == ["local"] * 4 + ["dilated"]
+
+
+def test_the_prediction_is_eq_5():
+    """A model that answers 1 for local windows and 2 for dilated views shows the weights."""
+    x = torch.randn(1, 4, 16, 12)
+
+    def model(crops, views):
+        return torch.stack([torch.full(crops.shape[1:], 1.0 if v.kind == "local" else 2.0) for v in views])
+
+    for t in (1.0, 250.0, 700.0, 999.0):
+        c2 = weights_at(t, DemoFusionConfig()).c2
+        got = fusion_for(x).predict(x, t, model)
+        torch.testing.assert_close(got, torch.full_like(x, c2 * 2 + (1 - c2) * 1))
+
+
+def test_a_cancelled_prediction_stops_before_the_next_model_call():
+    x, calls = torch.randn(1, 4, 16, 12), []
+
+    def model(crops, views):
+        calls.append(len(views))
+        return crops
+
+    fusion = fusion_for(x, view_batch_size=2, cancelled=lambda: len(calls) == 3)
+    with pytest.raises(Cancelled):
+        fusion.predict(x, 500.0, model)
+    assert calls == [2, 2, 2]
+
+
+def test_the_prediction_keeps_the_dtype_and_leaves_x_alone():
+    x = torch.randn(1, 4, 16, 12, dtype=torch.bfloat16)
+    before = x.clone()
+    assert fusion_for(x).predict(x, 500.0, lambda crops, views: crops).dtype == torch.bfloat16
+    assert torch.equal(x, before)
+
+
+def test_cosine_decay_falls_from_one_to_zero():
+    assert cosine_decay(1000) == 1
+    assert cosine_decay(0) == 0
+    assert cosine_decay(500) == pytest.approx(0.5)
+    values = [cosine_decay(t) for t in range(0, 1001, 10)]
+    assert values == sorted(values)
+
+
+def test_blur_is_a_normalised_gaussian():
+    x = torch.zeros(1, 2, 15, 15)
+    x[:, :, 7, 7] = 1
+    blurred = gaussian_blur(x, 5, 1.0)
+    torch.testing.assert_close(blurred.sum(dim=(2, 3)), torch.ones(1, 2))
+    assert float(blurred[0, 0, 7, 8] / blurred[0, 0, 7, 7]) == pytest.approx(math.exp(-0.5))
+    assert float(blurred[0, 0, 7, 10]) == 0
+    torch.testing.assert_close(gaussian_blur(x, 5, 0.01), x)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 6), st.integers(0, 6))
+def test_padding_repeats_the_edges_and_says_where_the_latent_is(h, w, more_h, more_w):
+    x = torch.randn(1, 1, h, w)
+    grown, (top, left) = pad_edges(x, (h + more_h, w + more_w))
+    assert grown.shape[-2:] == (h + more_h, w + more_w)
+    assert torch.equal(grown[..., top : top + h, left : left + w], x)
+    assert grown[0, 0, 0, 0] == x[0, 0, 0, 0]
+    assert grown[0, 0, -1, -1] == x[0, 0, -1, -1]
+
+
+def test_matched_moments_are_those_of_the_other():
+    x, like = torch.randn(3, 4, 8, 8) * 5 + 2, torch.randn(3, 4, 6, 6) * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]
+    got = match_moments(x, like)
+    torch.testing.assert_close(got.std(dim=(1, 2, 3)), like.std(dim=(1, 2, 3)))
+    torch.testing.assert_close(got.mean(dim=(1, 2, 3)), like.mean(dim=(1, 2, 3)))
+
+
+def test_the_skip_residual_is_eq_4_and_in_place():
+    x, reference, noise = torch.randn(3, 1, 4, 8, 8)
+    want = 0.3 * (reference + 2.5 * noise) + 0.7 * x
+    got = skip_residual_(x, reference, noise, 0.3, 2.5)
+    assert got is x
+    torch.testing.assert_close(x, want)

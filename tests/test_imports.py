@@ -1,0 +1,63 @@
+"""The core imports torch and the standard library only, and imports point one way."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "lib_demofusion"
+# Each module may import those before it in this order, and nothing after it.
+LAYERS = [["config"], ["schedule", "views"], ["fusion", "decode"], ["phases"], ["hosts"], ["__main__"]]
+CORE = ["config", "schedule", "views", "fusion", "decode", "phases"]
+
+
+def imports(path):
+    """(top-level names, own modules) that a file imports, wherever in it."""
+    packages, own = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            head, _, rest = name.partition(".")
+            if head == "lib_demofusion":
+                own.add(rest.split(".")[0])
+            else:
+                packages.add(head)
+    return packages, own
+
+
+def files():
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if name != "__init__":
+            yield pytest.param(path, name, id=str(path.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_imports_torch_and_the_standard_library_only(name):
+    packages, _ = imports(ROOT / f"{name}.py")
+    assert packages <= {"torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(("path", "name"), files())
+def test_imports_point_one_way(path, name):
+    rank = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    modules = {p.stem for p in ROOT.glob("*.py")} | {"hosts"}
+    _, own = imports(path)
+    for other in own & modules - {"__init__"}:
+        assert rank[other] < rank[name], f"{name} imports {other}"
+
+
+def test_only_the_hosts_and_the_command_know_other_packages():
+    for path in ROOT.rglob("*.py"):
+        packages, _ = imports(path)
+        outside = packages - {"torch", *sys.stdlib_module_names}
+        if path.parent.name != "hosts" and path.name != "__main__.py":
+            assert not outside, f"{path.name} imports {outside}"
+        if path.name != "webui.py":
+            assert "modules" not in packages

@@ -1,0 +1,119 @@
+"""The plan, as a value, and the loop over the phases."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import Fusion
+from lib_demofusion.phases import make_plan, phase_scales, upscale
+
+
+@pytest.mark.parametrize(("scale", "evaluations"), [(2, 700), (3, 2400), (4, 5650)])
+def test_the_papers_setting_takes_as_many_evaluations_as_the_paper_says(scale, evaluations):
+    plan = make_plan((128, 128), 50, DemoFusionConfig(scale=float(scale), stride=64), branches=1)
+    assert plan.evaluations == evaluations
+    assert [phase.views for phase in plan.phases[1:]] == [13, 34, 65][: scale - 1]
+    assert make_plan((128, 128), 50, DemoFusionConfig(scale=float(scale))).evaluations == 2 * evaluations
+
+
+@pytest.mark.parametrize(
+    ("scale", "scales"), [(2, [2]), (4, [2, 3, 4]), (2.5, [2, 2.5]), (1.5, [1.5]), (8, [2, 3, 4, 5, 6, 7, 8])]
+)
+def test_phases_go_up_by_one_and_end_at_the_scale(scale, scales):
+    assert phase_scales(scale) == scales
+
+
+def test_the_plan_prints_as_a_table():
+    table = make_plan((16, 24), 10, DemoFusionConfig(scale=2.5)).table().splitlines()
+    assert [line.split() for line in table] == [
+        ["phase", "image", "steps", "views", "a", "step", "model", "calls"],
+        ["1", "192x128", "10", "1", "20"],
+        ["2", "384x256", "10", "9", "+", "4", "260"],
+        ["3", "480x320", "10", "16", "+", "9", "500"],
+        ["all", "780"],
+    ]
+    assert len({len(line) for line in table}) == 1
+
+
+def test_phases_can_have_steps_of_their_own():
+    plan = make_plan((16, 16), 30, DemoFusionConfig(scale=2.0, phase_steps=10), calls=lambda steps: 2 * steps - 1)
+    assert [(p.steps, p.calls) for p in plan.phases] == [(30, 59), (10, 19)]
+
+
+@pytest.mark.parametrize(
+    ("window", "steps", "settings", "says"),
+    [
+        ((16, 16), 0, {}, "steps must be at least 1"),
+        ((16, 8), 10, {"stride": 9}, "stride must be at most 8"),
+        ((4, 4), 10, {"scale": 1.05}, "scale 1.05 adds no latent pixel to a base of 4x4"),
+        ((0, 4), 10, {}, "at least one latent pixel"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_in_one_line(window, steps, settings, says):
+    with pytest.raises(ValueError, match=says):
+        make_plan(window, steps, DemoFusionConfig(**settings))
+
+
+def run(plan, base, config, model=lambda crops, views: crops * 0.1, sigmas=(8.0, 2.0, 0.5, 0.0)):
+    """The whole loop with Euler and a model; the noise is seeded by the phase."""
+    seen = []
+
+    def noise(phase):
+        return torch.randn(1, 4, *phase.size, generator=torch.Generator().manual_seed(phase.number)).expand(len(base), -1, -1, -1)
+
+    def denoise(phase, reference, n):
+        fusion = Fusion(
+            reference, n, window=plan.window, stride=plan.stride, dilation=phase.dilation, config=config, phase=phase.number
+        )
+        x = fusion.noised_reference(sigmas[0])
+        for sigma, following in zip(sigmas, sigmas[1:]):
+            t = 1000 * sigma / sigmas[0]
+            fusion.skip_residual_(x, t, sigma)
+
+            def counted(crops, views):
+                seen.append(len(crops) // len(base))
+                return model(crops, views)
+
+            x = x + (following - sigma) * fusion.predict(x, t, counted)
+        return x
+
+    return list(upscale(plan, base, noise, denoise)), sum(seen)
+
+
+@given(st.integers(2, 12), st.integers(2, 12), st.floats(1.2, 4.5), st.integers(0, 5))
+def test_any_size_and_scale_gives_the_plans_sizes_and_evaluations(h, w, scale, view_batch_size):
+    config = DemoFusionConfig(scale=scale, view_batch_size=view_batch_size)
+    if (round(h * scale), round(w * scale)) == (h * int(scale), w * int(scale)) and scale != int(scale):
+        return  # refused: see above
+    plan = make_plan((h, w), 3, config, branches=1, from_image=True)
+    done, evaluations = run(plan, torch.randn(1, 4, h, w), config)
+    assert [latents.shape[-2:] for _, latents in done] == [phase.size for phase in plan.phases[1:]]
+    assert done[-1][1].shape[-2:] == (round(h * scale), round(w * scale))
+    assert len(done) + 1 == math.ceil(scale) == len(plan.phases)
+    assert evaluations == plan.evaluations
+
+
+def test_the_same_input_gives_the_same_picture_twice():
+    config, base = DemoFusionConfig(scale=3.0), torch.randn(2, 4, 8, 8)
+    plan = make_plan((8, 8), 3, config)
+    first, second = (run(plan, base, config)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, second))
+
+
+def test_what_is_finished_stays_when_a_later_phase_fails():
+    config, base, done = DemoFusionConfig(scale=3.0), torch.randn(1, 4, 8, 8), []
+    plan = make_plan((8, 8), 3, config)
+
+    def denoise(phase, reference, noise):
+        if phase.number == 3:
+            raise RuntimeError("out of memory")
+        return reference
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for phase, latents in upscale(plan, base, lambda phase: torch.zeros(1), denoise):
+            done.append((phase.number, latents.shape[-1]))
+    assert done == [(2, 16)]
