@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -64,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     except (Refused, ValueError) as error:
         print(f"demofusion: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"demofusion: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("demofusion: stopped; nothing was finished yet", file=sys.stderr)
         return 130
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     image = open_image(args.image) if args.image else None
     host, pipe = load(args)
     if args.model is None:
-        check_vocabulary(pipe, f"{args.prompt} {args.negative_prompt}")
+        check_vocabulary(host.EMBEDDED_CHECKPOINT / "vocabulary.txt", args.prompt, args.negative_prompt)
     shape = dict(height=args.height, width=args.width, steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler)
     plan = host.plan_for(pipe, config, image=image, **shape)
     if args.plan:
@@ -105,32 +107,30 @@ def run(args: argparse.Namespace) -> int:
                 )
             except host.Incomplete as error:
                 stop, result = error, error.result
-            code = finish(args, config, result, path, seed, stop, bar.write)
-            if code:
-                return code
-    return 0
-
-
-def finish(args, config, result, path: Path, seed: int, stop: Exception | None, say: Callable[[str], None]) -> int:
-    """Write what was finished and say where it is; the exit code."""
-    done = len(result.phases)
+            if result.phases:
+                write(args, config, result, path, seed)
+            if stop:
+                break
+            bar.write(f"{path}: {result.evaluations:,} model calls")
     if not stop:
-        images = [result.images(i)[0] for i in range(done)] if args.save_phases or args.compare else [result.images()[0]]
-    else:
-        images = [result.images(i)[0] for i in range(done)]
-    for index, image in enumerate(images[:-1] if args.save_phases else []):
-        save(image, suffixed(path, f"phase{index + 1}"), infotext(args, config, result, index, seed))
-    if images:
-        save(images[-1], path, infotext(args, config, result, done - 1, seed))
-    if args.compare and len(images) > 1:
-        save(comparison(images[0], images[-1]), suffixed(path, "compare"))
-    if not stop:
-        say(f"{path}: {images[-1].width}x{images[-1].height}, {result.evaluations:,} model calls")
         return 0
-    reason = f"stopped: {stop}" if str(stop) != "stopped" else "stopped"
-    what = f"the last finished phase, {done} of {len(result.plan.phases)}, is in {path}" if done else "nothing was finished yet"
-    print(f"demofusion: {reason}; {what}", file=sys.stderr)
-    return 130 if str(stop) == "stopped" else 1
+    done, phases = len(result.phases), len(plan.phases)
+    left = f"the last finished phase, {done} of {phases}, is in {path}" if done else "nothing was finished yet"
+    print(f"demofusion: {stop}; {left}", file=sys.stderr)
+    return 130 if stop.cancelled else 1
+
+
+def write(args: argparse.Namespace, config: DemoFusionConfig, result, path: Path, seed: int) -> None:
+    """Write the last finished phase to path and what else was asked for beside it."""
+    last = len(result.phases) - 1
+    wanted = range(last + 1) if args.save_phases else {0, last} if args.compare else {last}
+    images = {index: result.images(index)[0] for index in wanted}
+    if args.save_phases:
+        for index in range(last):
+            save(images[index], suffixed(path, f"phase{index + 1}"), infotext(args, config, result, index, seed))
+    save(images[last], path, infotext(args, config, result, last, seed))
+    if args.compare and last:
+        save(comparison(images[0], images[last]), suffixed(path, "compare"))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -171,25 +171,26 @@ def open_image(path: Path):
 def load(args: argparse.Namespace):
     """The diffusers host and the pipeline. Raises Refused if the packages are missing."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        import diffusers
         import torch
-        from diffusers.utils import logging
+        import transformers
 
         from lib_demofusion.hosts import diffusers as host
     except ImportError as error:
         raise Refused(f"{error.name} is missing; pip install 'demofusion[command]'") from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    for package in (diffusers, transformers):
+        package.utils.logging.set_verbosity_error()
+        package.utils.logging.disable_progress_bar()
     device = args.device or host.default_device()
     dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     return host, host.load_pipeline(args.model or host.EMBEDDED_CHECKPOINT, device, getattr(torch, dtype))
 
 
-def check_vocabulary(pipe, prompt: str) -> None:
-    """The embedded checkpoint knows a few dozen words; anything else would be drawn as noise."""
-    known = sorted(token[:-4] for token in pipe.tokenizer.get_vocab() if token.endswith("</w>") and len(token) > 5)
-    unknown = [word for word in prompt.split() if word.lower() not in known]
+def check_vocabulary(vocabulary: Path, *prompts: str) -> None:
+    """The embedded checkpoint knows a few dozen words and would draw nothing sensible for another."""
+    known = vocabulary.read_text().split()
+    unknown = [word for prompt in prompts for word in prompt.split() if word.lower() not in known]
     if unknown:
         raise Refused(f"the embedded checkpoint does not know {', '.join(unknown)}; it knows: {' '.join(known)}")
 

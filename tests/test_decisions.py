@@ -43,7 +43,10 @@ def test_blur_sigma_goes_from_sigma1_to_sigma2_which_are_free():
 
 def test_after_the_blur_moments_are_restored_per_image():
     """What the model sees of the dilated views has each image's own mean and spread, whatever its batch mates."""
-    x = torch.randn(2, 4, 16, 16) * torch.tensor([1.0, 9.0])[:, None, None, None] + torch.tensor([0.0, 5.0])[:, None, None, None]
+    x = (
+        torch.randn(2, 4, 16, 16) * torch.tensor([1.0, 9.0])[:, None, None, None]
+        + torch.tensor([0.0, 5.0])[:, None, None, None]
+    )
     seen = {}
 
     def model(crops, views):

@@ -38,7 +38,9 @@ def test_no_tile_is_larger_than_asked_and_small_pictures_are_one_tile():
 def test_seams_are_blended_linearly():
     """Tiles that disagree, as an autoencoder's may, meet in a ramp and not in a step."""
     tiles = iter([0.0, 1.0])
-    row = decode(lambda z: torch.full((1, 3, 8 * 16, 8 * 16), next(tiles)), torch.randn(1, 4, 16, 28), tile=16, overlap=4)[0, 0, 0]
+    row = decode(lambda z: torch.full((1, 3, 8 * 16, 8 * 16), next(tiles)), torch.randn(1, 4, 16, 28), tile=16, overlap=4)[
+        0, 0, 0
+    ]
     assert row[0] == 0
     assert row[-1] == 1
     assert float(row.diff().max()) < 1.5 / (4 * 8)

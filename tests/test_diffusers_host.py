@@ -188,7 +188,7 @@ def test_a_failure_in_a_phase_hands_back_what_is_finished(sd15, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 
     monkeypatch.setattr(Fusion, "predict", fail)
-    with pytest.raises(Incomplete, match=r"^CUDA out of memory.$") as stop:
+    with pytest.raises(Incomplete, match=r"^failed: CUDA out of memory.$") as stop:
         generate(sd15, "", config=TWICE, steps=2)
     assert len(stop.value.result.phases) == 1
 

@@ -63,7 +63,9 @@ def run(plan, base, config, model=lambda crops, views: crops * 0.1, sigmas=(8.0,
     seen = []
 
     def noise(phase):
-        return torch.randn(1, 4, *phase.size, generator=torch.Generator().manual_seed(phase.number)).expand(len(base), -1, -1, -1)
+        return torch.randn(1, 4, *phase.size, generator=torch.Generator().manual_seed(phase.number)).expand(
+            len(base), -1, -1, -1
+        )
 
     def denoise(phase, reference, n):
         fusion = Fusion(

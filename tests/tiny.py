@@ -69,8 +69,6 @@ def tiny_pipeline(kind, sample_size=8):
         parts.update(text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer)
         pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
-        pipe = StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -162,3 +162,37 @@ def crops(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         y, x = rng.integers(0, larger.shape[0] - CROP + 1, 2)
         views.append(larger[y : y + CROP, x : x + CROP])
     return np.stack(views).round().astype(np.uint8)
+
+
+def _distance(pixels: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Distance of each pixel [..., 3] to the line between two colours."""
+    along = np.clip(((pixels - start) @ (end - start)) / np.maximum((end - start) @ (end - start), 1e-6), 0, 1)
+    return np.linalg.norm(pixels - (start + along[..., None] * (end - start)), axis=-1)
+
+
+def count_objects(image: np.ndarray, scene: Scene, least: float = 0.004) -> int:
+    """How many separate objects of the scene's colour an image shows, whatever their shape.
+
+    image: uint8 [H, W, 3], H and W multiples of 128. A pixel belongs to an object if its colour lies nearer to the
+    object's tones than to the background's; an area below `least` of the image is no object.
+    """
+    small = shrink(image.astype(np.float32), image.shape[0] // CROP) if image.shape[0] > CROP else image.astype(np.float32)
+    colour = np.array(COLOURS[scene.colour], np.float32)
+    top, bottom = (np.array(c, np.float32) for c in BACKGROUNDS[scene.background])
+    inside = _distance(small, colour * SHADE, colour) < _distance(small, top, bottom)
+    seen, count = ~inside, 0
+    for start in np.argwhere(inside):
+        area, stack = 0, [tuple(start)]
+        while stack:
+            y, x = stack.pop()
+            if seen[y, x]:
+                continue
+            seen[y, x] = True
+            area += 1
+            stack += [
+                (a, b)
+                for a, b in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
+                if 0 <= a < len(seen) and 0 <= b < len(seen[0])
+            ]
+        count += area >= least * seen.size
+    return count

@@ -28,7 +28,7 @@ from training.scenes import Scene, crops, render, vocabulary
 SEED = 0
 SCENES = 12_000
 VAE_STEPS, VAE_FINE_STEPS = 3_400, 2_000
-UNET_STEPS, UNET_BATCH = 6_400, 48
+UNET_STEPS, UNET_BATCH = 4_600, 48
 CONTEXT = 77  # tokens, as CLIP's
 WIDTH = 64  # of the text encoder
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -95,7 +95,9 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(vae: AutoencoderKL, build: Path, steps: int, batch_size: int, side: int, shares: list[float], peak: float) -> None:
+def train_vae(
+    vae: AutoencoderKL, build: Path, steps: int, batch_size: int, side: int, shares: list[float], peak: float
+) -> None:
     """Train on crops of side x side pixels; shares: how often from the whole scene, 2x, 4x and 4x."""
     rng = np.random.default_rng([SEED, side])
     views = np.load(build / "scenes.npy", mmap_mode="r")
@@ -296,6 +298,7 @@ def export(build: Path, out: Path) -> None:
         requires_safety_checker=False,
     )
     pipe.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)
+    (out / "vocabulary.txt").write_text("\n".join(vocabulary()) + "\n")
 
 
 STAGES = {

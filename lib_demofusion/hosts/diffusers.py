@@ -61,11 +61,12 @@ SAMPLERS = {
 
 
 class Incomplete(Exception):
-    """Stopped before the last phase; `result` holds what was finished, `__cause__` says why."""
+    """Stopped before the last phase: `result` holds what was finished, `cancelled` says whether the user asked for it."""
 
-    def __init__(self, message: str, result: Result):
+    def __init__(self, message: str, result: Result, cancelled: bool = False):
         super().__init__(message)
         self.result = result
+        self.cancelled = cancelled
 
 
 @dataclass
@@ -118,7 +119,7 @@ def _is_sdxl(path: Path) -> bool:
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:
-        return any(key.startswith("conditioner.embedders.") for key in file)
+        return any(key.startswith("conditioner.embedders.") for key in file.keys())  # noqa: SIM118, it is no dict
 
 
 def default_device() -> str:
@@ -173,9 +174,9 @@ def generate(
             for phase, latents in upscale(plan, base, run.noise, run.denoise):
                 run.finish(phase, latents)
     except (Cancelled, KeyboardInterrupt) as error:
-        raise Incomplete("stopped", run.result) from error
+        raise Incomplete("stopped", run.result, cancelled=True) from error
     except (RuntimeError, FloatingPointError) as error:
-        raise Incomplete(str(error).splitlines()[0], run.result) from error
+        raise Incomplete(f"failed: {str(error).splitlines()[0]}", run.result) from error
     return run.result
 
 

@@ -1,0 +1,250 @@
+"""The command: what it writes, what it refuses, and what is left when it is stopped."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_pipeline
+
+from lib_demofusion.__main__ import main, suffixed
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import Fusion
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny-sd15"
+    tiny_pipeline("sd15").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(model, tmp_path, capsys):
+    """Runs the command in this process with a tiny model; (exit code, stdout, stderr, output path)."""
+
+    def run(*args, output="out.png"):
+        path = tmp_path / output
+        code = main([*args, "--model", model, "--steps", "3", "--device", "cpu", "-o", str(path)])
+        out, err = capsys.readouterr()
+        return code, out, err, path
+
+    return run
+
+
+def refused(code, err, says, path):
+    """Exit code 2, one line that says so, and no file."""
+    assert code == 2
+    assert re.search(says, err)
+    assert err.count("\n") == 1
+    assert err.startswith("demofusion: ")
+    assert "Traceback" not in err
+    assert not path.parent.exists() or not any(p.name.startswith((path.stem, ".")) for p in path.parent.glob("*.p*"))
+
+
+def test_a_prompt_becomes_an_image_with_its_settings_in_it(run):
+    code, out, err, path = run("one red ring", "--scale", "2", "--seed", "7", "--negative-prompt", "star", "--stride", "3")
+    assert code == 0
+    assert "phase 2 of 2" in err
+    with Image.open(path) as image:
+        assert image.size == (128, 128)
+        assert image.info["parameters"] == (
+            "one red ring\nNegative prompt: star\nSteps: 3, Sampler: Euler, CFG scale: 7.5, Seed: 7, Size: 64x64, "
+            "Model: tiny-sd15, DemoFusion scale: 2, DemoFusion stride: 3, Version: demofusion 0.1.0"
+        )
+        values = dict(pair.split(": ") for pair in image.info["parameters"].splitlines()[-1].split(", "))
+    assert DemoFusionConfig.from_infotext(values) == DemoFusionConfig(scale=2.0, stride=3)
+    assert [p.name for p in path.parent.iterdir()] == ["out.png"]
+
+
+def test_the_same_seed_is_the_same_picture_alone_and_as_one_of_several(run):
+    run("one red ring", "--scale", "2", "--seed", "4", output="a.png")
+    *_, path = run("one red ring", "--scale", "2", "--seed", "3", "--batch-count", "2", output="b.png")
+    alone, second = (Image.open(path.with_name(name)) for name in ("a.png", "b-2.png"))
+    assert alone.tobytes() == second.tobytes()
+    assert alone.tobytes() != Image.open(path.with_name("b-1.png")).tobytes()
+    assert not path.exists()
+
+
+def test_phases_and_the_comparison_are_written_beside_the_result(run):
+    *_, path = run("one red ring", "--scale", "2.5", "--save-phases", "--compare")
+    sizes = {p.name: Image.open(p).size for p in path.parent.iterdir()}
+    assert sizes == {
+        "out.png": (160, 160),
+        "out-phase1.png": (64, 64),
+        "out-phase2.png": (128, 128),
+        "out-compare.png": (2 * 160 + 2, 2 * 160 + 2),
+    }
+    assert "DemoFusion scale: 2," in Image.open(path.with_name("out-phase2.png")).info["parameters"]
+    assert "DemoFusion" not in Image.open(path.with_name("out-phase1.png")).info["parameters"]
+
+
+def test_plan_prints_the_plan_and_stops(run):
+    code, out, _, path = run("one red ring", "--plan", "--scale", "2", "--width", "96", "--cfg-scale", "1")
+    assert code == 0
+    assert [line.split() for line in out.splitlines()[1:]] == [
+        ["1", "96x64", "3", "1", "3"],
+        ["2", "192x128", "3", "9", "+", "4", "39"],
+        ["all", "42"],
+    ]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_image_is_the_start(run, tmp_path, mode):
+    Image.radial_gradient("L").convert(mode).resize((80, 64)).save(tmp_path / "in.jpg")
+    code, _, err, path = run("--image", str(tmp_path / "in.jpg"), "--scale", "2")
+    assert code == 0, err
+    assert Image.open(path).size == (160, 128)
+
+
+def test_ctrl_c_saves_the_last_finished_phase_and_says_so(run, monkeypatch):
+    predict, seen = Fusion.predict, []
+
+    def press(fusion, *args):
+        seen.append(fusion.phase)
+        if seen.count(3) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return predict(fusion, *args)
+
+    monkeypatch.setattr(Fusion, "predict", press)
+    handler = signal.getsignal(signal.SIGINT)
+    code, _, err, path = run("one red ring", "--scale", "3")
+    assert code == 130
+    assert err.splitlines()[-1] == f"demofusion: stopped; the last finished phase, 2 of 3, is in {path}"
+    assert seen == [2, 2, 2, 3, 3]
+    with Image.open(path) as image:
+        assert image.size == (128, 128)
+        assert "DemoFusion scale: 2," in image.info["parameters"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_running_out_of_memory_saves_the_last_finished_phase_and_says_so(run, monkeypatch):
+    def fail(fusion, *args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(Fusion, "predict", fail)
+    code, _, err, path = run("one red ring", "--scale", "2")
+    assert code == 1
+    assert err.splitlines()[-1] == f"demofusion: failed: CUDA out of memory.; the last finished phase, 1 of 2, is in {path}"
+    assert Image.open(path).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["ring", "--width", "100"], "width must be divisible by 8, got 100; 96 is near"),
+        (["ring", "--height", "4"], "height must be at least 8, got 4"),
+        (["ring", "--scale", "0"], "scale must be above 1 and at most 8, got 0"),
+        (["ring", "--scale", "four"], "argument --scale: invalid float value: 'four'"),
+        (["ring", "--stride", "60"], "stride must be at most 8"),
+        (["red " * 100], "the prompt is too long: 100 tokens, 75 at most"),
+        (["ring", "--negative-prompt", "red " * 100], "the negative prompt is too long"),
+        (["ring", "--sampler", "Euler b"], "no sampler called 'Euler b'"),
+        (["ring", "--cfg-scale", "0"], "CFG scale must be at least 1"),
+        (["ring", "--batch-count", "0"], "batch count must be at least 1, got 0"),
+        (["ring", "--seed", "-1"], "seed must be at least 0, got -1"),
+        (["ring", "--image", "/nowhere/in.png"], "no such image: /nowhere/in.png"),
+        (["ring", "--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["ring", "--device", "warp"], "device warp is not available here"),
+        ([], "say what the image shows, or give --image"),
+    ],
+)
+def test_wrong_input_gets_one_line_and_exit_code_2(run, args, says):
+    code, _, err, path = run(*args)
+    refused(code, err, says, path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_here_is_refused(model, tmp_path, capsys):
+    path = tmp_path / "out.png"
+    code = main(["ring", "--device", "cuda", "--model", model, "-o", str(path)])
+    refused(code, capsys.readouterr().err, "device cuda is not available here; cpu is", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "says"),
+    [
+        ("cmyk.jpg", lambda path: Image.new("CMYK", (64, 64)).save(path), "is CMYK; save it as plain RGB first"),
+        ("alpha.png", lambda path: Image.new("RGBA", (64, 64)).save(path), "has transparency; save it as plain RGB first"),
+        ("text.png", lambda path: path.write_text("no image"), "cannot be read as an image"),
+        ("cut.png", lambda path: path.write_bytes(png()[:200]), "cannot be read as an image"),
+        ("odd.png", lambda path: Image.new("RGB", (65, 64)).save(path), "width must be divisible by 8, got 65; 64 is near"),
+        ("folder.png", lambda path: path.mkdir(), "no such image"),
+    ],
+)
+def test_an_image_that_cannot_be_used_is_refused(run, tmp_path, name, save, says):
+    save(tmp_path / name)
+    code, _, err, path = run("ring", "--image", str(tmp_path / name))
+    refused(code, err, says, path)
+
+
+def png():
+    from io import BytesIO
+
+    buffer = BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [("missing/out.png", "output folder .*missing does not exist"), ("out.jpg", "the output must be a .png file")],
+)
+def test_an_output_that_cannot_be_written_is_refused_first(run, output, says):
+    code, _, err, path = run("ring", output=output)
+    refused(code, err, says, path)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path, capsys):
+    for name, says in (("x.safetensors", "no such checkpoint"), ("./x/y", "no such checkpoint")):
+        code = main(["ring", "--model", str(tmp_path / name), "-o", str(tmp_path / "out.png")])
+        refused(code, capsys.readouterr().err, says, tmp_path / "out.png")
+
+
+def test_words_that_the_embedded_checkpoint_does_not_know_are_named(tmp_path, capsys):
+    code = main(["a cat on grass", "-o", str(tmp_path / "out.png")])
+    refused(code, capsys.readouterr().err, "does not know a, cat; it knows: .*striped", tmp_path / "out.png")
+
+
+def test_no_half_written_file_is_left(run, monkeypatch):
+    def fail(self, *args, **kwargs):
+        args[0].write_bytes(b"half") if hasattr(args[0], "write_bytes") else None
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    code, _, err, path = run("one red ring", "--scale", "2")
+    assert code == 1
+    assert "No space left on device" in err.splitlines()[-1]
+    assert not list(path.parent.iterdir())
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    """In a process of its own: nothing but one line on stderr, and the exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lib_demofusion", "ring", "--scale", "9"],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "demofusion: scale must be above 1 and at most 8, got 9\n"
+
+
+def test_the_picture_is_the_same_however_the_views_are_batched(run):
+    """To a grey level: sums in another order round differently."""
+    from PIL import ImageChops
+
+    run("one red ring", "--scale", "2", "--view-batch-size", "1", output="a.png")
+    *_, path = run("one red ring", "--scale", "2", "--view-batch-size", "0", output="b.png")
+    a, b = (Image.open(path.with_name(name)) for name in ("a.png", "b.png"))
+    assert max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
+
+
+def test_names_of_more_files_keep_the_folder_and_the_ending(tmp_path):
+    assert suffixed(tmp_path / "a.b.png", "phase2") == tmp_path / "a.b-phase2.png"

@@ -1,0 +1,47 @@
+"""The scenes that the embedded checkpoint is trained on, and the counter that its pictures are judged by."""
+
+import numpy as np
+import pytest
+
+from training.scenes import CROP, TEXTURES, Scene, count_objects, crops, render, shrink, vocabulary
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_counter_finds_what_was_drawn_at_every_size(seed):
+    rng = np.random.default_rng(seed)
+    scene = Scene.draw(rng)
+    image = render(scene, rng)
+    assert count_objects(image.astype(np.uint8), scene) == scene.count
+    assert count_objects(shrink(image, 4).astype(np.uint8), scene) == scene.count
+
+
+def test_the_counter_counts_what_is_there_and_not_what_was_asked_for():
+    asked, drawn = Scene(1, "red", "plain", "star", "sand"), Scene(3, "red", "plain", "disc", "sand")
+    assert count_objects(render(drawn, np.random.default_rng(0)).astype(np.uint8), asked) == 3
+
+
+def test_a_scene_is_the_same_for_the_same_seed_and_its_caption_says_what_it_is():
+    scene = Scene(2, "blue", "dotted", "star", "sand")
+    assert scene.caption == "two blue dotted stars on sand"
+    assert set(scene.caption.split()) <= set(vocabulary())
+    assert np.array_equal(*(render(scene, np.random.default_rng(3)) for _ in range(2)))
+
+
+@pytest.mark.parametrize("texture", TEXTURES[1:])
+def test_textures_are_there_at_4x_and_all_but_gone_at_1x(texture):
+    """Contrast between neighbouring pixels inside one large square, at both sizes."""
+    square = render(Scene(1, "red", texture, "square", "snow"), np.random.default_rng(5))
+    mask = (square[..., 0] > square[..., 2] + 40).astype(np.float32)
+    ys, xs = np.where(mask > 0)
+    inside = square[ys.min() + 40 : ys.max() - 40, xs.min() + 40 : xs.max() - 40, 0]
+    side = min(inside.shape) // 8 * 8
+    inside = inside[:side, :side, None].repeat(3, 2)
+    assert shrink(inside, 8).std() < 0.35 * inside.std()
+
+
+def test_crops_are_the_whole_and_close_ups():
+    scene, rng = Scene(1, "red", "plain", "disc", "sky"), np.random.default_rng(0)
+    image = render(scene, rng)
+    views = crops(image, rng)
+    assert views.shape == (4, CROP, CROP, 3)
+    assert np.array_equal(views[0], shrink(image, 4).round().astype(np.uint8))
