@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def build_parser() -> Parser:
     add("--negative-prompt", default="", help="what the image does not show")
     add("--model", help="diffusers folder, .safetensors file or hub name (default: the small embedded checkpoint)")
     add("--image", type=Path, help="start from this image instead of a base made from the prompt")
+    add("--size", type=parse_size, help="of the result, as WIDTHxHEIGHT in pixels, instead of --scale")
     add("--width", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
     add("--height", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
     add("--steps", type=int, default=50, help="sampling steps of the base and of each phase (default: %(default)s)")
@@ -56,6 +58,14 @@ def build_parser() -> Parser:
     return parser
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT -> (height, width)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be like 1024x768, got {text}")
+    return int(match[2]), int(match[1])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C. What was finished is written."""
     try:
@@ -63,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     except (Refused, ValueError) as error:
         print(f"demofusion: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"demofusion: {error}", file=sys.stderr)
+    except (OSError, RuntimeError, FloatingPointError) as error:
+        print(f"demofusion: failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("demofusion: stopped; nothing was finished yet", file=sys.stderr)
@@ -75,11 +85,17 @@ def run(args: argparse.Namespace) -> int:
     config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in fields(DemoFusionConfig)})
     check_arguments(args)
     image = open_image(args.image) if args.image else None
-    host, pipe = load(args)
+    host = import_host()
     if args.model is None:
         check_vocabulary(host.EMBEDDED_CHECKPOINT / "vocabulary.txt", args.prompt, args.negative_prompt)
+    pipe = load(host, args)
+    host.check_prompt(pipe, args.prompt, "prompt")
+    host.check_prompt(pipe, args.negative_prompt, "negative prompt")
     shape = dict(height=args.height, width=args.width, steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler)
     plan = host.plan_for(pipe, config, image=image, **shape)
+    if args.size:
+        config = replace(config, scale=scale_for(args.size, plan.window, pipe.vae_scale_factor))
+        plan = host.plan_for(pipe, config, image=image, **shape)
     if args.plan:
         print(plan.table(pipe.vae_scale_factor))
         return 0
@@ -133,7 +149,21 @@ def write(args: argparse.Namespace, config: DemoFusionConfig, result, path: Path
         save(comparison(images[0], images[last]), suffixed(path, "compare"))
 
 
+def scale_for(size: tuple[int, int], window: tuple[int, int], factor: int) -> float:
+    """The scale that makes `size` (height, width) in pixels of a base of `window` latent pixels."""
+    scale = size[0] / (window[0] * factor)
+    height, width = (round(side * scale) * factor for side in window)
+    if (height, width) != size:
+        base = f"{window[1] * factor}x{window[0] * factor}"
+        raise Refused(
+            f"a base of {base} cannot become {size[1]}x{size[0]}, but {width}x{height}; or change --width and --height"
+        )
+    return scale
+
+
 def check_arguments(args: argparse.Namespace) -> None:
+    if args.size and args.scale != DemoFusionConfig().scale:
+        raise Refused("give --size or --scale, not both")
     if not args.prompt and not args.image:
         raise Refused("say what the image shows, or give --image")
     if args.output.suffix.lower() != ".png":
@@ -168,12 +198,11 @@ def open_image(path: Path):
     return image.convert("RGB")
 
 
-def load(args: argparse.Namespace):
-    """The diffusers host and the pipeline. Raises Refused if the packages are missing."""
+def import_host():
+    """The diffusers host, with its packages kept quiet. Raises Refused if one of them is missing."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         import diffusers
-        import torch
         import transformers
 
         from lib_demofusion.hosts import diffusers as host
@@ -182,9 +211,16 @@ def load(args: argparse.Namespace):
     for package in (diffusers, transformers):
         package.utils.logging.set_verbosity_error()
         package.utils.logging.disable_progress_bar()
+    return host
+
+
+def load(host, args: argparse.Namespace):
+    """The pipeline, on the device and in the dtype asked for."""
+    import torch
+
     device = args.device or host.default_device()
     dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
-    return host, host.load_pipeline(args.model or host.EMBEDDED_CHECKPOINT, device, getattr(torch, dtype))
+    return host.load_pipeline(args.model or host.EMBEDDED_CHECKPOINT, device, getattr(torch, dtype))
 
 
 def check_vocabulary(vocabulary: Path, *prompts: str) -> None:

@@ -29,7 +29,7 @@ def run(model, tmp_path, capsys):
 
     def run(*args, output="out.png"):
         path = tmp_path / output
-        code = main([*args, "--model", model, "--steps", "3", "--device", "cpu", "-o", str(path)])
+        code = main(["--model", model, "--steps", "3", "--device", "cpu", "-o", str(path), *args])
         out, err = capsys.readouterr()
         return code, out, err, path
 
@@ -94,6 +94,12 @@ def test_plan_prints_the_plan_and_stops(run):
     assert not path.exists()
 
 
+def test_a_size_can_be_asked_for_instead_of_a_scale(run):
+    code, out, _, _ = run("one red ring", "--plan", "--width", "96", "--size", "240x160")
+    assert code == 0
+    assert "240x160" in out
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_an_image_is_the_start(run, tmp_path, mode):
     Image.radial_gradient("L").convert(mode).resize((80, 64)).save(tmp_path / "in.jpg")
@@ -141,6 +147,10 @@ def test_running_out_of_memory_saves_the_last_finished_phase_and_says_so(run, mo
         (["ring", "--height", "4"], "height must be at least 8, got 4"),
         (["ring", "--scale", "0"], "scale must be above 1 and at most 8, got 0"),
         (["ring", "--scale", "four"], "argument --scale: invalid float value: 'four'"),
+        (["ring", "--size", "200x160"], "a base of 64x64 cannot become 200x160, but 160x160"),
+        (["ring", "--size", "200"], "argument --size: must be like 1024x768, got 200"),
+        (["ring", "--size", "128x128", "--scale", "3"], "give --size or --scale, not both"),
+        (["ring", "--size", "64x64"], "scale must be above 1"),
         (["ring", "--stride", "60"], "stride must be at most 8"),
         (["red " * 100], "the prompt is too long: 100 tokens, 75 at most"),
         (["ring", "--negative-prompt", "red " * 100], "the negative prompt is too long"),
