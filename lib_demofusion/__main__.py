@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"demofusion: failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("demofusion: stopped; nothing was finished yet", file=sys.stderr)
+        print("demofusion: stopped; nothing was written", file=sys.stderr)
         return 130
 
 

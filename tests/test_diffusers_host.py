@@ -10,7 +10,7 @@ from tiny import KINDS, tiny_pipeline
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
-from lib_demofusion.hosts.diffusers import SAMPLERS, Incomplete, generate, load_pipeline, plan_for
+from lib_demofusion.hosts.diffusers import SAMPLERS, Incomplete, decode_latents, generate, load_pipeline, plan_for
 
 TWICE = DemoFusionConfig(scale=2.0)
 
@@ -265,6 +265,33 @@ def test_models_load_from_a_folder_and_what_is_none_is_refused(sd15, tmp_path):
         load_pipeline(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="has no model_index.json"):
         load_pipeline(tmp_path)
+
+
+def test_a_checkpoint_that_is_broken_is_refused_in_one_line(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model_index.json").write_text("{")
+    for name in ("broken.safetensors", "folder"):
+        with pytest.raises(ValueError, match=r"cannot be loaded: [^\n]+$"):
+            load_pipeline(tmp_path / name)
+
+
+def test_infinite_first_noise_is_refused_where_the_sampler_divides_by_it():
+    pipe = tiny_pipeline("sd2")
+    pipe.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="infinite noise.*use Euler"):
+        generate(pipe, "", config=TWICE, steps=2, sampler="DDIM")
+    assert generate(pipe, "", config=TWICE, steps=2, sampler="Euler").images()[0].size == (128, 128)
+
+
+def test_sdxls_autoencoder_runs_in_single_precision_and_goes_back(pipes):
+    pipe = tiny_pipeline("sdxl")
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.half()
+    seen = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    decode_latents(pipe, torch.randn(1, 4, 8, 8))
+    assert (seen, pipe.vae.dtype) == ([torch.float32], torch.float16)
 
 
 def test_the_plan_needs_no_run(sd15):

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -95,20 +96,20 @@ def load_pipeline(model: str | Path = EMBEDDED_CHECKPOINT, device: str = "cpu", 
 
     _check_device(device)
     path = Path(model)
-    if path.suffix in (".safetensors", ".ckpt"):
-        if not path.is_file():
-            raise ValueError(f"no such checkpoint: {model}")
-        kind = StableDiffusionXLPipeline if _is_sdxl(path) else StableDiffusionPipeline
-        pipe = kind.from_single_file(str(path), torch_dtype=dtype)
-    else:
-        if not path.exists() and (path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2):
-            raise ValueError(f"no such checkpoint: {model}")
-        if path.exists() and not (path / "model_index.json").is_file():
-            raise ValueError(f"{model} is not a diffusers folder: it has no model_index.json")
-        try:
+    single = path.suffix in (".safetensors", ".ckpt")
+    far = not path.is_absolute() and not str(model).startswith(".") and len(path.parts) == 2  # may be a hub name
+    if single and not path.is_file() or not path.exists() and not far:
+        raise ValueError(f"no such checkpoint: {model}")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise ValueError(f"{model} is not a diffusers folder: it has no model_index.json")
+    try:
+        if single:
+            kind = StableDiffusionXLPipeline if _is_sdxl(path) else StableDiffusionPipeline
+            pipe = kind.from_single_file(str(path), torch_dtype=dtype)
+        else:
             pipe = DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype)
-        except OSError as error:
-            raise ValueError(f"{model} is neither here nor on the hub: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a broken file surfaces as nearly any type
+        raise ValueError(f"{model} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -239,20 +240,24 @@ def check_prompt(pipe: Any, prompt: str, name: str) -> None:
 def decode_latents(pipe: Any, latents: Tensor) -> list:
     """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder, in tiles where they are large."""
     vae = pipe.vae
-    dtype = vae.dtype
-    fragile = dtype == torch.float16 and vae.config.get("force_upcast", False)  # SDXL's overflows in half precision
-    if fragile:
-        vae.to(torch.float32)
-    try:
-        with torch.inference_mode():
-            z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-            pixels = tiles.decode(lambda tile: vae.decode(tile).sample, z, factor=pipe.vae_scale_factor)
-    finally:
-        if fragile:
-            vae.to(dtype)
+    with torch.inference_mode(), _enough_precision(vae):
+        z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        pixels = tiles.decode(lambda tile: vae.decode(tile).sample, z, factor=pipe.vae_scale_factor)
     if not torch.isfinite(pixels).all():
         raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
     return pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+
+
+@contextmanager
+def _enough_precision(vae: Any) -> Iterator[None]:
+    """SDXL's autoencoder overflows in half precision and says so in its config: run it in single precision."""
+    dtype = vae.dtype
+    if dtype == torch.float16 and vae.config.get("force_upcast", False):
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype)
 
 
 class _Run:
@@ -281,6 +286,8 @@ class _Run:
         # The fused prediction is noise whatever the model predicts, since the dilated views see another x.
         schedule = kind.from_config(self.pipe.scheduler.config, prediction_type="epsilon", **settings)
         schedule.set_timesteps(steps, device=self.device)
+        if self._sigma(schedule, 0) > 1e4:  # zero terminal SNR; schedulers that can take it stop at 4096
+            raise ValueError("this checkpoint starts at infinite noise, which this sampler divides by; use Euler")
         return schedule
 
     def finish(self, phase: Phase, latents: Tensor) -> None:
@@ -298,20 +305,20 @@ class _Run:
             do_classifier_free_guidance=guided,
             negative_prompt=negative_prompt if guided else None,
         )
-        self.is_sdxl = len(encoded) == 4
-        embeds, negative = encoded[:2]
-        self.embeds = torch.cat([negative, embeds]) if guided else embeds
-        if self.is_sdxl:
-            pooled, negative_pooled = encoded[2:]
-            self.pooled = torch.cat([negative_pooled, pooled]) if guided else pooled
+        # (embeds, negative embeds), and for SDXL (..., pooled, negative pooled)
+        pairs = [torch.cat([negative, own]) if guided else own for own, negative in zip(encoded[::2], encoded[1::2])]
+        self.embeds, self.pooled = (*pairs, None)[:2]
 
     def encode_image(self, image: Any) -> Tensor:
         """A PIL image, resized to the plan's base, as latents, one copy for each seed."""
+        from PIL import Image
+
         h, w = self.plan.window
-        image = image.resize((w * self.factor, h * self.factor), resample=3)
-        pixels = self.pipe.image_processor.preprocess(image).to(self.device, self.pipe.vae.dtype)
+        image = image.resize((w * self.factor, h * self.factor), resample=Image.Resampling.LANCZOS)
         vae = self.pipe.vae
-        latents = tiles.encode(lambda tile: vae.encode(tile).latent_dist.mode(), pixels, factor=self.factor)
+        with _enough_precision(vae):
+            pixels = self.pipe.image_processor.preprocess(image).to(self.device, vae.dtype)
+            latents = tiles.encode(lambda tile: vae.encode(tile).latent_dist.mode(), pixels, factor=self.factor)
         return (latents * vae.config.scaling_factor).float().repeat(len(self.generators), 1, 1, 1)
 
     def noise(self, phase: Phase) -> Tensor:
@@ -364,7 +371,7 @@ class _Run:
         if hasattr(schedule, "sigmas"):
             return float(schedule.sigmas[index])
         kept = float(schedule.alphas_cumprod[int(schedule.timesteps[index])])
-        return math.sqrt((1 - kept) / kept)
+        return math.sqrt((1 - kept) / kept) if kept else math.inf
 
     def _sample(self, template: Any, x: Tensor, predict: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
         schedule = copy.deepcopy(template)  # multistep ones keep a history; it ends with the phase
@@ -382,7 +389,7 @@ class _Run:
         x = crops * scale
         rows = len(crops)
         extra = {}
-        if self.is_sdxl:
+        if self.pooled is not None:
             ids = self._size_ids(phase, views).repeat_interleave(rows // len(views), 0).repeat(branches, 1)
             pooled = self.pooled.repeat_interleave(rows, 0)
             extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.to(self.device, pooled.dtype)}
