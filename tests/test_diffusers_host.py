@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import KINDS, tiny_pipeline
@@ -278,7 +279,9 @@ def test_a_checkpoint_that_is_broken_is_refused_in_one_line(tmp_path):
 
 def test_infinite_first_noise_is_refused_where_the_sampler_divides_by_it():
     pipe = tiny_pipeline("sd2")
-    pipe.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipe.scheduler = EulerDiscreteScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
     with pytest.raises(ValueError, match="infinite noise.*use Euler"):
         generate(pipe, "", config=TWICE, steps=2, sampler="DDIM")
     assert generate(pipe, "", config=TWICE, steps=2, sampler="Euler").images()[0].size == (128, 128)
