@@ -39,7 +39,11 @@ def build_parser() -> Parser:
     add("--height", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
     add("--steps", type=int, default=50, help="sampling steps of the base and of each phase (default: %(default)s)")
     add("--cfg-scale", type=float, default=7.5, help="guidance; 1 is none, at half the time (default: %(default)s)")
-    add("--sampler", default="Euler", help="Euler, Euler a, DDIM, DPM++ 2M, Heun, LCM or UniPC (default: %(default)s)")
+    add(
+        "--sampler",
+        default="Euler",
+        help="Euler, Euler a, DDIM, DPM++ 2M, Heun, LCM, UniPC, or its diffusers class (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of the first image; the next ones count up (default: %(default)s)")
     add("--batch-count", type=int, default=1, help="how many images (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first of these that is here)")
@@ -86,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     image = open_image(args.image) if args.image else None
     host = import_host()
+    args.sampler = host.sampler_named(args.sampler)
     if args.model is None:
         check_vocabulary(host.EMBEDDED_CHECKPOINT / "vocabulary.txt", args.prompt, args.negative_prompt)
     pipe = load(host, args)

@@ -11,7 +11,15 @@ from tiny import KINDS, tiny_pipeline
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
-from lib_demofusion.hosts.diffusers import SAMPLERS, Incomplete, decode_latents, generate, load_pipeline, plan_for
+from lib_demofusion.hosts.diffusers import (
+    SAMPLERS,
+    Incomplete,
+    decode_latents,
+    generate,
+    load_pipeline,
+    plan_for,
+    sampler_named,
+)
 
 TWICE = DemoFusionConfig(scale=2.0)
 
@@ -295,6 +303,16 @@ def test_sdxls_autoencoder_runs_in_single_precision_and_goes_back(pipes):
     pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     decode_latents(pipe, torch.randn(1, 4, 8, 8))
     assert (seen, pipe.vae.dtype) == ([torch.float32], torch.float16)
+
+
+def test_samplers_go_by_the_webuis_name_and_by_the_diffusers_class(sd15):
+    for label, sampler in SAMPLERS.items():
+        assert sampler_named(label) == sampler_named(sampler.scheduler) == label
+    a, b = (
+        generate(sd15, "", config=TWICE, steps=2, sampler=s).phases[-1][1]
+        for s in ("Euler a", "EulerAncestralDiscreteScheduler")
+    )
+    assert torch.equal(a, b)
 
 
 def test_the_plan_needs_no_run(sd15):

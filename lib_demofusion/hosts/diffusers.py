@@ -61,6 +61,14 @@ SAMPLERS = {
 }
 
 
+def sampler_named(name: str) -> str:
+    """The key in SAMPLERS of a sampler by the WebUI's name or the diffusers class. Raises ValueError if there is none."""
+    for label, sampler in SAMPLERS.items():
+        if name in (label, sampler.scheduler):
+            return label
+    raise ValueError(f"no sampler called {name!r}; there are: {', '.join(SAMPLERS)}")
+
+
 class Incomplete(Exception):
     """Stopped before the last phase: `result` holds what was finished, `cancelled` says whether the user asked for it."""
 
@@ -166,7 +174,7 @@ def generate(
     check_prompt(pipe, negative_prompt, "negative prompt")
     seeds = [seed] if isinstance(seed, int) else list(seed)
     plan = plan_for(pipe, config, height=height, width=width, steps=steps, cfg_scale=cfg_scale, sampler=sampler, image=image)
-    run = _Run(pipe, plan, config, SAMPLERS[sampler], steps, cfg_scale, seeds, progress, cancelled)
+    run = _Run(pipe, plan, config, SAMPLERS[sampler_named(sampler)], steps, cfg_scale, seeds, progress, cancelled)
     try:
         with torch.inference_mode():
             run.encode_prompts(prompt, negative_prompt)
@@ -193,8 +201,7 @@ def plan_for(
     image: Any = None,
 ) -> Plan:
     """The plan that `generate` follows with the same settings. Raises ValueError, one line, if one cannot work."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"no sampler called {sampler!r}; there are: {', '.join(SAMPLERS)}")
+    sampler = sampler_named(sampler)
     if not math.isfinite(cfg_scale) or cfg_scale < 1:
         raise ValueError(f"CFG scale must be at least 1, got {cfg_scale:g}")
     factor = pipe.vae_scale_factor
