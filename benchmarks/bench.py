@@ -6,6 +6,7 @@ The UNet is random and large enough that its time is an honest yardstick; random
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipe
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, default_device, generate
+from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, Incomplete, default_device, generate
 
 BASE = 32  # latent pixels per side
 BATCHES = (1, 4, 16, 0)
@@ -89,28 +90,25 @@ def time_shares(device: str, steps: int) -> None:
 
 
 def peak(device: str, scale: float, batch: int) -> None:
-    """Prints the MiB at the peak of one run in this process; scale 1 samples the base alone."""
+    """Prints the MiB that one run in this process takes beyond the loaded pipeline; scale 1 samples the base alone."""
     pipe = pipeline(device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    config = DemoFusionConfig(scale=max(scale, 2.0), phase_steps=1, view_batch_size=batch)
-    phases = []
-    try:
+    before = peak_so_far(device)
+    config = DemoFusionConfig(scale=max(scale, 2.0), view_batch_size=batch)
+    done = []
+    with contextlib.suppress(Incomplete) if scale == 1 else contextlib.nullcontext():
         generate(
-            pipe,
-            "",
-            config=config,
-            steps=1,
-            progress=lambda phase, views: phases.append(phase),
-            cancelled=lambda: scale == 1 and bool(phases),
+            pipe, "", config=config, steps=1, progress=lambda *call: done.append(call), cancelled=lambda: scale == 1 and done
         )
-    except Exception as error:  # scale 1 stops after the base
-        if scale != 1:
-            raise error
-    used = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{used or after:.0f} {0 if used else before:.0f}")
+    print(peak_so_far(device) - before)
+
+
+def peak_so_far(device: str) -> float:
+    """MiB: of the GPU's memory, or of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def memory(device: str) -> None:
@@ -118,12 +116,12 @@ def memory(device: str) -> None:
 
     def measure(scale: float, batch: int) -> float:
         command = [sys.executable, "-m", "benchmarks.bench", "--device", device, "--peak", f"{scale}", f"{batch}"]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0])
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    print("view batch size  peak at 1x  peak at 4x  4x over 1x")
+    print("peak beyond the loaded model\nview batch size        1x        4x  4x over 1x")
     for batch in BATCHES:
         at_1x, at_4x = measure(1, batch), measure(4, batch)
-        print(f"{batch or 'all':>15}  {at_1x:6.0f} MiB  {at_4x:6.0f} MiB  {at_4x / at_1x:10.2f}", flush=True)
+        print(f"{batch or 'all':>15}  {at_1x:4.0f} MiB  {at_4x:4.0f} MiB  {at_4x / at_1x:10.2f}", flush=True)
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/contact-sheet.jpg"))
     parser.add_argument("--seed", type=int, default=1, help="of every prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=30, help="of each phase (default: %(default)s)")
     args = parser.parse_args()
 
     pipe = load_pipeline()

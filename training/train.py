@@ -28,7 +28,7 @@ from training.scenes import Scene, crops, render, vocabulary
 SEED = 0
 SCENES = 12_000
 VAE_STEPS, VAE_FINE_STEPS = 3_400, 2_000
-UNET_STEPS, UNET_BATCH = 4_600, 48
+UNET_STEPS, UNET_BATCH = 5_200, 48
 CONTEXT = 77  # tokens, as CLIP's
 WIDTH = 64  # of the text encoder
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -205,7 +205,7 @@ def draw_views(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
     Close-ups are learnt where noise is low enough for the picture to say that it is one; where only the caption
     speaks, the model knows whole scenes alone, so that a picture at 1x is never a close-up.
     """
-    closeup = 0.65 * np.clip((900 - t) / 450, 0, 1)
+    closeup = 0.6 * np.clip((800 - t) / 400, 0, 1)
     return np.where(rng.random(len(t)) < closeup, rng.integers(1, 4, len(t)), 0)
 
 
