@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -206,6 +207,7 @@ def open_image(path: Path):
 def import_host():
     """The diffusers host, with its packages kept quiet. Raises Refused if one of them is missing."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore", FutureWarning)  # theirs, about their own next versions
     try:
         import diffusers
         import transformers

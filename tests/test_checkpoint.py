@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
 from safetensors import safe_open
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, generate, load_pipeline
-from training.scenes import Scene, count_objects, vocabulary
+from training.scenes import Scene, count_objects, object_mask, render, shrink, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,39 @@ def test_every_word_of_its_captions_is_one_token(pipe):
 
 def test_its_latents_have_unit_spread(pipe):
     rng = np.random.default_rng(0)
-    from training.scenes import render, shrink
-
     scenes = np.stack([shrink(render(Scene.draw(rng), rng), 4) for _ in range(16)])
     pixels = torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.inference_mode():
         latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
     assert 0.7 < float(latents.std()) < 1.4
+
+
+def test_at_1x_it_draws_as_many_as_the_prompt_says(pipe):
+    """More often than not, on scenes that were not chosen; python -m training.evaluate counts more of them."""
+    rng = np.random.default_rng(5)
+    scenes = [Scene.draw(rng) for _ in range(16)]
+    generators = [torch.Generator().manual_seed(i) for i in range(len(scenes))]
+    prompts = [scene.caption for scene in scenes]
+    images = pipe(prompts, num_inference_steps=20, generator=generators, output_type="np").images
+    right = sum(count_objects((image * 255).astype(np.uint8), scene) == scene.count for image, scene in zip(images, scenes))
+    assert right >= 9
+
+
+def detail(image):
+    """Mean difference between neighbouring pixels after all that is coarser than 2 pixels is taken away."""
+    grey = image.convert("L")
+    return float(np.abs(np.asarray(grey, np.float32) - np.asarray(grey.filter(ImageFilter.GaussianBlur(2)), np.float32)).mean())
+
+
+def test_demofusion_keeps_the_layout_and_adds_detail_where_direct_sampling_repeats_objects(pipe):
+    scene, seed, steps = Scene(1, "red", "striped", "disc", "snow"), 2, 12
+    result = generate(pipe, scene.caption, config=DemoFusionConfig(scale=4.0), seed=seed, steps=steps)
+    base, large = result.images(0)[0], result.images()[0]
+    generator = torch.Generator().manual_seed(seed)
+    direct = pipe(scene.caption, height=512, width=512, num_inference_steps=steps, generator=generator).images[0]
+
+    masks = [object_mask(np.asarray(image), scene) for image in (base, large)]
+    assert (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum() > 0.6
+    assert count_objects(np.asarray(base), scene) == 1
+    assert count_objects(np.asarray(direct), scene) > 3
+    assert detail(large) > 1.5 * detail(base.resize(large.size))

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--model", default=EMBEDDED_CHECKPOINT)
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--cfg-scale", type=float, default=7.5)
     parser.add_argument("--output", type=Path, help="also write the pictures as a sheet, ten in a row")
     args = parser.parse_args()
 
@@ -33,7 +34,9 @@ def main() -> None:
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
         prompts = [scene.caption for scene in batch]
         images += [
-            *pipe(prompts, num_inference_steps=args.steps, guidance_scale=7.5, generator=generators, output_type="np").images
+            *pipe(
+                prompts, num_inference_steps=args.steps, guidance_scale=args.cfg_scale, generator=generators, output_type="np"
+            ).images
         ]
     images = [(image * 255).round().astype(np.uint8) for image in images]
     for count in (1, 2, 3):

@@ -170,16 +170,22 @@ def _distance(pixels: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndar
     return np.linalg.norm(pixels - (start + along[..., None] * (end - start)), axis=-1)
 
 
-def count_objects(image: np.ndarray, scene: Scene, least: float = 0.004) -> int:
-    """How many separate objects of the scene's colour an image shows, whatever their shape.
+def object_mask(image: np.ndarray, scene: Scene) -> np.ndarray:
+    """Where an image shows the scene's objects: bool [128, 128], or the image's own size if it is smaller.
 
     image: uint8 [H, W, 3], H and W multiples of 128. A pixel belongs to an object if its colour lies nearer to the
-    object's tones than to the background's; an area below `least` of the image is no object.
+    object's tones than to the background's, after textures are averaged away.
     """
-    small = shrink(image.astype(np.float32), image.shape[0] // CROP) if image.shape[0] > CROP else image.astype(np.float32)
+    small = shrink(image.astype(np.float32), max(image.shape[0] // CROP, 1))
     colour = np.array(COLOURS[scene.colour], np.float32)
     top, bottom = (np.array(c, np.float32) for c in BACKGROUNDS[scene.background])
-    inside = _distance(small, colour * SHADE, colour) < _distance(small, top, bottom)
+    return _distance(small, colour * SHADE, colour) < _distance(small, top, bottom)
+
+
+def count_objects(image: np.ndarray, scene: Scene, least: float = 0.004) -> int:
+    """How many separate objects an image shows, whatever their shape; an area below `least` of it is none."""
+    inside = object_mask(image, scene)
+    height, width = inside.shape
     seen, count = ~inside, 0
     for start in np.argwhere(inside):
         area, stack = 0, [tuple(start)]
@@ -189,10 +195,7 @@ def count_objects(image: np.ndarray, scene: Scene, least: float = 0.004) -> int:
                 continue
             seen[y, x] = True
             area += 1
-            stack += [
-                (a, b)
-                for a, b in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
-                if 0 <= a < len(seen) and 0 <= b < len(seen[0])
-            ]
+            around = ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
+            stack += [(a, b) for a, b in around if 0 <= a < height and 0 <= b < width]
         count += area >= least * seen.size
     return count

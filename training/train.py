@@ -28,7 +28,7 @@ from training.scenes import Scene, crops, render, vocabulary
 SEED = 0
 SCENES = 12_000
 VAE_STEPS, VAE_FINE_STEPS = 3_400, 2_000
-UNET_STEPS, UNET_BATCH = 5_200, 48
+UNET_STEPS, UNET_LAST_STEPS, UNET_BATCH = 5_200, 600, 48
 CONTEXT = 77  # tokens, as CLIP's
 WIDTH = 64  # of the text encoder
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -199,13 +199,14 @@ def captions(rng: np.random.Generator, index: np.ndarray) -> list[str]:
     return out
 
 
-def draw_views(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
+def draw_views(rng: np.random.Generator, t: np.ndarray, last: bool) -> np.ndarray:
     """Which view to train on at timestep t: 0 the whole scene, 1 a crop of 2x, 2 and 3 crops of 4x.
 
     Close-ups are learnt where noise is low enough for the picture to say that it is one; where only the caption
-    speaks, the model knows whole scenes alone, so that a picture at 1x is never a close-up.
+    speaks, the model knows whole scenes alone, so that a picture at 1x is no close-up. In the last steps they reach
+    further up, so that a window of plain background does not sprout objects.
     """
-    closeup = 0.6 * np.clip((800 - t) / 400, 0, 1)
+    closeup = 0.65 * np.clip((950 - t) / 350, 0, 1) if last else 0.6 * np.clip((800 - t) / 400, 0, 1)
     return np.where(rng.random(len(t)) < closeup, rng.integers(1, 4, len(t)), 0)
 
 
@@ -251,12 +252,18 @@ def make_unet(build: Path) -> None:
         first, rng = state["step"], state["rng"]
     schedule = DDPMScheduler(**SCHEDULE)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    log = Log("unet", UNET_STEPS, first)
-    for step in range(first, UNET_STEPS):
+    steps = UNET_STEPS + UNET_LAST_STEPS
+    log = Log("unet", steps, first)
+    for step in range(first, steps):
+        last = step >= UNET_STEPS
+        if last:
+            lr = cosine_lr(step - UNET_STEPS, UNET_LAST_STEPS, 4e-4, warmup=30)
+        else:
+            lr = cosine_lr(step, UNET_STEPS, 1e-3, warmup=300)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, UNET_STEPS, 1e-3, warmup=300)
+            group["lr"] = lr
         index, t = rng.integers(0, SCENES, UNET_BATCH), rng.integers(0, 1000, UNET_BATCH)
-        z = data["latents"][index, draw_views(rng, t)].float()
+        z = data["latents"][index, draw_views(rng, t, last)].float()
         ids = tokenizer(captions(rng, index), padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
         t = torch.from_numpy(t)
         noise = torch.randn_like(z) + 0.05 * torch.randn(UNET_BATCH, 4, 1, 1)
@@ -271,7 +278,7 @@ def make_unet(build: Path) -> None:
             decay = min(0.9985, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         log(step, loss.detach())
-        if step % 400 == 399 or step == UNET_STEPS - 1:
+        if step % 400 == 399 or step == steps - 1:
             state = dict(
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, rng=rng
             )
