@@ -42,7 +42,7 @@ METHODS = ("1x", "direct 4x", "DemoFusion 4x")
 
 def pictures(pipe, scene: Scene, seed: int, steps: int) -> list[Image.Image]:
     """The three pictures of a scene, each as the method made it."""
-    result = generate(pipe, scene.caption, config=DemoFusionConfig(scale=4.0), seed=seed, steps=steps)
+    result = generate(pipe, scene.caption, config=DemoFusionConfig(scale=4.0, view_batch_size=16), seed=seed, steps=steps)
     base = result.images(0)[0]
     direct = pipe(
         scene.caption,
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/contact-sheet.jpg"))
     parser.add_argument("--seed", type=int, default=1, help="of every prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="of each phase (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=15, help="of each phase (default: %(default)s)")
     args = parser.parse_args()
 
     pipe = load_pipeline()
