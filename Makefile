@@ -16,7 +16,7 @@ OUT ?= out
 
 demo: $(READY)
 	@mkdir -p $(OUT)
-	$(RUN) -m lib_demofusion "three red striped rings on grass" --scale 4 --seed 7 --alpha1 1.5 --compare -o $(OUT)/demo.png
+	$(RUN) -m lib_demofusion "two purple striped discs on snow" --scale 4 --seed 1 --compare -o $(OUT)/demo.png
 	@echo "result:     $(OUT)/demo.png"
 	@echo "comparison: $(OUT)/demo-compare.png (left: the 1x base enlarged; right: DemoFusion)"
 
