@@ -24,7 +24,7 @@ BATCHES = (1, 4, 16, 0)
 
 
 def pipeline(device: str) -> StableDiffusionPipeline:
-    """The embedded checkpoint's text encoder and autoencoder with a UNet of 56 million parameters."""
+    """The embedded checkpoint's text encoder and autoencoder with a UNet of 40 million parameters."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=BASE,
