@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -90,25 +90,27 @@ def time_shares(device: str, steps: int) -> None:
 
 
 def peak(device: str, scale: float, batch: int) -> None:
-    """Prints the MiB that one run in this process takes beyond the loaded pipeline; scale 1 samples the base alone."""
+    """Prints the MiB at the peak of one run in this process, model included; scale 1 samples the base alone."""
     pipe = pipeline(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = peak_so_far(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # what loading took does not count
     config = DemoFusionConfig(scale=max(scale, 2.0), view_batch_size=batch)
     done = []
     with contextlib.suppress(Incomplete) if scale == 1 else contextlib.nullcontext():
         generate(
             pipe, "", config=config, steps=1, progress=lambda *call: done.append(call), cancelled=lambda: scale == 1 and done
         )
-    print(peak_so_far(device) - before)
+    print(peak_so_far(device))
 
 
 def peak_so_far(device: str) -> float:
-    """MiB: of the GPU's memory, or of the process."""
+    """MiB: of the GPU's memory, or of the process (Linux)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def memory(device: str) -> None:
@@ -118,7 +120,7 @@ def memory(device: str) -> None:
         command = [sys.executable, "-m", "benchmarks.bench", "--device", device, "--peak", f"{scale}", f"{batch}"]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    print("peak beyond the loaded model\nview batch size        1x        4x  4x over 1x")
+    print("peak, with the model and the process\nview batch size        1x        4x  4x over 1x")
     for batch in BATCHES:
         at_1x, at_4x = measure(1, batch), measure(4, batch)
         print(f"{batch or 'all':>15}  {at_1x:4.0f} MiB  {at_4x:4.0f} MiB  {at_4x / at_1x:10.2f}", flush=True)

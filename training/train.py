@@ -305,6 +305,10 @@ def export(build: Path, out: Path) -> None:
         requires_safety_checker=False,
     )
     pipe.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)
+    for path in out.rglob("config.json"):  # where it was built is nobody's business
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     (out / "vocabulary.txt").write_text("\n".join(vocabulary()) + "\n")
 
 
