@@ -69,6 +69,11 @@ def sampler_named(name: str) -> str:
     raise ValueError(f"no sampler called {name!r}; there are: {', '.join(SAMPLERS)}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error) or repr(error)).splitlines()[0]
+
+
 class Incomplete(Exception):
     """Stopped before the last phase: `result` holds what was finished, `cancelled` says whether the user asked for it."""
 
@@ -117,7 +122,7 @@ def load_pipeline(model: str | Path = EMBEDDED_CHECKPOINT, device: str = "cpu", 
         else:
             pipe = DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype)
     except Exception as error:  # a broken file surfaces as nearly any type
-        raise ValueError(f"{model} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+        raise ValueError(f"{model} cannot be loaded: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -185,7 +190,7 @@ def generate(
     except (Cancelled, KeyboardInterrupt) as error:
         raise Incomplete("stopped", run.result, cancelled=True) from error
     except (RuntimeError, FloatingPointError) as error:
-        raise Incomplete(f"failed: {str(error).splitlines()[0]}", run.result) from error
+        raise Incomplete(f"failed: {first_line(error)}", run.result) from error
     return run.result
 
 
