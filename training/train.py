@@ -28,7 +28,12 @@ from training.scenes import Scene, crops, render, vocabulary
 SEED = 0
 SCENES = 12_000
 VAE_STEPS, VAE_FINE_STEPS = 3_400, 2_000
-UNET_STEPS, UNET_LAST_STEPS, UNET_BATCH = 5_200, 600, 48
+UNET_BATCH = 48
+UNET_STAGES = (  # steps, peak learning rate, warm-up, whether close-ups reach high noise (draw_views)
+    (5_200, 1e-3, 300, False),
+    (600, 4e-4, 30, True),
+    (6_600, 8e-4, 100, True),
+)
 CONTEXT = 77  # tokens, as CLIP's
 WIDTH = 64  # of the text encoder
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -61,9 +66,19 @@ def to_unit(pixels: np.ndarray) -> torch.Tensor:
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Up in a line, down in half a cosine."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+
+
+def unet_stage(step: int) -> tuple[float, bool]:
+    """The learning rate at a step of the UNet's training, and whether close-ups reach high noise there."""
+    for steps, peak, warmup, reach in UNET_STAGES:
+        if step < steps:
+            return cosine_lr(step, steps, peak, warmup), reach
+        step -= steps
+    raise IndexError(step)
 
 
 class Log:
@@ -199,14 +214,14 @@ def captions(rng: np.random.Generator, index: np.ndarray) -> list[str]:
     return out
 
 
-def draw_views(rng: np.random.Generator, t: np.ndarray, last: bool) -> np.ndarray:
+def draw_views(rng: np.random.Generator, t: np.ndarray, reach: bool) -> np.ndarray:
     """Which view to train on at timestep t: 0 the whole scene, 1 a crop of 2x, 2 and 3 crops of 4x.
 
     Close-ups are learnt where noise is low enough for the picture to say that it is one; where only the caption
-    speaks, the model knows whole scenes alone, so that a picture at 1x is no close-up. In the last steps they reach
+    speaks, the model knows whole scenes alone, so that a picture at 1x is no close-up. In the later stages they reach
     further up, so that a window of plain background does not sprout objects.
     """
-    closeup = 0.65 * np.clip((950 - t) / 350, 0, 1) if last else 0.6 * np.clip((800 - t) / 400, 0, 1)
+    closeup = 0.65 * np.clip((950 - t) / 350, 0, 1) if reach else 0.6 * np.clip((800 - t) / 400, 0, 1)
     return np.where(rng.random(len(t)) < closeup, rng.integers(1, 4, len(t)), 0)
 
 
@@ -252,23 +267,21 @@ def make_unet(build: Path) -> None:
         first, rng = state["step"], state["rng"]
     schedule = DDPMScheduler(**SCHEDULE)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    steps = UNET_STEPS + UNET_LAST_STEPS
+    steps = sum(stage[0] for stage in UNET_STAGES)
     log = Log("unet", steps, first)
     for step in range(first, steps):
-        last = step >= UNET_STEPS
-        if last:
-            lr = cosine_lr(step - UNET_STEPS, UNET_LAST_STEPS, 4e-4, warmup=30)
-        else:
-            lr = cosine_lr(step, UNET_STEPS, 1e-3, warmup=300)
+        lr, reach = unet_stage(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         index, t = rng.integers(0, SCENES, UNET_BATCH), rng.integers(0, 1000, UNET_BATCH)
-        z = data["latents"][index, draw_views(rng, t, last)].float()
+        z = data["latents"][index, draw_views(rng, t, reach)].float()
         ids = tokenizer(captions(rng, index), padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
         t = torch.from_numpy(t)
         noise = torch.randn_like(z) + 0.05 * torch.randn(UNET_BATCH, 4, 1, 1)
         predicted = unet(schedule.add_noise(z, noise, t), t, text_encoder(ids).last_hidden_state).sample
         weight = snr[t].clamp(max=5) / snr[t]  # min-SNR, arXiv 2303.09556
+        if reach:  # the layout is decided at high noise, where errors of the noise are small
+            weight = weight * (1 + 1 / (snr[t] + 0.1))
         loss = ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
         optimizer.zero_grad()
         loss.backward()

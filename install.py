@@ -1,0 +1,1 @@
+"""The WebUI runs this when it starts. The extension needs no package that the WebUI lacks."""

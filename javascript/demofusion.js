@@ -1,0 +1,72 @@
+// The readout beside the checkbox: what will be made, and how many model calls that takes, as the form stands now.
+// It counts as lib_demofusion/phases.py and model_calls in lib_demofusion/hosts/webui.py do; a test compares them.
+
+function demofusionCalls(counts, scheduler, steps) {
+    if (counts === "ddim" || counts === "grid") {
+        const grid = Math.ceil(1000 / Math.max(Math.floor(1000 / steps), 1));
+        return counts === "ddim" ? grid - 1 : grid;
+    }
+    if (counts === "fixed") return steps;
+    if (scheduler === "DDIM") steps = Math.ceil(999 / Math.max(Math.floor(1000 / steps), 1));
+    return counts === "second" ? 2 * steps - (scheduler === "KL Optimal" ? 0 : 1) : steps;
+}
+
+// Halves go to the even neighbour, as Python rounds.
+function demofusionRound(x) {
+    const low = Math.floor(x);
+    if (x - low !== 0.5) return Math.round(x);
+    return low % 2 ? low + 1 : low;
+}
+
+function demofusionReadout(form) {
+    if (form.hires) return "off: Hires. fix is ticked";
+    const h = Math.floor(form.height / 8), w = Math.floor(form.width / 8);
+    const stride = form.stride ? [form.stride, form.stride] : [Math.floor(h / 2) || 1, Math.floor(w / 2) || 1];
+    if (form.stride > Math.min(h, w)) return `stride: at most ${Math.min(h, w)} for this size`;
+    const counts = form.samplers[form.sampler];
+    if (counts === undefined) return `cannot run with ${form.sampler}; Euler works`;
+
+    const scales = [];
+    for (let s = 2; s < Math.ceil(form.scale); s++) scales.push(s);
+    scales.push(form.scale);
+    const calls = demofusionCalls(counts, form.scheduler, form.phaseSteps || form.steps);
+    const branches = form.cfg === 1 ? 1 : 2;
+    let total = 2 * demofusionCalls(counts, form.scheduler, form.steps), height = h, width = w;
+    for (const scale of scales) {
+        height = demofusionRound(h * scale);
+        width = demofusionRound(w * scale);
+        const rows = Math.ceil((height - h) / stride[0]) + 1, columns = Math.ceil((width - w) / stride[1]) + 1;
+        total += branches * calls * (rows * columns + Math.ceil(scale) ** 2);
+    }
+    const made = counts === "unknown" ? "as many model calls as it takes" : `${total.toLocaleString("en-US")} model calls`;
+    return `from ${w * 8}x${h * 8} to ${width * 8}x${height * 8}, ${scales.length + 1} phases, ${made}`;
+}
+
+if (typeof onUiLoaded === "function") {
+    const demofusionUpdate = function() {
+        const readout = gradioApp().querySelector(".demofusion-readout");
+        if (!readout) return;
+        const input = (id) => gradioApp().querySelector(`#${id} input[type=number], #${id} input`);
+        const number = (id) => parseFloat(input(id)?.value);
+        const ticked = (id) => input(id)?.checked === true;
+        const chosen = (id) => gradioApp().querySelector(`#${id} input[type=radio]:checked`)?.value ?? input(id)?.value;
+        const text = ticked("script_demofusion_enable-visible-checkbox") || ticked("script_demofusion_enable-checkbox") ?
+            demofusionReadout({
+                width: number("txt2img_width"), height: number("txt2img_height"),
+                steps: number("txt2img_steps"), cfg: number("txt2img_cfg_scale"),
+                sampler: chosen("txt2img_sampling"), scheduler: chosen("txt2img_scheduler"),
+                hires: ticked("txt2img_hr-checkbox"),
+                scale: number("script_demofusion_scale"), stride: number("script_demofusion_stride"),
+                phaseSteps: number("script_demofusion_phase_steps"),
+                samplers: JSON.parse(readout.dataset.samplers),
+            }) : "";
+        if (readout.textContent !== text) readout.textContent = text;
+    };
+    onUiLoaded(function() {
+        gradioApp().querySelector("#tab_txt2img")?.addEventListener("input", demofusionUpdate);
+        demofusionUpdate();
+    });
+    onAfterUiUpdate(demofusionUpdate); // values that the host sets: pasted parameters, the swap button, ui-config.json
+}
+
+if (typeof module !== "undefined") module.exports = {demofusionReadout};

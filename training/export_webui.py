@@ -1,0 +1,177 @@
+"""Writes the embedded checkpoint as the WebUI reads one: a single .safetensors in LDM's names and a .yaml beside it.
+
+    python -m training.export_webui FOLDER
+
+FOLDER is the WebUI's models/Stable-diffusion. Its extension must be installed there, since the .yaml names classes of
+it (lib_demofusion/hosts/webui_embedded.py). The tokenizer lies in a folder beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+CHECKPOINT = Path(__file__).resolve().parent.parent / "lib_demofusion" / "checkpoint"
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET_TOP = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def unet_name(name: str, layers: int) -> str:
+    """A diffusers UNet parameter's name in LDM; layers: residual blocks per level on the way down."""
+    for ours, theirs in UNET_TOP.items():
+        if name.startswith(f"{ours}."):
+            return theirs + name[len(ours) :]
+    part, rest = re.match(r"(\w+?_block(?:s\.\d+)?)\.(.*)", name).groups()
+    level = int(part.split(".")[1]) if "." in part else 0
+    kind, index, rest = re.match(r"(\w+)\.(\d+)\.(.*)", rest).groups()
+    index = int(index)
+    if kind == "resnets":
+        head, _, tail = rest.partition(".")
+        rest = f"{RESNET[head]}.{tail}"
+    if part == "mid_block":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
+    if part.startswith("down"):
+        first = 1 + level * (layers + 1)
+        if kind == "downsamplers":
+            return f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}"
+        return f"input_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
+    first = level * (layers + 1)
+    if kind == "upsamplers":  # the last module of the level's last block, after its attention
+        return f"output_blocks.{first + layers}.2.{rest}"
+    return f"output_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
+
+
+def vae_name(name: str, levels: int) -> str:
+    """A diffusers autoencoder parameter's name in LDM; levels: how many resolutions it has."""
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    name = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", name)
+    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0\.", r"down.\1.downsample.", name)
+    name = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{levels - 1 - int(m[1])}.block.", name)
+    return re.sub(r"up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample.", name)
+
+
+def state_dict() -> dict:
+    """All parameters of the embedded checkpoint under LDM's names, float16."""
+    config = {part: json.loads((CHECKPOINT / part / "config.json").read_text()) for part in ("unet", "vae")}
+    out = {}
+    for name, value in load_file(CHECKPOINT / "unet" / "diffusion_pytorch_model.safetensors").items():
+        out["model.diffusion_model." + unet_name(name, config["unet"]["layers_per_block"])] = value
+    for name, value in load_file(CHECKPOINT / "vae" / "diffusion_pytorch_model.safetensors").items():
+        out["first_stage_model." + vae_name(name, len(config["vae"]["block_out_channels"]))] = value
+    for name, value in load_file(CHECKPOINT / "text_encoder" / "model.safetensors").items():
+        out["cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")] = value
+    return out
+
+
+def model_config(tokenizer: Path) -> dict:
+    """The .yaml's content: the networks and the noise schedule."""
+    unet, vae, schedule = (
+        json.loads((CHECKPOINT / name).read_text())
+        for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    )
+    widths = vae["block_out_channels"]
+    return {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {
+            "linear_start": schedule["beta_start"],
+            "linear_end": schedule["beta_end"],
+            "timesteps": schedule["num_train_timesteps"],
+            "num_timesteps_cond": 1,
+            "first_stage_key": "jpg",
+            "cond_stage_key": "txt",
+            "cond_stage_trainable": False,
+            "conditioning_key": "crossattn",
+            "image_size": unet["sample_size"],
+            "channels": unet["in_channels"],
+            "scale_factor": vae["scaling_factor"],
+            "use_ema": False,
+            "unet_config": {
+                "target": "lib_demofusion.hosts.webui_embedded.UNet",
+                "params": {
+                    "widths": unet["block_out_channels"],
+                    "groups": unet["norm_num_groups"],
+                    "image_size": unet["sample_size"],
+                    "in_channels": unet["in_channels"],
+                    "out_channels": unet["out_channels"],
+                    "attention_resolutions": [
+                        2**i for i, kind in enumerate(unet["down_block_types"]) if kind.startswith("CrossAttn")
+                    ],
+                    "num_res_blocks": unet["layers_per_block"],
+                    "num_heads": unet["attention_head_dim"],  # diffusers' name for the number of heads
+                    "use_spatial_transformer": True,
+                    "transformer_depth": 1,
+                    "context_dim": unet["cross_attention_dim"],
+                    "legacy": False,
+                },
+            },
+            "first_stage_config": {
+                "target": "lib_demofusion.hosts.webui_embedded.VAE",
+                "params": {
+                    "groups": vae["norm_num_groups"],
+                    "embed_dim": vae["latent_channels"],
+                    "ddconfig": {
+                        "double_z": True,
+                        "z_channels": vae["latent_channels"],
+                        "resolution": vae["sample_size"],
+                        "in_channels": vae["in_channels"],
+                        "out_ch": vae["out_channels"],
+                        "ch": widths[0],
+                        "ch_mult": [width // widths[0] for width in widths],
+                        "num_res_blocks": vae["layers_per_block"],
+                        "attn_resolutions": [],
+                        "attn_type": "none",
+                        "dropout": 0.0,
+                    },
+                    "lossconfig": {"target": "torch.nn.Identity"},
+                },
+            },
+            "cond_stage_config": {
+                "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+                "params": {"version": str(tokenizer)},
+            },
+        },
+    }
+
+
+def export(folder: Path) -> Path:
+    """Write demofusion-embedded.safetensors, .yaml and the text encoder's folder; returns the checkpoint's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "demofusion-embedded-clip"
+    text.mkdir(exist_ok=True)
+    for path in [*(CHECKPOINT / "tokenizer").iterdir(), CHECKPOINT / "text_encoder" / "config.json"]:
+        if path.name != "tokenizer.json":  # newer than the host's transformers; the other files say the same
+            (text / path.name).write_bytes(path.read_bytes())
+    out = folder / "demofusion-embedded.safetensors"
+    save_file(state_dict(), out)
+    # JSON is YAML.
+    out.with_suffix(".yaml").write_text(json.dumps({"model": model_config(text.resolve())}, indent=2) + "\n")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    print(export(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()
