@@ -1,0 +1,280 @@
+"""What comes out of the real host: pictures, the same ones for the same settings, with everything users combine."""
+
+import numpy as np
+import pytest
+import torch
+
+SAMPLERS = [
+    "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 2S a", "DPM++ 3M SDE", "Euler a", "Euler", "LMS",
+    "Heun", "DPM2", "DPM2 a", "DPM fast", "Restart", "DDIM", "DDIM CFG++", "PLMS", "UniPC", "LCM",
+]  # fmt: skip
+
+
+def same(a, b):
+    return a.size == b.size and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_off_is_a_host_without_the_extension(host):
+    off = host.latents(False, sampler_name="Euler a", batch_size=2)
+    runner, callbacks = host.scripts.scripts_txt2img, host.script_callbacks.callback_map
+    script, before = host.script, {name: list(entries) for name, entries in callbacks.items()}
+    runner.alwayson_scripts.remove(script)
+    runner.callback_map.clear()
+    for name, entries in callbacks.items():
+        callbacks[name] = [entry for entry in entries if "demofusion" not in entry.script]
+    host.script_callbacks.ordered_callbacks_map.clear()
+    try:
+        without = host.latents(sampler_name="Euler a", batch_size=2)
+    finally:
+        runner.alwayson_scripts.append(script)
+        callbacks.update(before)
+        runner.callback_map.clear()
+        host.script_callbacks.ordered_callbacks_map.clear()
+    assert torch.equal(off, without)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(2, (128, 128)), (3, (192, 192)), (2.5, (160, 160)), (1.5, (96, 96))])
+def test_sizes(host, scale, size):
+    assert host.generate(True, scale).images[0].size == size
+
+
+def test_a_base_that_is_not_square(host):
+    assert host.generate(True, 2, width=128, height=64).images[0].size == (256, 128)
+
+
+def test_every_sampler_of_the_host_is_known(host):
+    from lib_demofusion.hosts import webui
+
+    assert {sampler.name for sampler in host.sd_samplers.all_samplers} == set(webui.SAMPLERS)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers(host, calls, sampler):
+    from lib_demofusion.hosts import webui
+
+    latents = host.latents(True, 2, sampler_name=sampler, steps=5)
+    assert latents.shape == (1, 4, 16, 16)
+    assert torch.isfinite(latents).all()
+    predictions = webui.model_calls(sampler, None, 5)
+    assert calls.rows == 2 * predictions * (1 + 9 + 4)
+
+
+def test_the_adaptive_sampler(host):
+    assert host.latents(True, 2, sampler_name="DPM adaptive").shape == (1, 4, 16, 16)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Heun"])
+def test_schedulers(host, calls, sampler):
+    from lib_demofusion.hosts import webui
+
+    for scheduler in host.sd_schedulers.schedulers:
+        calls.rows = 0
+        latents = host.latents(True, 2, sampler_name=sampler, scheduler=scheduler.label, steps=6)
+        assert torch.isfinite(latents).all(), scheduler.label
+        assert calls.rows == 2 * 14 * webui.model_calls(sampler, scheduler.label, 6), scheduler.label
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
+    """With the skip residual at full weight, wherever a step starts from, it is the reference noised to that level.
+
+    A model that always errs the same way then moves the result by its last steps only.
+    """
+    from lib_demofusion.hosts import webui
+
+    seen = []
+    step = webui._PhaseHooks.before_step
+
+    def look(self, denoiser, args):
+        result = step(self, denoiser, args)
+        x, level = args[0], float(args[1][0])
+        _, noise, signal = self.levels(level)
+        seen.append((x, (x - self.fusion.noised_reference(noise, signal)).abs().max().item()))
+        return result
+
+    monkeypatch.setattr(webui._PhaseHooks, "before_step", look)
+    host.generate(True, 2, 0, 0, True, 0, sampler_name=sampler, steps=5)  # alpha1 = 0: c1 is 1 at every t
+    assert seen
+    assert all(error < 1e-3 for _, error in seen)
+
+
+def test_same_seed_same_picture(host):
+    assert same(host.generate(True, 2).images[0], host.generate(True, 2).images[0])
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM++ SDE", "DDIM", "LCM", "Restart"])
+def test_a_batch_is_its_singles(host, sampler):
+    batch = host.latents(True, 2, sampler_name=sampler, batch_size=2, steps=3)
+    singles = [host.latents(True, 2, sampler_name=sampler, seed=seed, steps=3) for seed in (1, 2)]
+    assert torch.allclose(batch, torch.cat(singles), atol=1e-4)
+
+
+def test_batch_count(host):
+    reply = host.generate(True, 2, n_iter=2, sampler_name="Euler a")
+    both = reply.images[-2:]
+    assert [image.size for image in both] == [(128, 128)] * 2
+    assert same(both[1], host.generate(True, 2, seed=2, sampler_name="Euler a").images[0])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        dict(subseed=5, subseed_strength=0.5),
+        dict(seed_resize_from_w=128, seed_resize_from_h=128),
+        dict(override_settings={"eta_noise_seed_delta": 31337}, sampler_name="Euler a"),
+        dict(prompt="one [red:blue:0.5] ring"),
+        dict(prompt="one red ring :1.2 AND one blue disc :0.7"),
+        dict(prompt="one red ring BREAK on snow"),
+        dict(prompt="(one:1.3) red ring " + "on grass " * 40),
+        dict(negative_prompt="blue " * 90),
+        dict(negative_prompt="blue", cfg_scale=1),
+        dict(tiling=True),
+        dict(override_settings={"CLIP_stop_at_last_layers": 2}),
+        dict(override_settings={"upcast_attn": True}),
+        dict(override_settings={"s_min_uncond_all": True}, s_min_uncond=5),
+        dict(override_settings={"token_merging_ratio": 0.3}),
+        dict(override_settings={"sd_noise_schedule": "Zero Terminal SNR"}),
+        dict(override_settings={"sgm_noise_multiplier": True}),
+        dict(override_settings={"img2img_extra_noise": 0.2}),
+        dict(override_settings={"randn_source": "NV"}),
+        dict(override_settings={"s_churn": 2.0}, s_churn=2.0),
+    ],
+    ids=lambda extra: ",".join(str(value)[:24] for value in extra.values()),
+)
+def test_what_users_combine(host, extra):
+    extra = {"width": 128, "height": 128, "steps": 10, **extra}
+    plain = host.latents(**extra)
+    assert plain.shape == (1, 4, 16, 16)
+    large = host.latents(True, 2, **extra)
+    assert large.shape == (1, 4, 32, 32)
+    small = torch.nn.functional.interpolate(large, size=(16, 16), mode="area")
+    assert torch.corrcoef(torch.stack([small.flatten(), plain.flatten()]))[0, 1] > 0.5, "not an enlargement of the base"
+
+
+@pytest.mark.parametrize("extra", [{}, dict(prompt="one red ring " * 30), dict(prompt="one ring AND two discs :0.5")])
+def test_cond_and_uncond_in_separate_calls(host, extra):
+    together = host.latents(True, 2, **extra, override_settings={"batch_cond_uncond": True})
+    apart = host.latents(True, 2, **extra, override_settings={"batch_cond_uncond": False})
+    assert torch.allclose(together, apart, atol=1e-4)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_without_guidance_the_negative_prompt_costs_nothing_in_the_phases(host, calls, batched):
+    settings = {"batch_cond_uncond": batched}
+    latents = host.latents(True, 2, cfg_scale=1, negative_prompt="blue", override_settings=settings)
+    assert calls.rows == 4 * (2 + 13)
+    nearly = host.latents(True, 2, cfg_scale=1.000001, negative_prompt="blue", override_settings=settings)
+    assert torch.allclose(latents, nearly, atol=1e-3)
+
+
+def test_views_do_not_depend_on_the_view_batch_size(host):
+    names = [True, 2, 0, 0, True, 3, 1, 1, 1]
+    one, many = host.latents(*names, 1), host.latents(*names, 0)
+    assert torch.allclose(one, many, atol=1e-4)
+
+
+def test_steps_of_their_own_for_the_phases(host, calls):
+    host.generate(True, 2, 2, prompt="one [red:blue:0.5] ring")
+    assert calls.rows == 2 * (4 + 2 * 13)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_v_prediction(host, checkpoint, sampler):
+    model = checkpoint("v-prediction.safetensors")
+    assert model.parameterization == "v"
+    assert torch.isfinite(host.latents(True, 2, sampler_name=sampler)).all()
+
+
+def test_inpainting_checkpoints_get_their_condition_cropped_like_x(host, checkpoint, monkeypatch):
+    model = checkpoint("inpainting.safetensors")
+    made = []
+    condition = host.processing.txt2img_image_conditioning
+
+    def ramp(sd_model, x, width, height):
+        value = condition(sd_model, x, width, height)
+        value[:] = torch.arange(value.shape[-1]) + 100 * torch.arange(value.shape[-2])[:, None]
+        made.append(value)
+        return value
+
+    monkeypatch.setattr(host.processing, "txt2img_image_conditioning", ramp)
+    seen = []
+    unet = model.model.diffusion_model
+    handle = unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 4:]))
+    try:
+        host.generate(True, 2, 0, 0, False, 3, 1, 1, 1, 1)
+    finally:
+        handle.remove()
+    assert made[1].shape[-2:] == (16, 16)
+    phase = seen[4:]
+    assert all(rows.shape[-2:] == (8, 8) for rows in phase)
+    corners = [int(rows[0, 0, 0, 0]) for rows in phase[:13]]
+    assert corners == [100 * y + x for y in (0, 4, 8) for x in (0, 4, 8)] + [0, 1, 100, 101]
+    assert int(phase[12][0, 0, 0, 1]) - int(phase[12][0, 0, 0, 0]) == 2  # a dilated view takes every second pixel
+
+
+def test_refiner_in_every_phase(host, options):
+    before = host.shared.sd_model.sd_checkpoint_info.name
+    loads = []
+    load = host.sd_models.load_model_weights
+
+    def record(model, info, *rest):
+        loads.append(info.name)
+        return load(model, info, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.sd_models, "load_model_weights", record)
+        reply = host.generate(True, 3, refiner_checkpoint="refiner.safetensors", refiner_switch_at=0.5)
+    assert "Refiner: refiner" in reply.infotexts[0]
+    assert reply.images[0].size == (192, 192)
+    assert [name.split(".")[0] for name in loads] == ["refiner", "demofusion-embedded"] * 2 + ["refiner"]
+    host.sd_models.reload_model_weights()
+    assert host.shared.sd_model.sd_checkpoint_info.name == before
+
+
+def test_tiling_repeats_without_a_seam(host):
+    def seam(image):
+        x = np.asarray(image, dtype=float)
+        return np.abs(x[:, 0] - x[:, -1]).mean() / np.abs(np.diff(x, axis=1)).mean()
+
+    kwargs = dict(width=128, height=128, steps=12, prompt="two red striped rings on grass")
+    tiled, plain = (host.generate(True, 2, tiling=tiling, **kwargs).images[0] for tiling in (True, False))
+    assert host.sd_hijack.model_hijack.circular_enabled is False
+    assert seam(tiled) < 0.5 * seam(plain)
+
+
+def test_hires_fix_wins_and_says_so(host):
+    reply = host.generate(True, 2, enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", denoising_strength=0.7)
+    assert reply.images[0].size == (96, 96)
+    assert "DemoFusion scale" not in reply.infotexts[0]
+
+
+def test_intermediate_phases_are_saved_beside_the_output(host):
+    from PIL import Image
+
+    names = {name: value for name, value in zip("scale steps stride jitter a1 a2 a3 blur vbs".split(), [3, 0, 0, True, 3, 1, 1, 1, 4])}
+    host.generate(True, *names.values(), True, save_images=True, seed=77)
+    files = sorted((host.data / "outputs").rglob("*77*.png"))
+    sizes = {}
+    for path in files:
+        with Image.open(path) as image:
+            sizes[path.stem.split("-demofusion-")[-1] if "-demofusion-" in path.stem else "last"] = (
+                image.size,
+                image.info["parameters"],
+            )
+    assert {key: size for key, (size, _) in sizes.items()} == {
+        "phase1": (64, 64), "phase2": (128, 128), "last": (192, 192),
+    }  # fmt: skip
+    assert "DemoFusion" not in sizes["phase1"][1]
+    assert "DemoFusion scale: 2" in sizes["phase2"][1]
+    assert "DemoFusion scale: 3" in sizes["last"][1]
+
+
+def test_other_scripts_hear_of_every_phase(host, monkeypatch):
+    heard = []
+    runner = host.scripts.scripts_txt2img
+    call = runner.process_before_every_sampling
+    monkeypatch.setattr(
+        runner, "process_before_every_sampling", lambda p, **kw: (heard.append(tuple(kw["x"].shape)), call(p, **kw))
+    )
+    host.generate(True, 3)
+    assert heard == [(1, 4, 8, 8), (1, 4, 16, 16), (1, 4, 24, 24)]
