@@ -373,9 +373,7 @@ def _save(p: Any, config: DemoFusionConfig, phase: Phase, latents: Tensor) -> No
     _describe(p, config if phase.number > 1 else None, phase.scale)
     for i, pixels in enumerate(processing.decode_latent_batch(p.sd_model, latents, devices.cpu, check_for_nans=True)):
         image = pixels.float().add(1).mul(127.5).clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        info = processing.create_infotext(
-            p, p.prompts, p.seeds, p.subseeds, index=i, all_negative_prompts=p.negative_prompts
-        )
+        info = processing.create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i, all_negative_prompts=p.negative_prompts)
         images.save_image(
             Image.fromarray(image),
             p.outpath_samples,
@@ -441,9 +439,7 @@ class _Phases:
                 h, w = phase.size
                 image_conditioning = p.txt2img_image_conditioning(noise, width=w * FACTOR, height=h * FACTOR)
                 # The first x is set by the hook, which knows the first noise level.
-                latents = sampler.sample(
-                    p, noise.clone(), p.c, p.uc, steps=phase.steps, image_conditioning=image_conditioning
-                )
+                latents = sampler.sample(p, noise.clone(), p.c, p.uc, steps=phase.steps, image_conditioning=image_conditioning)
         finally:
             handle.remove()
             del denoiser.demofusion

@@ -5,6 +5,7 @@ webui.py starts it, without its web server: requests go to its API's routes dire
 """
 
 import base64
+import importlib
 import io
 import json
 import os
@@ -58,6 +59,11 @@ class Host:
     def script(self):
         return next(s for s in self.scripts.scripts_txt2img.alwayson_scripts if s.name == "demofusion")
 
+    @property
+    def webui(self):
+        """lib_demofusion.hosts.webui, as the script has it."""
+        return self.script.process.__globals__["webui"]
+
     def post(self, **payload):
         """One request to /sdapi/v1/txt2img; small and quick unless told otherwise."""
         defaults = dict(
@@ -69,7 +75,10 @@ class Host:
         """Images with DemoFusion's arguments; none: without it."""
         if args:
             payload["alwayson_scripts"] = {"DemoFusion": {"args": list(args)}, **payload.pop("others", {})}
-        reply = self.post(**payload)
+        self.comments = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.processing.StableDiffusionProcessing, "comment", lambda p, text: self.comments.append(text))
+            reply = self.post(**payload)
         assert reply.status_code == 200, reply.text
         reply = reply.json()
         return Reply([_image(data) for data in reply["images"]], json.loads(reply["info"]))
@@ -117,7 +126,15 @@ def host(checkpoints, tmp_path_factory):
     (data / "config.json").write_text(json.dumps({"sd_model_checkpoint": "demofusion-embedded.safetensors"}))
     os.chdir(webui)
     sys.path.insert(0, str(webui))
-    sys.argv = ["webui.py", "--use-cpu", "all", "--no-half", "--skip-torch-cuda-test", "--api", "--disable-console-progressbars"]
+    sys.argv = [
+        "webui.py",
+        "--use-cpu",
+        "all",
+        "--no-half",
+        "--skip-torch-cuda-test",
+        "--api",
+        "--disable-console-progressbars",
+    ]
     sys.argv += ["--data-dir", str(data), "--ckpt-dir", str(checkpoints), "--no-download-sd-model", "--no-hashing"]
     sys.argv += os.environ.get("WEBUI_ARGS", "").split()
 
@@ -135,15 +152,11 @@ def host(checkpoints, tmp_path_factory):
     shared.demo = ui.create_ui()
     app = FastAPI()
     Api(app, queue_lock)
-    import importlib
-
-    names = (
-        "devices errors infotext_utils processing script_callbacks scripts sd_models sd_samplers sd_samplers_cfg_denoiser "
-        "sd_samplers_common sd_samplers_kdiffusion sd_samplers_timesteps sd_schedulers shared images rng progress ui"
-    ).split()
+    names = ["devices", "images", "infotext_utils", "processing", "progress", "rng", "script_callbacks", "scripts", "sd_hijack"]
+    names += ["sd_models", "sd_samplers", "sd_samplers_cfg_denoiser", "sd_samplers_common", "sd_samplers_kdiffusion"]
+    names += ["sd_samplers_timesteps", "sd_schedulers", "shared"]
     host = Host({name: importlib.import_module(f"modules.{name}") for name in names}, TestClient(app))
     host.data = data
-    host.sd_hijack = importlib.import_module("modules.sd_hijack")
     for name, option in shared.opts.data_labels.items():  # the host only puts back overridden settings that it has saved
         shared.opts.data.setdefault(name, option.default)
     assert "demofusion-embedded" in shared.sd_model.sd_checkpoint_info.name

@@ -39,3 +39,105 @@ def make(folder):
     stem = "model.diffusion_model.input_blocks.0.0.weight"
     grown = torch.cat([weights[stem], 0.1 * torch.randn(len(weights[stem]), 5, 3, 3).half()], 1)
     write("inpainting", inpainting, {**weights, stem: grown})
+
+
+def make_sdxl(folder):
+    """A tiny SDXL, all weights random; needs the host's modules. Returns its file name."""
+    from omegaconf import OmegaConf
+    from sgm.util import instantiate_from_config
+
+    blocks = "sgm.modules.diffusionmodules"
+
+    def size_embedder(key):
+        return {
+            "is_trainable": False,
+            "input_key": key,
+            "target": "sgm.modules.encoders.modules.ConcatTimestepEmbedderND",
+            "params": {"outdim": 256},
+        }
+
+    params = {
+        "scale_factor": 0.13025,
+        "disable_first_stage_autocast": True,
+        "denoiser_config": {
+            "target": f"{blocks}.denoiser.DiscreteDenoiser",
+            "params": {
+                "num_idx": 1000,
+                "weighting_config": {"target": f"{blocks}.denoiser_weighting.EpsWeighting"},
+                "scaling_config": {"target": f"{blocks}.denoiser_scaling.EpsScaling"},
+                "discretization_config": {"target": f"{blocks}.discretizer.LegacyDDPMDiscretization"},
+            },
+        },
+        "network_config": {
+            "target": f"{blocks}.openaimodel.UNetModel",
+            "params": {
+                "adm_in_channels": 6 * 256,
+                "num_classes": "sequential",
+                "use_checkpoint": False,
+                "in_channels": 4,
+                "out_channels": 4,
+                "model_channels": 32,
+                "attention_resolutions": [2],
+                "num_res_blocks": 1,
+                "channel_mult": [1, 2],
+                "num_head_channels": 16,
+                "use_spatial_transformer": True,
+                "use_linear_in_transformer": True,
+                "transformer_depth": [1, 1],
+                "context_dim": 64,
+                "spatial_transformer_attn_type": "softmax",
+                "legacy": False,
+            },
+        },
+        "conditioner_config": {
+            "target": "sgm.modules.GeneralConditioner",
+            "params": {
+                "emb_models": [
+                    {
+                        "is_trainable": False,
+                        "input_key": "txt",
+                        "target": "sgm.modules.encoders.modules.FrozenCLIPEmbedder",
+                        "params": {"version": str(folder / "demofusion-embedded-clip"), "layer": "last"},
+                    },
+                    size_embedder("original_size_as_tuple"),
+                    size_embedder("crop_coords_top_left"),
+                    size_embedder("target_size_as_tuple"),
+                ]
+            },
+        },
+        "first_stage_config": {
+            "target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
+            "params": {
+                "embed_dim": 4,
+                "ddconfig": {
+                    "attn_type": "none",
+                    "double_z": True,
+                    "z_channels": 4,
+                    "resolution": 64,
+                    "in_channels": 3,
+                    "out_ch": 3,
+                    "ch": 32,
+                    "ch_mult": [1, 1, 1, 1],
+                    "num_res_blocks": 1,
+                    "attn_resolutions": [],
+                    "dropout": 0.0,
+                },
+                "lossconfig": {"target": "torch.nn.Identity"},
+            },
+        },
+    }
+    config = {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": params}}
+    (folder / "tiny-sdxl.yaml").write_text(json.dumps(config, indent=2))
+
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    clip = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "demofusion-embedded-clip"))
+    weights = {f"conditioner.embedders.0.transformer.{k}": v for k, v in clip.state_dict().items()}
+    for part, prefix in (("network_config", "model.diffusion_model."), ("first_stage_config", "first_stage_model.")):
+        network = instantiate_from_config(OmegaConf.create(params[part]))
+        for name, value in network.state_dict().items():
+            spread = 0.05 * torch.randn_like(value) if "out.2" in name else 0  # the last layer starts at zero
+            weights[prefix + name] = value + spread
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "tiny-sdxl.safetensors")
+    return "tiny-sdxl.safetensors"

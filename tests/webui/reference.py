@@ -1,0 +1,36 @@
+"""Phases by the command's host, on diffusers, for test_parity.py: python reference.py OUT.npz SCALE HEIGHT WIDTH
+
+HEIGHT and WIDTH are the base's, in latent pixels. Everything random comes from one generator here and goes along.
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.hosts import diffusers
+from lib_demofusion.phases import upscale
+
+PROMPT, NEGATIVE, STEPS, CFG = "two red striped rings on grass", "blue", 5, 5.0
+
+
+def main(out, scale, h, w):
+    pipe = diffusers.load_pipeline()
+    config = DemoFusionConfig(scale=scale, jitter=False, view_batch_size=3)
+    plan = diffusers.plan_for(pipe, config, height=8 * h, width=8 * w, steps=STEPS, cfg_scale=CFG)
+    run = diffusers._Run(pipe, plan, config, diffusers.SAMPLERS["Euler"], STEPS, CFG, [0], None, None)
+    generator = torch.Generator().manual_seed(7)
+    base = torch.randn(1, 4, h, w, generator=generator)
+    noises = {p.number: torch.randn(1, 4, *p.size, generator=generator) for p in plan.phases[1:]}
+    arrays = {"base": base, "sigmas": run.phase_schedule.sigmas}
+    with torch.inference_mode():
+        run.encode_prompts(PROMPT, NEGATIVE)
+        for phase, latents in upscale(plan, base, lambda p: noises[p.number], run.denoise):
+            arrays[f"noise{phase.number}"] = noises[phase.number]
+            arrays[f"latents{phase.number}"] = latents
+    np.savez(out, **{name: array.numpy() for name, array in arrays.items()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

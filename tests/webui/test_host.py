@@ -1,0 +1,400 @@
+"""What the extension does to the real host: nothing that stays, and what users know of Hires. fix goes on working."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+STEPS, SCALE = 4, 3
+BASE_CALLS = STEPS
+PHASE_CALLS = STEPS * (4 + 5)  # view batches of 4: 13 views and 34 views
+CALLS = STEPS * (1 + 4 + 9)
+
+
+def snapshot(host):
+    """Whatever of ours could stay behind: callbacks, patches on classes and on the model, settings, the job's state."""
+    model = host.shared.sd_model
+    classes = [
+        host.sd_samplers_cfg_denoiser.CFGDenoiser,
+        host.sd_samplers_common.Sampler,
+        host.sd_samplers_kdiffusion.KDiffusionSampler,
+        host.sd_samplers_kdiffusion.CFGDenoiserKDiffusion,
+        host.sd_samplers_timesteps.CompVisSampler,
+        host.processing.StableDiffusionProcessing,
+        host.processing.StableDiffusionProcessingTxt2Img,
+        type(model),
+    ]
+    state = host.shared.state
+    modules = [host.devices, host.processing, host.sd_samplers, host.sd_samplers_common, host.rng, host.shared]
+    ignored = {"cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"}  # the host's caches of prompts
+    return {
+        "callbacks": {k: [id(c.callback) for c in v] for k, v in host.script_callbacks.callback_map.items()},
+        "classes": [{k: id(v) for k, v in vars(c).items() if k not in ignored} for c in classes],
+        "modules": [{k: id(v) for k, v in vars(m).items() if callable(v)} for m in modules],
+        "model": {
+            name: (
+                len(m._forward_hooks),
+                len(m._forward_pre_hooks),
+                "forward" in vars(m),
+                getattr(m, "padding_mode", None),
+                sorted(k for k in vars(m) if "demofusion" in k),
+            )
+            for name, m in model.named_modules()
+        },
+        "options": dict(host.shared.opts.data),
+        "state": (state.job, state.job_count, type(state.job_no), state.textinfo),
+        "circular": host.sd_hijack.model_hijack.circular_enabled,
+    }
+
+
+@pytest.fixture
+def at_call(host):
+    """at_call(n, action): runs action when the UNet is called for the n-th time from now."""
+    unet = host.shared.sd_model.model.diffusion_model
+    handles = []
+
+    def arrange(n, action):
+        seen = [0]
+
+        def count(module, args):
+            seen[0] += 1
+            if seen[0] == n:
+                action()
+
+        handles.append(unet.register_forward_pre_hook(count))
+
+    def clear():
+        while handles:
+            handles.pop().remove()
+
+    arrange.clear = clear
+    yield arrange
+    clear()
+
+
+SIZES = {1: (64, 64), 2: (128, 128), 3: (192, 192)}
+
+
+def phase_done_at(call):
+    """The last phase that is finished when the UNet is called for the call-th time."""
+    return 1 if call <= STEPS * 5 else 2
+
+
+def test_the_host_is_as_before(host):
+    before = snapshot(host)
+    host.generate(True, SCALE, steps=STEPS)
+    assert snapshot(host) == before
+
+
+def test_what_the_phases_change_on_p_is_put_back(host, monkeypatch):
+    kept = []
+    post_sample = host.scripts.ScriptRunner.post_sample
+
+    def look(runner, p, ps):
+        names = [name for name in vars(p) if name not in ("extra_generation_params", "comments")]
+        before = {name: getattr(p, name) for name in names}
+        post_sample(runner, p, ps)
+        kept.append([name for name in vars(p) if name in names and getattr(p, name) is not before[name]])
+        kept.append([name for name in vars(p) if name not in before and name not in ("extra_generation_params", "comments")])
+
+    monkeypatch.setattr(host.scripts.ScriptRunner, "post_sample", look)
+    host.generate(True, 2, 2, prompt="one [red:blue:0.5] ring")
+    changed, new = kept
+    # Set anew by the host's own functions that the phases call, to what they were or to what the host sets before each use.
+    assert set(changed) <= {"cached_c", "cached_uc", "is_using_inpainting_conditioning", "firstpass_steps", "hr_c", "hr_uc"}
+    assert not new
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_interrupt(host, at_call, seed):
+    call = random.Random(seed).randint(BASE_CALLS + 1, CALLS)
+    clean = host.latents(True, 2, steps=STEPS)
+    before = snapshot(host)
+    at_call(call, host.shared.state.interrupt)
+    reply = host.generate(True, SCALE, steps=STEPS, save_images=True)
+    at_call.clear()
+    reached = phase_done_at(call)
+    assert [image.size for image in reply.images] == [SIZES[reached]]
+    assert ("DemoFusion scale: 2" in reply.infotexts[0]) == (reached == 2)
+    assert "DemoFusion scale: 3" not in reply.infotexts[0]
+    assert len(host.comments) == 1
+    assert f"phase {reached} of 3" in host.comments[0]
+    assert snapshot(host) == before
+    assert torch.equal(host.latents(True, 2, steps=STEPS), clean)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_exception_from_the_model(host, at_call, seed):
+    call = random.Random(100 + seed).randint(BASE_CALLS + 1, CALLS)
+    clean = host.latents(True, 2, steps=STEPS)
+    before = snapshot(host)
+
+    def fail():
+        raise RuntimeError("CUDA out of memory. Tried to allocate" if seed % 2 else "the model broke\nsecond line")
+
+    at_call(call, fail)
+    reply = host.generate(True, SCALE, steps=STEPS)
+    at_call.clear()
+    assert [image.size for image in reply.images] == [SIZES[phase_done_at(call)]]
+    assert ("out of memory; a smaller view batch size" if seed % 2 else "the model broke") in host.comments[0]
+    assert "\n" not in host.comments[0]
+    assert snapshot(host) == before
+    assert torch.equal(host.latents(True, 2, steps=STEPS), clean)
+
+
+def test_interrupted_images_are_saved(host, at_call):
+    at_call(STEPS * 5 + 2, host.shared.state.interrupt)
+    host.generate(True, SCALE, steps=STEPS, seed=4242, save_images=True)
+    assert len(list((host.data / "outputs").rglob("*4242*.png"))) == 1
+
+
+def test_interrupt_stops_the_batches_after_it(host, at_call):
+    at_call(BASE_CALLS + 2, host.shared.state.interrupt)
+    reply = host.generate(True, 2, steps=STEPS, n_iter=3)
+    assert [image.size for image in reply.images] == [(64, 64)]
+
+
+def test_skip_goes_on_with_the_next_batch(host, at_call):
+    at_call(BASE_CALLS + 2, host.shared.state.skip)
+    reply = host.generate(True, 2, steps=STEPS, n_iter=2)
+    assert [image.size for image in reply.images[-2:]] == [(64, 64), (128, 128)]
+    assert "DemoFusion" not in reply.infotexts[-2]
+    assert "DemoFusion scale: 2" in reply.infotexts[-1]
+
+
+def test_interrupt_during_the_base_is_as_without_us(host, at_call):
+    at_call(2, host.shared.state.interrupt)
+    reply = host.generate(True, 2, steps=STEPS)
+    assert [image.size for image in reply.images] == [(64, 64)]
+    assert "DemoFusion" not in reply.infotexts[0]
+    assert not host.comments
+
+
+def test_stopping_after_the_current_image_finishes_it(host, at_call):
+    at_call(BASE_CALLS + 2, host.shared.state.stop_generating)
+    reply = host.generate(True, 2, steps=STEPS, n_iter=3)
+    assert [image.size for image in reply.images] == [(128, 128)]
+
+
+def test_nan_keeps_the_last_good_phase(host, monkeypatch):
+    unet, calls = host.shared.sd_model.model.diffusion_model, [0]
+
+    def spoil(module, args, out):
+        calls[0] += 1
+        return out * float("nan") if calls[0] > STEPS * 5 else out
+
+    handle = unet.register_forward_hook(spoil)
+    try:
+        reply = host.generate(True, SCALE, steps=STEPS)
+    finally:
+        handle.remove()
+    assert [image.size for image in reply.images] == [(128, 128)]
+    assert "NaN" in host.comments[0]
+
+
+# ------------------------------------------------------------------------------------------------- settings and infotext
+
+
+FULL = [True, 2.5, 3, 3, False, 2.5, 1.5, 0.5, 0.75, 2]
+
+
+def test_the_infotext_makes_the_same_picture_again(host):
+    first = host.generate(*FULL)
+    again = host.generate(infotext=first.infotexts[0])
+    assert again.infotexts == first.infotexts
+    assert np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
+
+
+def pasted(host, text):
+    parameters = host.infotext_utils.parse_generation_parameters(text)
+    fields = [f for f in host.scripts.scripts_txt2img.infotext_fields if getattr(f, "component", f[0]) in host.script.controls]
+    return {f[0]: f[1](parameters) for f in fields}
+
+
+def test_pasting_restores_the_form_exactly(host):
+    values = pasted(host, host.generate(*FULL).infotexts[0])
+    assert [values[control] for control in host.script.controls[:-1]] == FULL
+    assert list(map(type, (values[c] for c in host.script.controls[:-1]))) == [type(v) for v in FULL]
+
+
+def test_pasting_what_is_at_its_default_resets_it(host):
+    values = pasted(host, host.generate(True, 2).infotexts[0])
+    assert [values[control] for control in host.script.controls[:-1]] == [True, 2.0, 0, 0, True, 3.0, 1.0, 1.0, 1.0, 4]
+
+
+def test_an_image_made_without_unticks_it(host):
+    values = pasted(host, host.generate().infotexts[0])
+    assert values[host.script.controls[0]] is False
+    assert all(value is None for value in list(values.values())[1:])
+
+
+def test_script_info_shows_names_and_ranges(host):
+    info = next(s for s in host.client.get("/sdapi/v1/script-info").json() if s["name"] == "demofusion")
+    args = {a["label"]: a for a in info["args"]}
+    assert [*args][:2] == ["DemoFusion", "Scale"]
+    assert (args["Scale"]["minimum"], args["Scale"]["maximum"], args["Scale"]["value"]) == (1.05, 8, 4.0)
+    assert len(args) == 11
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([True, 9], "scale must be above 1 and at most 8, got 9"),
+        ([True, "4"], "scale must be a number, got '4'"),
+        ([True, None], "scale must be a number, got None"),
+        ([True, 2, 0, 99], "stride must be at most 8"),
+        ([True, 2, 1.5], "phase steps must be a whole number, got 1.5"),
+        ([True, 2, 0, 0, "no"], "jitter must be true or false, got 'no'"),
+        (["yes", 2], "enabled must be true or false, got 'yes'"),
+    ],
+)
+def test_a_wrong_value_gets_one_line_and_no_image(host, calls, args, line):
+    reply = host.generate(*args)
+    assert reply.images == []
+    assert calls.calls == 0
+    assert line in host.comments[0]
+    assert line in reply.info["extra_generation_params"]["DemoFusion refused"]
+    assert host.generate(True, 2).images[0].size == (128, 128)
+
+
+def test_hires_fix_gets_a_comment(host):
+    host.generate(True, 2, enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", denoising_strength=0.7)
+    assert "Hires. fix" in host.comments[0]
+
+
+def test_the_reply_is_serialisable(host):
+    assert json.dumps(host.generate(True, 2).info)
+
+
+# --------------------------------------------------------------------------------------------------- progress and preview
+
+
+@pytest.mark.parametrize(("sampler", "batches"), [("Euler", 1), ("Heun", 1), ("Euler a", 2)])
+def test_one_bar_over_phases_and_batches(host, sampler, batches):
+    seen, jobs = [], []
+    unet, state = host.shared.sd_model.model.diffusion_model, host.shared.state
+
+    def look(module, args):
+        request = host.progress.ProgressRequest(id_task=host.progress.current_task, live_preview=False)
+        seen.append((len(args[0]), host.progress.progressapi(request).progress))
+        jobs.append((state.job, state.textinfo))
+
+    handle = unet.register_forward_pre_hook(look)
+    try:
+        host.generate(True, SCALE, sampler_name=sampler, n_iter=batches, steps=8)
+    finally:
+        handle.remove()
+    rows, shown = map(np.array, zip(*seen))
+    assert np.all(np.diff(shown) >= -1e-9), "the bar goes back"
+    share = (np.cumsum(rows) - rows) / rows.sum()
+    assert np.abs(shown - share).max() < 0.06
+    assert ("DemoFusion phase 2 of 3",) * 2 in jobs
+    assert ("DemoFusion phase 3 of 3",) * 2 in jobs
+    assert state.textinfo is None
+    assert isinstance(state.job_no, int)
+
+
+@pytest.mark.parametrize("kind", ["Full", "Approx cheap"])
+@pytest.mark.parametrize("content", ["Combined", "Prompt", "Negative prompt"])
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_previews_have_the_pictures_proportions(host, options, kind, content, sampler):
+    options(show_progress_type=kind, live_preview_content=content)
+    sizes = []
+    unet, state = host.shared.sd_model.model.diffusion_model, host.shared.state
+
+    def look(module, args):
+        state.do_set_current_image()
+        if state.current_image is not None:
+            sizes.append(state.current_image.size)
+
+    handle = unet.register_forward_pre_hook(look)
+    try:
+        host.generate(True, 2, width=128, height=64, sampler_name=sampler)
+    finally:
+        handle.remove()
+    assert {w / h for w, h in sizes} == {2.0}
+    assert len(set(sizes)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- other scripts
+
+
+def test_xyz_plot_over_our_settings(host, calls):
+    plot = host.scripts.scripts_txt2img.script("x/y/z plot")
+    labels = [option.label for option in plot.current_axis_options]
+    assert sum(label.startswith("[DemoFusion]") for label in labels) == 9
+    x, y = labels.index("[DemoFusion] scale"), labels.index("[DemoFusion] jitter")
+    args = [x, "2,3", [], y, "", ["True", "False"], 0, "", [], False, True, False, False, False, False, False, 0, False]
+    reply = host.generate(script_name="x/y/z plot", script_args=args)
+    sizes = [image.size for image in reply.images[1:]]
+    assert sizes == [(128, 128), (192, 192)] * 2
+    assert ["DemoFusion jitter: False" in text for text in reply.infotexts[1:]] == [False, False, True, True]
+
+
+def test_prompt_matrix(host):
+    args = [False, False, "positive", "comma", 0]
+    reply = host.generate(True, 2, prompt="one red ring|on snow", script_name="prompt matrix", script_args=args)
+    assert [image.size for image in reply.images[1:]] == [(128, 128)] * 2
+
+
+def test_lora_and_textual_inversion(host):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    layer = "diffusion_model_middle_block_1_proj_in"
+    folder = host.data / "models" / "Lora"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"{layer}.lora_up.weight": torch.randn(88, 4, 1, 1), f"{layer}.lora_down.weight": torch.randn(4, 88, 1, 1)},
+        folder / "bend.safetensors",
+    )
+    embeddings = host.data / "embeddings"
+    embeddings.mkdir(exist_ok=True)
+    save_file({"emb_params": torch.randn(2, 64)}, embeddings / "thing.safetensors")
+    import networks
+
+    networks.list_available_networks()
+    plain = host.latents(True, 2, prompt="one red ring")
+    for prompt in ("one red ring <lora:bend:1>", "one red ring thing"):
+        base, large = host.latents(prompt=prompt), host.latents(True, 2, prompt=prompt)
+        assert large.shape == plain.shape
+        assert not torch.allclose(large, plain, atol=0.05)
+        assert not torch.allclose(base, host.latents(prompt="one red ring"), atol=0.05)
+    assert torch.equal(host.latents(True, 2, prompt="one red ring"), plain)
+
+
+def test_reloading_scripts_leaves_one_of_each_callback(host):
+    def ours():
+        entries = host.script_callbacks.callback_map
+        return {name: sum("demofusion" in c.script for c in entries[name]) for name in entries}
+
+    once = ours()
+    assert once["callbacks_cfg_denoiser"] == 1
+    assert once["callbacks_before_ui"] == 1
+    modules = {name: module for name, module in sys.modules.items() if name.startswith("lib_demofusion")}
+    data, runner = list(host.scripts.scripts_data), host.scripts.scripts_txt2img
+    post, img2img = list(host.scripts.postprocessing_scripts_data), host.scripts.scripts_img2img
+    callbacks = {k: list(v) for k, v in host.script_callbacks.callback_map.items()}
+    try:
+        host.scripts.load_scripts()
+        host.scripts.load_scripts()
+        assert ours() == once
+    finally:
+        sys.modules.update(modules)
+        host.scripts.scripts_data[:] = data
+        host.scripts.postprocessing_scripts_data[:] = post
+        host.scripts.scripts_txt2img, host.scripts.scripts_img2img = runner, img2img
+        host.script_callbacks.callback_map.update(callbacks)
+        host.script_callbacks.ordered_callbacks_map.clear()
+
+
+def test_start_up_costs_little(host):
+    from modules import timer
+
+    spent = timer.startup_timer.dump()["records"]
+    ours = [seconds for name, seconds in spent.items() if name.endswith("demofusion.py")]
+    assert ours, spent
+    print(f"loading the extension took {1000 * sum(ours):.0f} ms")

@@ -1,0 +1,47 @@
+"""The extension on the host and the command on diffusers give the same latents."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command_python
+
+REFERENCE = Path(__file__).with_name("reference.py")
+
+
+@pytest.mark.parametrize(("scale", "h", "w"), [(2, 16, 16), (3, 16, 16), (2, 16, 24), (2.5, 12, 16)])
+def test_same_latents_as_the_command(host, monkeypatch, tmp_path, scale, h, w):
+    out = tmp_path / "reference.npz"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([command_python(), REFERENCE, out, str(scale), str(h), str(w)], check=True, env=env)
+    expected = {name: torch.from_numpy(array) for name, array in np.load(out).items()}
+    webui, results = host.webui, {}
+    post_sample, upscale = webui.post_sample, webui.upscale
+
+    def start_from_the_same(p, ps, args):
+        ps.samples = expected["base"]
+        p.sampler_noise_scheduler_override = lambda steps: expected["sigmas"]
+        post_sample(p, ps, args)
+
+    def keep(*args):
+        for phase, latents in upscale(*args):
+            results[phase.number] = latents.clone()
+            yield phase, latents
+
+    monkeypatch.setattr(webui, "post_sample", start_from_the_same)
+    monkeypatch.setattr(webui, "upscale", keep)
+    monkeypatch.setattr(webui._Phases, "noise", lambda self, phase: expected[f"noise{phase.number}"])
+    host.generate(
+        True, scale, 0, 0, False,
+        prompt="two red striped rings on grass", negative_prompt="blue", steps=5, cfg_scale=5, width=8 * w, height=8 * h,
+    )  # fmt: skip
+    assert host.comments == []
+    assert set(results) == {int(name[7:]) for name in expected if name.startswith("latents")}
+    for number, latents in results.items():
+        want = expected[f"latents{number}"]
+        difference = ((latents - want).abs().max() / want.std()).item()
+        print(f"{scale}x of {w}x{h}, phase {number}: differs by {difference:.1e} of the std at most")
+        assert difference < 1e-4
