@@ -134,6 +134,7 @@ def make_sdxl(folder):
     torch.manual_seed(0)
     clip = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "demofusion-embedded-clip"))
     weights = {f"conditioner.embedders.0.transformer.{k}": v for k, v in clip.state_dict().items()}
+    weights["conditioner.embedders.1.model.ln_final.weight"] = torch.ones(1)  # tells the host that CLIP is included
     for part, prefix in (("network_config", "model.diffusion_model."), ("first_stage_config", "first_stage_model.")):
         network = instantiate_from_config(OmegaConf.create(params[part]))
         for name, value in network.state_dict().items():

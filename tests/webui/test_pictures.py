@@ -289,7 +289,7 @@ def sdxl(host, checkpoint, checkpoints):
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 def test_sdxl_views_carry_their_size_and_crop(host, sdxl, options, sampler):
-    options(sdxl_crop_top=3, sdxl_crop_left=5)
+    options(sdxl_crop_top=3, sdxl_crop_left=5, show_progress_type="Approx cheap")  # the usual preview is a download
     assert sdxl.is_sdxl
     embed = next(e for e in sdxl.conditioner.embedders if getattr(e, "input_key", "") == "crop_coords_top_left")
     seen = []

@@ -1,0 +1,178 @@
+"""The way of a new user, in headless Chromium: install from a URL, restart, tick, generate, PNG Info, send back, again.
+
+SCREENSHOTS=folder keeps pictures of the form there; docs/webui holds such ones.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, WEBUI_DIR
+from PIL import Image
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+    if not CHROMIUM:
+        pytest.skip("needs Chromium: CHROMIUM=path")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1500})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints, tmp_path_factory):
+    """A WebUI without the extension, in a process of its own. Yields (address, data folder)."""
+    data = tmp_path_factory.mktemp("a new user's data")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "webui.py", "--use-cpu", "all", "--no-half", "--skip-torch-cuda-test", "--no-hashing"]
+    command += ["--data-dir", str(data), "--ckpt-dir", str(checkpoints), "--no-download-sd-model", "--port", str(port)]
+    with open(data / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=WEBUI_DIR, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(address, process)
+        yield address, data
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(address, process, seconds=120):
+    for _ in range(seconds):
+        assert process.poll() is None, "the WebUI ended"
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            return
+        except OSError:
+            time.sleep(1)
+    raise TimeoutError(address)
+
+
+def shot(page, name, selector=None):
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (page.locator(selector) if selector else page).screenshot(path=Path(folder) / f"{name}.png")
+
+
+def tab(page, name):
+    page.locator("#tabs > .tab-nav > button", has_text=name).first.click()
+
+
+def number(page, element, value):
+    box = page.locator(f"#{element} input[type=number]").first
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def restart(page, data):
+    tab(page, "Extensions")
+    page.locator("#tabs_extensions .tab-nav button", has_text="Installed").click()
+    page.get_by_role("button", name="Apply and restart UI").click()
+    page.wait_for_timeout(3000)
+    page.wait_for_selector("#txt2img_generate", state="visible")
+    page.wait_for_selector("#script_demofusion_enable-visible-checkbox", state="attached")
+
+
+def readout(page):
+    return page.locator(".demofusion-readout").inner_text()
+
+
+def generate(page, data):
+    before = set((data / "outputs").rglob("*.png")) if (data / "outputs").exists() else set()
+    page.click("#txt2img_generate")
+    for _ in range(600):
+        new = [path for path in (data / "outputs").rglob("*.png") if path not in before]
+        if new and page.locator("#txt2img_gallery img").count():
+            page.wait_for_timeout(1000)
+            return new[0]
+        if "phase 2 of" in page.locator("#txt2img_results").inner_text():
+            shot(page, "running")
+        page.wait_for_timeout(200)
+    raise TimeoutError("no image")
+
+
+def test_a_new_user(page, server, tmp_path_factory):
+    address, data = server
+    clone = tmp_path_factory.mktemp("remote") / "demofusion.git"
+    subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(clone)], check=True)
+
+    page.goto(address)
+    page.wait_for_selector("#txt2img_generate", state="visible")
+    assert page.locator("#script_demofusion_enable").count() == 0
+    tab(page, "Extensions")
+    page.locator("#tabs_extensions .tab-nav button", has_text="Install from URL").click()
+    page.get_by_label("URL for extension's git repository").fill(clone.as_uri())
+    page.get_by_role("button", name="Install", exact=True).click()
+    page.wait_for_function("document.querySelector('#extension_install_result').innerText.includes('Installed into')")
+    restart(page, data)
+    restart(page, data)
+
+    tab(page, "txt2img")
+    page.locator("#txt2img_prompt textarea").fill("two purple striped discs on snow")
+    for element, value in [("txt2img_width", 128), ("txt2img_height", 128), ("txt2img_steps", 12), ("txt2img_seed", 1)]:
+        number(page, element, value)
+    assert readout(page) == ""
+    shot(page, "closed")
+
+    page.click("#script_demofusion_enable-visible-checkbox")
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('from 128x128 to 512x512')")
+    assert "4 phases" in readout(page)
+    number(page, "script_demofusion_scale", 2)
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('336 model calls')")
+    assert readout(page) == "from 128x128 to 256x256, 2 phases, 336 model calls"
+    number(page, "txt2img_cfg_scale", 1)
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('180 model calls')")
+    number(page, "txt2img_cfg_scale", 7)
+    page.click("#txt2img_hr-visible-checkbox")
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('Hires. fix is ticked')")
+    page.click("#txt2img_hr-visible-checkbox")
+    page.locator("#script_demofusion_advanced .label-wrap").click()
+    page.wait_for_timeout(500)
+    shot(page, "open")
+    page.locator("#script_demofusion_advanced .label-wrap").click()
+
+    first = generate(page, data)
+    shot(page, "done")
+    with Image.open(first) as image:
+        assert image.size == (256, 256)
+        assert "DemoFusion scale: 2" in image.info["parameters"]
+
+    number(page, "script_demofusion_scale", 4)
+    number(page, "script_demofusion_alpha1", 1)
+    page.click("#script_demofusion_enable-visible-checkbox")
+    tab(page, "PNG Info")
+    page.locator("#pnginfo_image input[type=file]").set_input_files(first)
+    page.wait_for_function("document.querySelector('#tab_pnginfo').innerText.includes('DemoFusion scale')")
+    page.locator("#tab_pnginfo button", has_text="txt2img").click()
+    page.wait_for_function("document.querySelector('#script_demofusion_enable-visible-checkbox').checked")
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('336 model calls')")
+    assert page.locator("#script_demofusion_alpha1 input[type=number]").input_value() == "3"
+    second = generate(page, data)
+    with Image.open(first) as a, Image.open(second) as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+        assert a.info == b.info
+
+    page.locator("#txt2img_prompt textarea").fill("a disc\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64")
+    page.click("#paste")
+    page.wait_for_function("!document.querySelector('#script_demofusion_enable-visible-checkbox').checked")
+
+    assert not [path for path in data.glob("extensions/demofusion/**/*") if path.suffix in (".png", ".log")]
+    errors = [line for line in (data / "log").read_text().splitlines() if "demofusion" in line.lower() and "rror" in line]
+    assert not errors
