@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 OUT ?= out
 
-.PHONY: demo test lint bench sheet train clean
+.PHONY: demo test lint bench sheet settings-sheet train clean test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -33,8 +33,26 @@ bench: $(READY)
 sheet: $(READY)
 	$(RUN) -m benchmarks.contact_sheet
 
+settings-sheet: $(READY)
+	$(RUN) -m benchmarks.settings_sheet
+
 train: $(READY)
 	$(RUN) -m training.train
+
+# On a real WebUI: WEBUI_DIR is its folder, WEBUI_PYTHON its Python (with pytest, and playwright for the browser's test).
+WEBUI_PYTHON ?= $(WEBUI_DIR)/venv/bin/python
+export DEMOFUSION_PYTHON ?= $(abspath $(RUN))
+
+test-webui: $(READY)
+	@test -n "$(WEBUI_DIR)" || { echo "set WEBUI_DIR to the folder of an installed WebUI"; exit 2; }
+	$(WEBUI_PYTHON) -m pytest --confcutdir=tests/webui -p no:cacheprovider tests/webui
+
+bench-webui: $(READY)
+	$(WEBUI_PYTHON) -m benchmarks.bench_webui
+
+# The embedded checkpoint as the WebUI reads one: make export-webui WEBUI_MODELS=.../models/Stable-diffusion
+export-webui: $(READY)
+	$(RUN) -m training.export_webui $(or $(WEBUI_MODELS),$(error set WEBUI_MODELS to the folder to write to))
 
 clean:
 	rm -rf $(VENV) $(OUT) training/build build *.egg-info .pytest_cache .ruff_cache .hypothesis

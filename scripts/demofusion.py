@@ -49,9 +49,9 @@ class DemoFusionScript(scripts.Script):
                     controls["phase_steps"] = self.slider("phase_steps", "Steps per phase", maximum=150, step=1)
                     controls["stride"] = self.slider("stride", "Stride", maximum=256, step=1)
                 with gr.Row():
-                    controls["alpha1"] = self.slider("alpha1", "Skip residual: alpha 1", maximum=10, step=0.1)
-                    controls["alpha2"] = self.slider("alpha2", "Dilated sampling: alpha 2", maximum=10, step=0.1)
-                    controls["alpha3"] = self.slider("alpha3", "Gaussian blur: alpha 3", maximum=10, step=0.1)
+                    controls["alpha1"] = self.slider("alpha1", "Skip residual α1", maximum=10, step=0.1)
+                    controls["alpha2"] = self.slider("alpha2", "Dilated sampling α2", maximum=10, step=0.1)
+                    controls["alpha3"] = self.slider("alpha3", "Gaussian blur α3", maximum=10, step=0.1)
                 with gr.Row():
                     controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
                     controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)

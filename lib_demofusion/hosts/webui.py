@@ -414,6 +414,7 @@ class _Phases:
         """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
         p = self.p
         shared.state.job = shared.state.textinfo = f"{NAME} phase {phase.number} of {len(self.plan.phases)}"
+        shared.state.current_image_sampling_step = 0  # the steps count from 0 again, and previews with them
         self._set_up_model(phase)
         p.sampler = sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
         if p.sampler_name == "UniPC":

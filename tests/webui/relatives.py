@@ -142,3 +142,24 @@ def make_sdxl(folder):
             weights[prefix + name] = value + spread
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "tiny-sdxl.safetensors")
     return "tiny-sdxl.safetensors"
+
+
+def make_large(folder):
+    """The embedded checkpoint with a random UNet of 40 million parameters, LDM's own; needs the host's modules."""
+    from ldm.util import instantiate_from_config
+    from omegaconf import OmegaConf
+
+    config = json.loads((folder / "demofusion-embedded.yaml").read_text())
+    unet = config["model"]["params"]["unet_config"]
+    unet["target"] = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    for name in ("widths", "groups"):
+        del unet["params"][name]
+    unet["params"].update(model_channels=96, channel_mult=[1, 2, 4], num_res_blocks=2, attention_resolutions=[1, 2])
+    torch.manual_seed(0)
+    network = instantiate_from_config(OmegaConf.create(unet))
+    weights = load_file(folder / "demofusion-embedded.safetensors")
+    weights = {name: value for name, value in weights.items() if not name.startswith("model.diffusion_model.")}
+    weights |= {f"model.diffusion_model.{name}": value for name, value in network.state_dict().items()}
+    save_file(weights, folder / "large.safetensors")
+    (folder / "large.yaml").write_text(json.dumps(config, indent=2))
+    return sum(value.numel() for value in network.parameters())

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, WEBUI_DIR
 from PIL import Image
+from webui_host import ROOT, WEBUI_DIR
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -33,35 +33,42 @@ def page():
         browser.close()
 
 
+class Server:
+    """A WebUI in a process of its own, which can be started again."""
+
+    def __init__(self, data, checkpoints):
+        self.data, self.checkpoints, self.process = data, checkpoints, None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        command = [sys.executable, "webui.py", "--use-cpu", "all", "--no-half", "--skip-torch-cuda-test", "--no-hashing"]
+        command += ["--data-dir", str(self.data), "--ckpt-dir", str(self.checkpoints), "--no-download-sd-model"]
+        with open(self.data / "log", "a") as log:
+            self.process = subprocess.Popen([*command, "--port", str(self.port)], cwd=WEBUI_DIR, stdout=log, stderr=log)
+        for _ in range(120):
+            assert self.process.poll() is None, "the WebUI ended"
+            try:
+                urllib.request.urlopen(self.address, timeout=5)
+                return
+            except OSError:
+                time.sleep(1)
+        raise TimeoutError(self.address)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
 @pytest.fixture(scope="module")
 def server(checkpoints, tmp_path_factory):
-    """A WebUI without the extension, in a process of its own. Yields (address, data folder)."""
-    data = tmp_path_factory.mktemp("a new user's data")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "webui.py", "--use-cpu", "all", "--no-half", "--skip-torch-cuda-test", "--no-hashing"]
-    command += ["--data-dir", str(data), "--ckpt-dir", str(checkpoints), "--no-download-sd-model", "--port", str(port)]
-    with open(data / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=WEBUI_DIR, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(address, process)
-        yield address, data
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for(address, process, seconds=120):
-    for _ in range(seconds):
-        assert process.poll() is None, "the WebUI ended"
-        try:
-            urllib.request.urlopen(address, timeout=5)
-            return
-        except OSError:
-            time.sleep(1)
-    raise TimeoutError(address)
+    """A WebUI without the extension."""
+    server = Server(tmp_path_factory.mktemp("a new user's data"), checkpoints)
+    server.start()
+    yield server
+    server.stop()
 
 
 def shot(page, name, selector=None):
@@ -81,11 +88,16 @@ def number(page, element, value):
     box.press("Tab")
 
 
-def restart(page, data):
-    tab(page, "Extensions")
-    page.locator("#tabs_extensions .tab-nav button", has_text="Installed").click()
-    page.get_by_role("button", name="Apply and restart UI").click()
-    page.wait_for_timeout(3000)
+def open_form(page, server):
+    page.goto(server.address)
+    page.wait_for_selector("#txt2img_generate", state="visible")
+
+
+def reload_ui(page):
+    """The host's button that loads all scripts again in the same process."""
+    tab(page, "Settings")
+    page.click("#settings_restart_gradio")
+    page.wait_for_timeout(5000)
     page.wait_for_selector("#txt2img_generate", state="visible")
     page.wait_for_selector("#script_demofusion_enable-visible-checkbox", state="attached")
 
@@ -109,36 +121,39 @@ def generate(page, data):
 
 
 def test_a_new_user(page, server, tmp_path_factory):
-    address, data = server
+    data = server.data
     clone = tmp_path_factory.mktemp("remote") / "demofusion.git"
     subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(clone)], check=True)
 
-    page.goto(address)
-    page.wait_for_selector("#txt2img_generate", state="visible")
+    open_form(page, server)
     assert page.locator("#script_demofusion_enable").count() == 0
     tab(page, "Extensions")
     page.locator("#tabs_extensions .tab-nav button", has_text="Install from URL").click()
     page.get_by_label("URL for extension's git repository").fill(clone.as_uri())
     page.get_by_role("button", name="Install", exact=True).click()
     page.wait_for_function("document.querySelector('#extension_install_result').innerText.includes('Installed into')")
-    restart(page, data)
-    restart(page, data)
+    page.locator("#tabs_extensions .tab-nav button", has_text="Installed").click()
+    page.get_by_role("button", name="Apply and quit").click()  # "... and restart UI" where a start script restarts it
+    server.process.wait(timeout=60)
+    server.start()
+    open_form(page, server)
+    reload_ui(page)
+    reload_ui(page)
 
-    tab(page, "txt2img")
     page.locator("#txt2img_prompt textarea").fill("two purple striped discs on snow")
-    for element, value in [("txt2img_width", 128), ("txt2img_height", 128), ("txt2img_steps", 12), ("txt2img_seed", 1)]:
+    for element, value in [("txt2img_width", 128), ("txt2img_height", 128), ("txt2img_steps", 20), ("txt2img_seed", 1)]:
         number(page, element, value)
     assert readout(page) == ""
     shot(page, "closed")
 
-    page.click("#script_demofusion_enable-visible-checkbox")
+    page.locator("#script_demofusion_enable > .label-wrap").click()  # opens the form and ticks the box
     page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('from 128x128 to 512x512')")
     assert "4 phases" in readout(page)
     number(page, "script_demofusion_scale", 2)
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('336 model calls')")
-    assert readout(page) == "from 128x128 to 256x256, 2 phases, 336 model calls"
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('560 model calls')")
+    assert readout(page) == "from 128x128 to 256x256, 2 phases, 560 model calls"
     number(page, "txt2img_cfg_scale", 1)
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('180 model calls')")
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('300 model calls')")
     number(page, "txt2img_cfg_scale", 7)
     page.click("#txt2img_hr-visible-checkbox")
     page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('Hires. fix is ticked')")
@@ -155,14 +170,16 @@ def test_a_new_user(page, server, tmp_path_factory):
         assert "DemoFusion scale: 2" in image.info["parameters"]
 
     number(page, "script_demofusion_scale", 4)
+    page.locator("#script_demofusion_advanced .label-wrap").click()
     number(page, "script_demofusion_alpha1", 1)
-    page.click("#script_demofusion_enable-visible-checkbox")
+    page.locator("#script_demofusion_enable > .label-wrap").click()
+    assert not page.locator("#script_demofusion_enable-visible-checkbox").is_checked()
     tab(page, "PNG Info")
     page.locator("#pnginfo_image input[type=file]").set_input_files(first)
     page.wait_for_function("document.querySelector('#tab_pnginfo').innerText.includes('DemoFusion scale')")
     page.locator("#tab_pnginfo button", has_text="txt2img").click()
     page.wait_for_function("document.querySelector('#script_demofusion_enable-visible-checkbox').checked")
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('336 model calls')")
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('560 model calls')")
     assert page.locator("#script_demofusion_alpha1 input[type=number]").input_value() == "3"
     second = generate(page, data)
     with Image.open(first) as a, Image.open(second) as b:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command_python
+from webui_host import ROOT, command_python
 
 REFERENCE = Path(__file__).with_name("reference.py")
 

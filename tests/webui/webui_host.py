@@ -1,0 +1,145 @@
+"""The real WebUI in this process, started from nothing, as its webui.py starts it but without its web server."""
+
+import base64
+import importlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+WEBUI_DIR = os.environ.get("WEBUI_DIR")
+
+
+def command_python():
+    """The Python of the command's environment, which has diffusers."""
+    return os.environ.get("DEMOFUSION_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
+
+
+@dataclass
+class Reply:
+    """What the API answered: images, their infotexts, and the rest of `info`."""
+
+    images: list
+    info: dict
+
+    @property
+    def infotexts(self):
+        return self.info["infotexts"]
+
+
+class Host:
+    """The host's modules by name, its API, and what the tests ask of it."""
+
+    def __init__(self, modules, client):
+        self.__dict__.update(modules)
+        self.client = client
+
+    @property
+    def script(self):
+        return next(s for s in self.scripts.scripts_txt2img.alwayson_scripts if s.name == "demofusion")
+
+    @property
+    def webui(self):
+        """lib_demofusion.hosts.webui, as the script has it."""
+        return self.script.process.__globals__["webui"]
+
+    def post(self, **payload):
+        """One request to /sdapi/v1/txt2img; small and quick unless told otherwise."""
+        defaults = dict(
+            prompt="two red striped rings on grass", steps=4, width=64, height=64, seed=1, sampler_name="Euler", cfg_scale=7
+        )
+        return self.client.post("/sdapi/v1/txt2img", json={**defaults, **payload})
+
+    def generate(self, *args, **payload):
+        """Images with DemoFusion's arguments; none: without it."""
+        if args:
+            payload["alwayson_scripts"] = {"DemoFusion": {"args": list(args)}, **payload.pop("others", {})}
+        self.comments = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.processing.StableDiffusionProcessing, "comment", lambda p, text: self.comments.append(text))
+            reply = self.post(**payload)
+        assert reply.status_code == 200, reply.text
+        reply = reply.json()
+        return Reply([_image(data) for data in reply["images"]], json.loads(reply["info"]))
+
+    def latents(self, *args, **payload):
+        """The last latents that reach the host's decoder, for comparisons to the bit."""
+        seen = []
+        decode = self.processing.decode_latent_batch
+
+        def record(model, batch, *rest, **kwargs):
+            seen.append(batch.clone())
+            return decode(model, batch, *rest, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.processing, "decode_latent_batch", record)
+            self.generate(*args, **payload)
+        return seen[-1]
+
+
+def _image(data):
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def export_checkpoints(folder):
+    """The embedded checkpoint in the host's format, and its relatives for other kinds of model."""
+    import relatives
+
+    subprocess.run([command_python(), "-m", "training.export_webui", str(folder)], cwd=ROOT, check=True)
+    relatives.make(folder)
+
+
+def start(checkpoints, data):
+    """The host, with this repository as an extension in the folder `data`, and its API, whose routes are called directly."""
+    webui = Path(WEBUI_DIR).resolve()
+    extension = data / "extensions" / "demofusion"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "out", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, extension, ignore=ignored)
+    (data / "config.json").write_text(json.dumps({"sd_model_checkpoint": "demofusion-embedded.safetensors"}))
+    os.chdir(webui)
+    sys.path.insert(0, str(webui))
+    sys.argv = [
+        "webui.py",
+        "--use-cpu",
+        "all",
+        "--no-half",
+        "--skip-torch-cuda-test",
+        "--api",
+        "--disable-console-progressbars",
+    ]
+    sys.argv += ["--data-dir", str(data), "--ckpt-dir", str(checkpoints), "--no-download-sd-model", "--no-hashing"]
+    sys.argv += os.environ.get("WEBUI_ARGS", "").split()
+
+    from modules import initialize
+
+    initialize.imports()
+    initialize.initialize()
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from modules import script_callbacks, shared, ui
+    from modules.api.api import Api
+    from modules.call_queue import queue_lock
+
+    script_callbacks.before_ui_callback()
+    shared.demo = ui.create_ui()
+    app = FastAPI()
+    Api(app, queue_lock)
+    names = ["devices", "images", "infotext_utils", "processing", "progress", "rng", "script_callbacks", "scripts", "sd_hijack"]
+    names += ["sd_models", "sd_samplers", "sd_samplers_cfg_denoiser", "sd_samplers_common", "sd_samplers_kdiffusion"]
+    names += ["sd_samplers_timesteps", "sd_schedulers", "shared"]
+    host = Host({name: importlib.import_module(f"modules.{name}") for name in names}, TestClient(app))
+    host.data = data
+    for name, option in shared.opts.data_labels.items():  # the host only puts back overridden settings that it has saved
+        shared.opts.data.setdefault(name, option.default)
+    assert "demofusion-embedded" in shared.sd_model.sd_checkpoint_info.name
+    return host
