@@ -30,11 +30,16 @@ function demofusionReadout(form) {
     for (let s = 2; s < Math.ceil(form.scale); s++) scales.push(s);
     scales.push(form.scale);
     const calls = demofusionCalls(counts, form.scheduler, form.phaseSteps || form.steps);
+    if (calls === 0 || demofusionCalls(counts, form.scheduler, form.steps) === 0) {
+        return `steps: ${form.sampler} needs at least 2`;
+    }
     const branches = form.cfg === 1 ? 1 : 2;
     let total = 2 * demofusionCalls(counts, form.scheduler, form.steps), height = h, width = w;
     for (const scale of scales) {
+        const before = [height, width];
         height = demofusionRound(h * scale);
         width = demofusionRound(w * scale);
+        if (height === before[0] && width === before[1]) return `scale: ${form.scale} adds nothing to this size`;
         const rows = Math.ceil((height - h) / stride[0]) + 1, columns = Math.ceil((width - w) / stride[1]) + 1;
         total += branches * calls * (rows * columns + Math.ceil(scale) ** 2);
     }

@@ -160,12 +160,14 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
 
 def plan_for(p: Any, config: DemoFusionConfig) -> Plan:
     """The plan of one image of the host's processing p. Raises ValueError, one line, if it cannot work."""
-    return make_plan(
-        (p.height // FACTOR, p.width // FACTOR),
-        p.steps,
-        config,
-        calls=lambda steps: model_calls(p.sampler_name, p.scheduler, steps) or steps,
-    )
+
+    def calls(steps: int) -> int:
+        known = model_calls(p.sampler_name, p.scheduler, steps)
+        if known == 0:
+            raise ValueError(f"{p.sampler_name} makes no prediction in {steps} step; it needs at least 2")
+        return steps if known is None else known
+
+    return make_plan((p.height // FACTOR, p.width // FACTOR), p.steps, config, calls=calls)
 
 
 def prepare(p: Any, args: Sequence[Any]) -> None:
@@ -250,8 +252,14 @@ class _Progress:
         own = state.sampling_step / state.sampling_steps if state.sampling_steps else 0
         state.job_no = self.batch + min(done / self.total, 1) - own
 
+    def pause(self, number: int) -> None:
+        """Phase `number` is finished; the host's own step stands at 0 until the next sampler goes on from there."""
+        shared.state.sampling_step = 0
+        self.show(self.ends[number])
+
     def close(self) -> None:
         shared.state.job_no = self.batch
+        shared.state.sampling_step = shared.state.sampling_steps
 
 
 class _BaseHooks:
@@ -299,6 +307,7 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
         _describe(p, None)
         return
 
+    progress.pause(1)
     reached, trouble = plan.phases[0], None
     with _restored(p):
         run = _Phases(p, plan, settings.config, progress)
@@ -446,7 +455,8 @@ class _Phases:
             del denoiser.demofusion
         if _stopped():
             raise Cancelled
-        devices.test_for_nans(latents, "unet")
+        self.progress.pause(phase.number)
+        devices.test_for_nans((0 * latents).sum(), "unet")  # not finite anywhere: NaN; the host would see the first pixel
         return latents
 
     def _set_up_model(self, phase: Phase) -> None:

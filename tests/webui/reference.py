@@ -1,4 +1,4 @@
-"""Phases by the command's host, on diffusers, for test_parity.py: python reference.py OUT.npz SCALE HEIGHT WIDTH
+"""Phases by the command's host, on diffusers, for test_same_as_command.py: python reference.py OUT.npz SCALE HEIGHT WIDTH
 
 HEIGHT and WIDTH are the base's, in latent pixels. Everything random comes from one generator here and goes along.
 """

@@ -1,0 +1,1061 @@
+"""A stand-in for the AUTOMATIC1111 WebUI: the calls that the extension makes, a sampling loop, and a toy model.
+
+`installed` puts its modules into sys.modules, loads scripts/demofusion.py on them, and takes everything away again.
+Exceptions in a script are not swallowed here, as they are in the WebUI. What is offered here is compared with the real
+host, name by name, in tests/webui/test_contract.py.
+"""
+
+import importlib.util
+import json
+import sys
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+CHANNELS, WIDTH, FACTOR = 4, 8, 8
+
+# What the tests look at; emptied by `build`.
+decoded = []  # latents, as they reach the decoder
+saved = []  # images that were written: dicts of path, size, info and suffix
+reports = []  # errors that were reported
+
+shared = ModuleType("modules.shared")  # filled by `build`
+
+# ---------------------------------------------------------------------------------------------------------- modules.shared
+
+
+class State:
+    def __init__(self):
+        self.begin("")
+        self.job_count = 0
+
+    def begin(self, job="(unknown)"):
+        self.job, self.textinfo = job, None
+        self.job_no, self.job_count = 0, -1
+        self.sampling_step = self.sampling_steps = self.current_image_sampling_step = 0
+        self.interrupted = self.skipped = self.stopping_generation = False
+
+    def end(self):
+        self.job, self.job_count = "", 0
+
+    def interrupt(self):
+        self.interrupted = True
+
+    def skip(self):
+        self.skipped = True
+
+    def stop_generating(self):
+        self.stopping_generation = True
+
+    def nextjob(self):
+        self.job_no += 1
+        self.sampling_step = 0
+
+
+class TotalTQDM:
+    def __init__(self):
+        self._done = self._total = 0
+
+    def update(self):
+        self._done += 1
+
+    def updateTotal(self, new_total):
+        self._total = new_total
+
+
+class Options:
+    def __init__(self):
+        self.sd_model_checkpoint = "main"
+        self.samples_save, self.samples_format = False, "png"
+        self.batch_cond_uncond = True
+        self.sdxl_crop_top = self.sdxl_crop_left = 0
+        self.eta_ancestral, self.eta_ddim, self.s_churn = 1.0, 0.0, 0.0
+
+
+# ----------------------------------------------------------------------------------------- modules.devices, errors, images
+
+cpu = torch.device("cpu")
+
+
+class NansException(Exception):
+    pass
+
+
+def autocast(disable=False):
+    return nullcontext()
+
+
+def without_autocast(disable=False):
+    return nullcontext()
+
+
+def torch_gc():
+    pass
+
+
+def test_for_nans(x, where):
+    if x.flatten()[0].isnan():
+        raise NansException(f"NaN in what the {where} made")
+
+
+def report(message, *, exc_info=False):
+    reports.append(message)
+
+
+def save_image(image, path, basename, seed=None, prompt=None, extension="png", info=None, *, p=None, suffix=""):
+    saved.append(dict(path=path, size=image.size, info=info, suffix=suffix))
+
+
+# -------------------------------------------------------------------------------------------------------------- modules.rng
+
+
+class ImageRNG:
+    def __init__(self, shape, seeds, subseeds=None, subseed_strength=0.0, seed_resize_from_h=0, seed_resize_from_w=0):
+        self.shape = tuple(shape)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def next(self):
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+
+
+# ------------------------------------------------------------------------------------------------- the model, and its cases
+
+
+class ToyUNet(nn.Module):
+    """Noise from x, the level and the prompt. kernel 1: no pixel looks at another."""
+
+    def __init__(self, kernel=3, channels=CHANNELS, seed=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(channels, CHANNELS, kernel, padding=kernel // 2)
+            self.text = nn.Linear(WIDTH, CHANNELS)
+
+    def forward(self, x, timesteps, context, y=None):
+        shift = self.text(context.mean(1)) + timesteps[:, None] / 1000
+        if y is not None:
+            shift = shift + y.mean(1, keepdim=True)
+        return torch.tanh(self.conv(x) + shift[:, :, None, None])
+
+
+class SizeEmbedder(nn.Module):
+    """Numbers [rows, n] -> [rows, n * outdim], each of them readable in what comes out."""
+
+    def __init__(self, input_key, outdim=4):
+        super().__init__()
+        self.input_key, self.outdim = input_key, outdim
+
+    def forward(self, numbers):
+        return (numbers[..., None] / 1000 * torch.arange(1, self.outdim + 1)).flatten(1)
+
+
+class ToyModel(nn.Module):
+    """A checkpoint: its UNet, its noise levels and its prompts. sdxl: the keys of its size conditions."""
+
+    def __init__(self, name="main", kernel=3, seed=0, inpainting=False, sdxl=()):
+        super().__init__()
+        self.sd_checkpoint_info = CheckpointInfo(name)
+        self.is_sdxl, self.is_sd3 = bool(sdxl), False
+        self.cond_stage_key = "txt"
+        self.parameterization = "eps"
+        self.model = nn.Module()
+        self.model.conditioning_key = "hybrid" if inpainting else "crossattn"
+        self.model.diffusion_model = ToyUNet(kernel, CHANNELS + 5 * inpainting, seed)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0).float())
+        if sdxl:
+            self.conditioner = nn.Module()
+            text = nn.Module()
+            text.input_key = "txt"
+            self.conditioner.embedders = nn.ModuleList([text, *map(SizeEmbedder, sdxl)])
+        self.requires_grad_(False)
+
+    def get_learned_conditioning(self, batch):
+        """Prompts -> [n, tokens, WIDTH]; with size conditions a dict, whose vector starts with the pooled text."""
+
+        def tokens(prompt):
+            generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+            return torch.randn(3, WIDTH, generator=generator)
+
+        text = torch.stack([tokens(prompt) for prompt in batch])
+        if not self.is_sdxl:
+            return text
+        numbers = {
+            "original_size_as_tuple": [batch.height, batch.width],
+            "crop_coords_top_left": [shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left],
+            "target_size_as_tuple": [batch.height, batch.width],
+            "aesthetic_score": [6.0],
+        }
+        embedded = [
+            embedder(torch.tensor([numbers[embedder.input_key]], dtype=torch.float32)).expand(len(batch), -1)
+            for embedder in self.conditioner.embedders
+            if hasattr(embedder, "outdim")
+        ]
+        return {"crossattn": text, "vector": torch.cat([text[:, 0], *embedded], 1)}
+
+    def apply_model(self, x_noisy, t, cond):
+        context = cond["crossattn"] if self.is_sdxl else torch.cat(cond["c_crossattn"], 1)
+        if self.model.conditioning_key == "hybrid":
+            x_noisy = torch.cat([x_noisy, *cond["c_concat"]], 1)
+        return self.model.diffusion_model(x_noisy, t, context, y=cond.get("vector"))
+
+
+# -------------------------------------------------------------------------- modules.sd_models, extra_networks and sd_hijack
+
+
+class CheckpointInfo:
+    def __init__(self, filename):
+        self.filename = self.name = filename
+
+
+_models = {}  # name -> ToyModel
+
+
+def reload_model_weights(sd_model=None, info=None, forced_reload=False):
+    shared.sd_model = _models[info.name if info else shared.opts.sd_model_checkpoint]
+    return shared.sd_model
+
+
+def apply_alpha_schedule_override(sd_model, p=None):
+    pass
+
+
+def activate(p, extra_network_data):
+    pass
+
+
+class StableDiffusionModelHijack:
+    circular_enabled = False
+
+    def apply_circular(self, enable):
+        self.circular_enabled = enable
+
+
+# ----------------------------------------------------------------------------------- modules.prompt_parser: "a AND b :0.5"
+
+
+class ScheduledPromptConditioning(NamedTuple):
+    end_at_step: int
+    cond: Any
+
+
+class ComposableScheduledPromptConditioning:
+    def __init__(self, schedules, weight=1.0):
+        self.schedules, self.weight = schedules, weight
+
+
+class MulticondLearnedConditioning:
+    def __init__(self, shape, batch):
+        self.shape, self.batch = shape, batch
+
+
+class SdConditioning(list):
+    def __init__(self, prompts, is_negative_prompt=False, width=None, height=None):
+        super().__init__(prompts)
+        self.width, self.height = width, height
+
+
+class DictWithShape(dict):
+    @property
+    def shape(self):
+        return self["crossattn"].shape
+
+
+def get_learned_conditioning(model, prompts, steps):
+    conds = model.get_learned_conditioning(prompts)
+    rows = [
+        {key: value[i] for key, value in conds.items()} if isinstance(conds, dict) else conds[i] for i in range(len(prompts))
+    ]
+    return [[ScheduledPromptConditioning(steps, row)] for row in rows]
+
+
+def get_multicond_learned_conditioning(model, prompts, steps):
+    batch = []
+    for prompt in prompts:
+        texts, weights = [], []
+        for part in prompt.split(" AND "):
+            text, _, weight = part.partition(" :")
+            texts.append(text)
+            weights.append(float(weight or 1))
+        texts = SdConditioning(texts, width=prompts.width, height=prompts.height)
+        schedules = get_learned_conditioning(model, texts, steps)
+        batch.append([ComposableScheduledPromptConditioning(s, w) for s, w in zip(schedules, weights)])
+    return MulticondLearnedConditioning((len(prompts),), batch)
+
+
+def _stacked(schedules):
+    conds = [schedule[0].cond for schedule in schedules]
+    if isinstance(conds[0], dict):
+        return DictWithShape({key: torch.stack([cond[key] for cond in conds]) for key in conds[0]})
+    return torch.stack(conds)
+
+
+# ------------------------------------------------------------------------------------------------- modules.script_callbacks
+
+
+class CFGDenoiserParams:
+    def __init__(self, x, image_cond, sigma, sampling_step, total_sampling_steps, text_cond, text_uncond, denoiser=None):
+        self.x, self.image_cond, self.sigma = x, image_cond, sigma
+        self.sampling_step, self.total_sampling_steps = sampling_step, total_sampling_steps
+        self.text_cond, self.text_uncond, self.denoiser = text_cond, text_uncond, denoiser
+
+
+_callbacks = {"cfg_denoiser": [], "before_ui": []}
+
+
+def on_cfg_denoiser(callback, *, name=None):
+    _callbacks["cfg_denoiser"].append(callback)
+
+
+def on_before_ui(callback, *, name=None):
+    _callbacks["before_ui"].append(callback)
+
+
+def cfg_denoiser_callback(params):
+    for callback in _callbacks["cfg_denoiser"]:
+        callback(params)
+
+
+def before_ui_callback():
+    for callback in _callbacks["before_ui"]:
+        callback()
+
+
+# ----------------------------------------------------------- modules.sd_samplers_common, _cfg_denoiser, _kdiffusion, _timesteps
+
+
+class InterruptedException(BaseException):
+    pass
+
+
+def apply_refiner(cfg_denoiser, sigma=None):
+    """Switch to the refiner when its share of the steps begins; says whether it did."""
+    p = cfg_denoiser.p
+    info = p.refiner_checkpoint_info
+    due = info is not None and cfg_denoiser.step >= (p.refiner_switch_at or 0) * cfg_denoiser.total_steps
+    if not due or shared.sd_model.sd_checkpoint_info is info:
+        return False
+    reload_model_weights(info=info)
+    p.setup_conds()
+    cfg_denoiser.update_inner_model()
+    return True
+
+
+class CFGDenoiser(nn.Module):
+    def __init__(self, sampler):
+        super().__init__()
+        self.sampler = sampler
+        self.p = self.model_wrap = self.steps = self.total_steps = None
+        self.step = 0
+        self.cond_scale_miltiplier = 1.0
+
+    @property
+    def inner_model(self):
+        raise NotImplementedError
+
+    def get_pred_x0(self, x_in, x_out, sigma):
+        return x_out
+
+    def update_inner_model(self):
+        self.model_wrap = None
+        extra = self.sampler.sampler_extra_args
+        extra["cond"], extra["uncond"] = self.p.get_conds()
+
+    def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond):
+        if shared.state.interrupted or shared.state.skipped:
+            raise InterruptedException
+        if apply_refiner(self, sigma):
+            cond, uncond = (self.sampler.sampler_extra_args[name] for name in ("cond", "uncond"))
+        parts = [(image, part) for image, of_image in enumerate(cond.batch) for part in of_image]
+        text, negative = _stacked([part.schedules for _, part in parts]), _stacked(uncond)
+        rows = torch.tensor([image for image, _ in parts] + list(range(len(x))))
+        state = shared.state
+        params = CFGDenoiserParams(
+            x[rows], image_cond[rows], sigma[rows], state.sampling_step, state.sampling_steps, text, negative, self
+        )
+        cfg_denoiser_callback(params)
+
+        count = len(rows) if shared.opts.batch_cond_uncond else len(x)
+        pieces = []
+        for own in (slice(first, first + count) for first in range(0, len(rows), count)):
+            if isinstance(text, dict):
+                conds = {key: torch.cat([params.text_cond[key], params.text_uncond[key]])[own] for key in text}
+            else:
+                conds = {"c_crossattn": [torch.cat([params.text_cond, params.text_uncond])[own]]}
+            conds["c_concat"] = [params.image_cond[own]]
+            pieces.append(self.inner_model(params.x[own], params.sigma[own], cond=conds))
+        answers = torch.cat(pieces)
+
+        without = answers[len(parts) :]
+        result = without.clone()
+        for answer, (image, part) in zip(answers, parts):
+            result[image] += (answer - without[image]) * (part.weight * cond_scale * self.cond_scale_miltiplier)
+        self.sampler.last_latent = self.get_pred_x0(x, result, sigma)
+        self.step += 1
+        return result
+
+
+class Sampler:
+    def __init__(self, funcname):
+        self.funcname = self.func = funcname
+        self.p = self.config = self.eta = self.last_latent = self.model_wrap_cfg = self.sampler_extra_args = None
+        self.eta_option_field = "eta_ancestral"
+
+    def callback_state(self, d):
+        shared.state.sampling_step = d["i"]
+        shared.total_tqdm.update()
+
+    def launch_sampling(self, steps, func):
+        self.model_wrap_cfg.steps = steps
+        self.model_wrap_cfg.total_steps = self.config.total_steps(steps)
+        shared.state.sampling_steps, shared.state.sampling_step = steps, 0
+        try:
+            return func()
+        except InterruptedException:
+            return self.last_latent
+
+    def initialize(self, p):
+        self.p = self.model_wrap_cfg.p = p
+        self.model_wrap_cfg.step = 0
+        self.eta = p.eta if p.eta is not None else getattr(shared.opts, self.eta_option_field)
+        return {}
+
+    def sample(self, p, x, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+        raise NotImplementedError
+
+    def _launch(self, p, x, levels, conditioning, unconditional_conditioning, steps, image_conditioning):
+        self.initialize(p)
+        self.last_latent = x
+        self.sampler_extra_args = dict(
+            cond=conditioning,
+            uncond=unconditional_conditioning,
+            cond_scale=p.cfg_scale,
+            s_min_uncond=0.0,
+            image_cond=image_conditioning,
+        )
+        return self.launch_sampling(
+            steps,
+            lambda: self.func(self.model_wrap_cfg, x, levels, extra_args=self.sampler_extra_args, callback=self.callback_state),
+        )
+
+
+class SamplerData(NamedTuple):
+    name: str
+    constructor: Any
+    aliases: list
+    options: dict
+
+    def total_steps(self, steps):
+        return steps
+
+
+class _SigmaModel(nn.Module):
+    """Predicts the clean image from x = z + sigma * n."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner_model = model
+        kept = model.alphas_cumprod.double()
+        self.register_buffer("sigmas", ((1 - kept) / kept).sqrt())
+
+    def get_sigmas(self, n):
+        levels = np.interp(np.linspace(999, 0, n), np.arange(1000), self.sigmas.log().numpy())
+        return torch.tensor([*np.exp(levels), 0.0], dtype=torch.float32)
+
+    def forward(self, input, sigma, cond):
+        t = np.interp(sigma.double().log().numpy(), self.sigmas.log().numpy(), np.arange(1000))
+        sigma = sigma[:, None, None, None]
+        scaled = input / (sigma**2 + 1).sqrt()
+        return input - sigma * self.inner_model.apply_model(scaled, torch.from_numpy(t).float(), cond)
+
+
+class _TimestepModel(nn.Module):
+    """Predicts the noise in x = sqrt(alphas_cumprod) * z + sqrt(1 - alphas_cumprod) * n."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner_model = model
+
+    def forward(self, input, timesteps, cond):
+        return self.inner_model.apply_model(input, timesteps, cond)
+
+
+class CFGDenoiserKDiffusion(CFGDenoiser):
+    @property
+    def inner_model(self):
+        if self.model_wrap is None:
+            self.model_wrap = _SigmaModel(shared.sd_model)
+        return self.model_wrap
+
+
+class CFGDenoiserTimesteps(CFGDenoiser):
+    @property
+    def inner_model(self):
+        if self.model_wrap is None:
+            self.model_wrap = _TimestepModel(shared.sd_model)
+        return self.model_wrap
+
+    def get_pred_x0(self, x_in, x_out, sigma):
+        kept = shared.sd_model.alphas_cumprod[sigma.long()][:, None, None, None]
+        return (x_in - (1 - kept).sqrt() * x_out) / kept.sqrt()
+
+
+def _euler(model, x, sigmas, extra_args, callback):
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        clean = model(x, sigma * x.new_ones(len(x)), **extra_args)
+        callback({"i": i, "x": x, "sigma": sigma, "denoised": clean})
+        x = x + (after - sigma) * (x - clean) / sigma
+    return x
+
+
+def ddim(model, x, timesteps, extra_args=None, callback=None):
+    kept = model.inner_model.inner_model.alphas_cumprod
+    levels = timesteps.flip(0).tolist()
+    for i, (t, after) in enumerate(zip(levels, levels[1:])):
+        noise = model(x, t * x.new_ones(len(x)), **extra_args)
+        clean = (x - (1 - kept[t]).sqrt() * noise) / kept[t].sqrt()
+        x = kept[after].sqrt() * clean + (1 - kept[after]).sqrt() * noise
+        callback({"i": i, "x": x, "denoised": clean})
+    return x
+
+
+class KDiffusionSampler(Sampler):
+    def __init__(self, funcname, sd_model):
+        super().__init__(funcname)
+        self.func = {"sample_euler": _euler}[funcname]
+        self.model_wrap_cfg = CFGDenoiserKDiffusion(self)
+        self.model_wrap = self.model_wrap_cfg.inner_model
+
+    def get_sigmas(self, p, steps):
+        return self.model_wrap.get_sigmas(steps)
+
+    def sample(self, p, x, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+        steps = steps or p.steps
+        sigmas = self.get_sigmas(p, steps)
+        return self._launch(p, x * sigmas[0], sigmas, conditioning, unconditional_conditioning, steps, image_conditioning)
+
+
+class CompVisSampler(Sampler):
+    def __init__(self, funcname, sd_model):
+        super().__init__(funcname)
+        self.eta_option_field = "eta_ddim"
+        self.model_wrap_cfg = CFGDenoiserTimesteps(self)
+        self.model_wrap = self.model_wrap_cfg.inner_model
+
+    def get_timesteps(self, p, steps):
+        return torch.arange(0, 1000, 1000 // steps).add(1).clamp(max=999)
+
+    def sample(self, p, x, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+        steps = steps or p.steps
+        timesteps = self.get_timesteps(p, steps)
+        return self._launch(p, x, timesteps, conditioning, unconditional_conditioning, steps, image_conditioning)
+
+
+all_samplers = [
+    SamplerData("Euler", lambda model: KDiffusionSampler("sample_euler", model), ["k_euler"], {}),
+    SamplerData("DDIM", lambda model: CompVisSampler(ddim, model), ["ddim"], {}),
+]
+
+
+def find_sampler_config(name):
+    return next((data for data in all_samplers if data.name == name), None)
+
+
+def create_sampler(name, model):
+    config = find_sampler_config(name)
+    assert config is not None, name
+    sampler = config.constructor(model)
+    sampler.config = config
+    return sampler
+
+
+# -------------------------------------------------------------------------------------------------------- modules.processing
+
+
+@dataclass(repr=False)
+class StableDiffusionProcessingTxt2Img:
+    outpath_samples: str = "outputs"
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = 1
+    subseed: int = 1
+    subseed_strength: float = 0
+    seed_resize_from_h: int = 0
+    seed_resize_from_w: int = 0
+    sampler_name: str = "Euler"
+    scheduler: str = "Automatic"
+    batch_size: int = 1
+    n_iter: int = 1
+    steps: int = 4
+    cfg_scale: float = 5.0
+    width: int = 64
+    height: int = 64
+    tiling: bool = False
+    do_not_save_samples: bool = False
+    do_not_save_grid: bool = False
+    eta: float = None
+    s_churn: float = 0.0
+    refiner_checkpoint: str = None
+    refiner_switch_at: float = None
+    disable_extra_networks: bool = False
+    enable_hr: bool = False
+    scripts: Any = field(default=None, init=False)
+    script_args: list = field(default=None, init=False)
+
+    def __post_init__(self):
+        self.comments, self.extra_generation_params = {}, {}
+        self.rng = self.sampler = self.c = self.uc = self.extra_network_data = self.refiner_checkpoint_info = None
+        self.prompts = self.negative_prompts = self.seeds = self.subseeds = None
+        self.step_multiplier = 1
+
+    @property
+    def sd_model(self):
+        return shared.sd_model
+
+    def comment(self, text):
+        self.comments[text] = 1
+
+    def save_samples(self):
+        state = shared.state
+        return shared.opts.samples_save and not (self.do_not_save_samples or state.interrupted or state.skipped)
+
+    def setup_conds(self):
+        sizes = dict(width=self.width, height=self.height)
+        model = shared.sd_model
+        self.c = get_multicond_learned_conditioning(model, SdConditioning(self.prompts, **sizes), self.steps)
+        self.uc = get_learned_conditioning(model, SdConditioning(self.negative_prompts, **sizes), self.steps)
+
+    def get_conds(self):
+        return self.c, self.uc
+
+    def txt2img_image_conditioning(self, x, width=None, height=None):
+        """With an inpainting model, in every pixel where it lies: 100 * row + column."""
+        if self.sd_model.model.conditioning_key != "hybrid":
+            return x.new_zeros(len(x), 5, 1, 1)
+        h, w = (height or self.height) // FACTOR, (width or self.width) // FACTOR
+        return (100.0 * torch.arange(h)[:, None] + torch.arange(w)).expand(len(x), 5, h, w).clone()
+
+    def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts):
+        self.sampler = create_sampler(self.sampler_name, self.sd_model)
+        x = self.rng.next()
+        self.scripts.process_before_every_sampling(self, x=x, noise=x, c=conditioning, uc=unconditional_conditioning)
+        return self.sampler.sample(
+            self, x, conditioning, unconditional_conditioning, image_conditioning=self.txt2img_image_conditioning(x)
+        )
+
+
+class Processed:
+    def __init__(self, p, images_list, *, infotexts=None, comments=""):
+        self.images, self.infotexts = images_list, infotexts
+        self.comments = "\n".join(p.comments)
+
+
+def decode_latent_batch(model, batch, target_device=None, check_for_nans=False):
+    if check_for_nans:
+        test_for_nans(batch, "unet")
+    decoded.append(batch.clone())
+    return [torch.tanh(latent[:3]).repeat_interleave(FACTOR, 1).repeat_interleave(FACTOR, 2) for latent in batch]
+
+
+def create_infotext(p, all_prompts, all_seeds, all_subseeds, comments=None, *, index=0, all_negative_prompts=None):
+    given = {"Steps": p.steps, "Sampler": p.sampler_name, "CFG scale": p.cfg_scale, "Seed": all_seeds[index]}
+    pairs = {**given, "Size": f"{p.width}x{p.height}", **p.extra_generation_params}
+    return f"{all_prompts[index]}\n" + ", ".join(f"{key}: {quote(value)}" for key, value in pairs.items())
+
+
+def process_images(p):
+    state = shared.state
+    prompts = [p.prompt] * (p.batch_size * p.n_iter)
+    p.refiner_checkpoint_info = _models[p.refiner_checkpoint].sd_checkpoint_info if p.refiner_checkpoint else None
+    model_hijack.apply_circular(p.tiling)
+    p.scripts.process(p)
+
+    images, infotexts = [], []
+    state.job_count = p.n_iter
+    for n in range(p.n_iter):
+        state.skipped = False
+        if state.interrupted or state.stopping_generation:
+            break
+        reload_model_weights()
+        own = range(n * p.batch_size, (n + 1) * p.batch_size)
+        p.prompts, p.negative_prompts = [prompts[i] for i in own], [p.negative_prompt for i in own]
+        p.seeds, p.subseeds = [p.seed + i for i in own], [p.subseed + i for i in own]
+        p.rng = ImageRNG((CHANNELS, p.height // FACTOR, p.width // FACTOR), p.seeds)
+        p.setup_conds()
+        with torch.no_grad():
+            samples = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+            ps = PostSampleArgs(samples)
+            p.scripts.post_sample(p, ps)
+            images += decode_latent_batch(p.sd_model, ps.samples, cpu, check_for_nans=True)
+        state.nextjob()
+        infotexts += [create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i) for i in range(len(own))]
+    if not infotexts:
+        infotexts = [create_infotext(p, prompts or [p.prompt], [p.seed], [p.subseed])]
+    return Processed(p, images, infotexts=infotexts)
+
+
+# ----------------------------------------------------------------------------------- modules.scripts and modules.infotext_utils
+
+AlwaysVisible = object()
+
+
+class PostSampleArgs:
+    def __init__(self, samples):
+        self.samples = samples
+
+
+class ScriptClassData(NamedTuple):
+    script_class: Any
+    path: str
+    basedir: str
+    module: Any
+
+
+class Script:
+    name = section = args_from = args_to = infotext_fields = controls = None
+    alwayson = is_img2img = False
+    create_group = True
+
+    def title(self):
+        raise NotImplementedError
+
+    def show(self, is_img2img):
+        return True
+
+    def ui(self, is_img2img):
+        pass
+
+    def process(self, p, *args):
+        pass
+
+    def process_before_every_sampling(self, p, *args, **kwargs):
+        pass
+
+    def post_sample(self, p, ps, *args):
+        pass
+
+    def elem_id(self, item_id):
+        return f"script_{self.title().lower()}_{item_id}"
+
+
+class ScriptRunner:
+    def __init__(self):
+        self.alwayson_scripts, self.inputs, self.infotext_fields = [], [None], []
+
+    def create_script_ui(self, script):
+        script.controls = script.ui(script.is_img2img)
+        script.name = script.title().lower()
+        script.args_from, script.args_to = len(self.inputs), len(self.inputs) + len(script.controls)
+        self.inputs += script.controls
+        self.infotext_fields += script.infotext_fields or []
+
+    def _own(self, p):
+        return [(script, p.script_args[script.args_from : script.args_to]) for script in self.alwayson_scripts]
+
+    def process(self, p):
+        for script, args in self._own(p):
+            script.process(p, *args)
+
+    def process_before_every_sampling(self, p, **kwargs):
+        for script, args in self._own(p):
+            script.process_before_every_sampling(p, *args, **kwargs)
+
+    def post_sample(self, p, ps):
+        for script, args in self._own(p):
+            script.post_sample(p, ps, *args)
+
+
+class PasteField(tuple):
+    def __new__(cls, component, target, *, api=None):
+        return super().__new__(cls, (component, target))
+
+
+def quote(text):
+    return json.dumps(text) if any(sign in str(text) for sign in ",:\n") else text
+
+
+def parse_generation_parameters(x):
+    """The last line of an infotext as a dict."""
+    rest, values = x.strip().splitlines()[-1], {}
+    while rest:
+        key, _, rest = rest.partition(": ")
+        if rest.startswith('"'):
+            values[key], end = json.JSONDecoder().raw_decode(rest)
+            rest = rest[end:].removeprefix(", ")
+        else:
+            values[key], _, rest = rest.partition(", ")
+    return values
+
+
+# ---------------------------------------------------------------------------------------- gradio and modules.ui_components
+
+
+class _Block:
+    def __init__(self, **given):
+        self.__dict__.update(given)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+class Row(_Block):
+    pass
+
+
+class Column(_Block):
+    pass
+
+
+class Accordion(_Block):
+    def __init__(self, label, *, open=True, elem_id=None):
+        super().__init__(label=label, open=open, elem_id=elem_id)
+
+
+class HTML(_Block):
+    def __init__(self, value="", *, elem_id=None, **kwargs):
+        super().__init__(value=value, elem_id=elem_id)
+
+
+class Checkbox(_Block):
+    def __init__(self, value=False, *, label=None, elem_id=None, **kwargs):
+        super().__init__(value=value, label=label, elem_id=elem_id, **kwargs)
+
+
+class Slider(_Block):
+    def __init__(self, minimum=0, maximum=100, value=None, *, step=None, label=None, elem_id=None, **kwargs):
+        assert minimum <= value <= maximum, label
+        super().__init__(minimum=minimum, maximum=maximum, value=value, step=step, label=label, elem_id=elem_id, **kwargs)
+
+
+class Button(_Block):
+    _clicked = None  # the last one's (fn, outputs)
+
+    def __init__(self, value="Run", *, size=None, elem_id=None):
+        super().__init__(value=value, size=size, elem_id=elem_id)
+
+    def click(self, fn, *, outputs=None, show_progress="full"):
+        Button._clicked = fn, outputs
+
+
+class InputAccordion(Checkbox):
+    def __init__(self, value, **kwargs):
+        super().__init__(value, **kwargs)
+
+    def extra(self):
+        return Column()
+
+
+# ---------------------------------------------------------------------------------------------------------------- all of it
+
+model_hijack = StableDiffusionModelHijack()
+
+# Module -> its names and what they are; what starts with "_" here is the fake's own.
+MODULES = {
+    "modules": dict(),
+    "modules.shared": dict(state=None, opts=None, total_tqdm=None, sd_model=None),
+    "modules.devices": dict(
+        cpu=cpu,
+        unet_needs_upcast=False,
+        NansException=NansException,
+        autocast=autocast,
+        without_autocast=without_autocast,
+        torch_gc=torch_gc,
+        test_for_nans=test_for_nans,
+    ),
+    "modules.errors": dict(report=report),
+    "modules.images": dict(save_image=save_image),
+    "modules.rng": dict(ImageRNG=ImageRNG),
+    "modules.extra_networks": dict(activate=activate),
+    "modules.sd_models": dict(
+        CheckpointInfo=CheckpointInfo,
+        reload_model_weights=reload_model_weights,
+        apply_alpha_schedule_override=apply_alpha_schedule_override,
+    ),
+    "modules.sd_hijack": dict(StableDiffusionModelHijack=StableDiffusionModelHijack, model_hijack=model_hijack),
+    "modules.prompt_parser": dict(
+        ScheduledPromptConditioning=ScheduledPromptConditioning,
+        ComposableScheduledPromptConditioning=ComposableScheduledPromptConditioning,
+        MulticondLearnedConditioning=MulticondLearnedConditioning,
+        SdConditioning=SdConditioning,
+        DictWithShape=DictWithShape,
+        get_learned_conditioning=get_learned_conditioning,
+        get_multicond_learned_conditioning=get_multicond_learned_conditioning,
+    ),
+    "modules.script_callbacks": dict(
+        CFGDenoiserParams=CFGDenoiserParams,
+        on_cfg_denoiser=on_cfg_denoiser,
+        on_before_ui=on_before_ui,
+        cfg_denoiser_callback=cfg_denoiser_callback,
+        before_ui_callback=before_ui_callback,
+    ),
+    "modules.sd_samplers_common": dict(
+        InterruptedException=InterruptedException, apply_refiner=apply_refiner, Sampler=Sampler, SamplerData=SamplerData
+    ),
+    "modules.sd_samplers_cfg_denoiser": dict(CFGDenoiser=CFGDenoiser),
+    "modules.sd_samplers_kdiffusion": dict(CFGDenoiserKDiffusion=CFGDenoiserKDiffusion, KDiffusionSampler=KDiffusionSampler),
+    "modules.sd_samplers_timesteps": dict(CFGDenoiserTimesteps=CFGDenoiserTimesteps, CompVisSampler=CompVisSampler),
+    "modules.sd_samplers_timesteps_impl": dict(ddim=ddim),
+    "modules.sd_samplers": dict(
+        all_samplers=all_samplers, find_sampler_config=find_sampler_config, create_sampler=create_sampler
+    ),
+    "modules.processing": dict(
+        StableDiffusionProcessingTxt2Img=StableDiffusionProcessingTxt2Img,
+        Processed=Processed,
+        decode_latent_batch=decode_latent_batch,
+        create_infotext=create_infotext,
+        process_images=process_images,
+    ),
+    "modules.scripts": dict(
+        AlwaysVisible=AlwaysVisible,
+        PostSampleArgs=PostSampleArgs,
+        Script=Script,
+        ScriptClassData=ScriptClassData,
+        ScriptRunner=ScriptRunner,
+        scripts_data=None,
+    ),
+    "modules.infotext_utils": dict(PasteField=PasteField, quote=quote, parse_generation_parameters=parse_generation_parameters),
+    "modules.ui_components": dict(InputAccordion=InputAccordion),
+    "gradio": dict(Row=Row, Column=Column, Accordion=Accordion, HTML=HTML, Checkbox=Checkbox, Slider=Slider, Button=Button),
+}
+
+
+def build():
+    """The fake's modules by name, as after a start of the host."""
+    made = {name: shared if name == "modules.shared" else ModuleType(name) for name in MODULES}
+    for name, module in made.items():
+        module.__dict__.update(MODULES[name])
+        if name.startswith("modules."):
+            setattr(made["modules"], name.partition(".")[2], module)
+    made["modules"].__path__ = []
+    made["modules.scripts"].scripts_data = []
+    for callbacks in _callbacks.values():
+        callbacks.clear()
+    reset()
+    return made
+
+
+def reset():
+    """Forget all jobs and settings; the one model is the toy "main"."""
+    for kept in (decoded, saved, reports, _models):
+        kept.clear()
+    shared.state, shared.opts, shared.total_tqdm = State(), Options(), TotalTQDM()
+    model_hijack.apply_circular(False)
+    add_model(ToyModel())
+
+
+def add_model(model):
+    """Make a model known under its name; the one named "main" is loaded."""
+    _models[model.sd_checkpoint_info.name] = model
+    reload_model_weights()
+    return model
+
+
+@dataclass
+class Reply:
+    """What came of a job."""
+
+    p: Any
+    latents: list  # of each batch, as decoded
+    images: list
+    infotexts: list
+    comments: list
+
+    @property
+    def sizes(self):
+        """(height, width) in latent pixels of each batch."""
+        return [tuple(latents.shape[-2:]) for latents in self.latents]
+
+
+class Host:
+    """The fake as tests use it: its modules by their last name, and the extension on it."""
+
+    def __init__(self, modules, script):
+        self.__dict__.update({name.rpartition(".")[2]: module for name, module in modules.items()})
+        self.decoded, self.saved, self.reports, self.script = decoded, saved, reports, script
+        self.reset()
+
+    def reset(self):
+        """Forget what a test did, and draw the form anew."""
+        reset()
+        self.scripts.scripts_data.clear()
+        self.runner = ScriptRunner()
+        self.runner.create_script_ui(self.script)
+        self.runner.alwayson_scripts.append(self.script)
+
+    @property
+    def webui(self):
+        """lib_demofusion.hosts.webui, as the script has it."""
+        return sys.modules["lib_demofusion.hosts.webui"]
+
+    @property
+    def unet(self):
+        return shared.sd_model.model.diffusion_model
+
+    def add_script(self, name, *args):
+        """Another script in the form, with the values of its controls."""
+        script = Script()
+        script.title, script.ui = lambda: name, lambda is_img2img: [SimpleNamespace(value=arg) for arg in args]
+        self.runner.create_script_ui(script)
+        self.runner.alwayson_scripts.append(script)
+
+    def processing_for(self, *args, **settings):
+        """A job with the extension's arguments; those that are missing stay as in the form, where it is off."""
+        p = StableDiffusionProcessingTxt2Img(**{"prompt": "a ring", "negative_prompt": "blue", **settings})
+        p.scripts = self.runner
+        p.script_args = [getattr(control, "value", None) for control in self.runner.inputs]
+        first = self.script.args_from
+        p.script_args[first : first + len(args)] = args
+        return p
+
+    def generate(self, *args, **settings):
+        """Run a job and say what came of it."""
+        p = self.processing_for(*args, **settings)
+        shared.state.begin("txt2img")
+        decoded.clear()
+        processed = process_images(p)
+        shared.state.end()
+        return Reply(p, list(decoded), processed.images, processed.infotexts, list(p.comments))
+
+
+@contextmanager
+def installed(extra=(), without=()):
+    """The fake in place of the WebUI, with the extension loaded on it; afterwards sys.modules is as before.
+
+    extra: modules that another host has. without: modules of the fake that an older host lacks.
+    """
+
+    def ours():
+        return [name for name in sys.modules if name.partition(".")[0] in ("modules", "gradio", "lib_demofusion", *extra)]
+
+    before = {name: sys.modules.pop(name) for name in ours()}
+    callbacks = {name: list(own) for name, own in _callbacks.items()}
+    modules = build()
+    for name in without:
+        delattr(modules["modules"], name.partition(".")[2])
+        del modules[name]
+    for name in extra:
+        modules[name] = ModuleType(name)
+        modules[name].__spec__ = ModuleSpec(name, None)
+    sys.modules.update(modules)
+    try:
+        spec = importlib.util.spec_from_file_location("demofusion", ROOT / "scripts" / "demofusion.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield Host(modules, module.DemoFusionScript())
+    finally:
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(before)
+        _callbacks.update(callbacks)

@@ -1,0 +1,128 @@
+"""The readout in the browser says what the plan says: javascript/demofusion.js in node, on random forms."""
+
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_webui
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "javascript" / "demofusion.js"
+RUN = """
+const {demofusionReadout} = require(process.argv[1]);
+const forms = JSON.parse(require("fs").readFileSync(0));
+console.log(JSON.stringify(forms.map(demofusionReadout)));
+"""
+pytestmark = pytest.mark.skipif(not shutil.which("node"), reason="needs node, to run javascript/demofusion.js")
+
+
+@pytest.fixture(scope="module")
+def webui():
+    with fake_webui.installed() as host:
+        yield host.webui
+
+
+def readouts(forms):
+    """What the form's line says for each form, all in one process."""
+    command = [shutil.which("node"), "-e", RUN, str(SCRIPT)]
+    run = subprocess.run(command, input=json.dumps(forms), capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def random_form(rng, webui):
+    """A form that can be drawn in the browser, with no more windows than Python lists in no time."""
+    while True:
+        w, h = (8 * rng.choice([rng.randint(8, 32), rng.randint(8, 256)]) for _ in range(2))
+        scale = rng.choice([float(rng.randint(2, 8)), rng.randint(21, 160) / 20])
+        stride = rng.choice([0, rng.randint(1, min(w, h) // 8), rng.randint(1, 256)])
+        windows = (w * (scale - 1) / 8 / (stride or w / 16) + 2) * (h * (scale - 1) / 8 / (stride or h / 16) + 2)
+        if windows < 3000:
+            break
+    return dict(
+        width=w,
+        height=h,
+        scale=scale,
+        stride=stride,
+        steps=rng.randint(1, 150),
+        phaseSteps=rng.choice([0, rng.randint(1, 150)]),
+        cfg=rng.choice([1, 1.5, 7]),
+        sampler=rng.choice(list(webui.SAMPLERS)),
+        scheduler=rng.choice(["Automatic", "Karras", "DDIM", "KL Optimal"]),
+        hires=False,
+        samplers=webui.readout_table(),
+    )
+
+
+def plan_of(form, webui):
+    """The form's plan; None if it is refused."""
+    p = SimpleNamespace(
+        sampler_name=form["sampler"], **{name: form[name] for name in ("width", "height", "steps", "scheduler")}
+    )
+    try:
+        config = webui.DemoFusionConfig(scale=form["scale"], stride=form["stride"], phase_steps=form["phaseSteps"])
+        return webui.plan_for(p, config)
+    except ValueError:
+        return None
+
+
+def expected(form, plan, webui):
+    """The line for a plan; the host always gives the base both prompts."""
+    base, *phases = plan.phases
+    total = 2 * base.evaluations + (1 if form["cfg"] == 1 else 2) * sum(phase.evaluations for phase in phases)
+    calls = (
+        f"{total:,} model calls" if webui.SAMPLERS[form["sampler"]].counts != "unknown" else "as many model calls as it takes"
+    )
+    first, last = (f"{8 * phase.size[1]}x{8 * phase.size[0]}" for phase in (base, phases[-1]))
+    return f"from {first} to {last}, {len(plan.phases)} phases, {calls}"
+
+
+def test_the_readout_is_the_plan(webui):
+    rng = random.Random(0)
+    forms = [random_form(rng, webui) for _ in range(600)]
+    forms = [(form, plan) for form in forms if (plan := plan_of(form, webui))]
+    assert len(forms) > 300
+    assert {form["sampler"] for form, _ in forms} == set(webui.SAMPLERS)
+    lines = readouts([form for form, _ in forms])
+    for (form, plan), line in zip(forms, lines, strict=True):
+        assert line == expected(form, plan, webui), {key: value for key, value in form.items() if key != "samplers"}
+
+
+def test_every_way_of_counting(webui):
+    """Each sampler with each scheduler, at the step counts where they part."""
+    form = dict(random_form(random.Random(1), webui), width=64, height=64, scale=2.0, stride=0, phaseSteps=0, cfg=7)
+    forms = [
+        dict(form, sampler=sampler, scheduler=scheduler, steps=steps)
+        for sampler in webui.SAMPLERS
+        for scheduler in ("Automatic", "Karras", "DDIM", "KL Optimal")
+        for steps in (1, 2, 7, 30, 149, 150)
+    ]
+    plans = [(form, plan) for form in forms if (plan := plan_of(form, webui))]
+    assert len(forms) - len(plans) <= 8, "refused: DDIM's two kinds in one step, which is none"
+    assert readouts([form for form, _ in plans]) == [expected(form, plan, webui) for form, plan in plans]
+
+
+def test_what_is_refused_is_not_promised(webui):
+    rng = random.Random(2)
+    form = dict(random_form(rng, webui), width=64, height=64, stride=0, sampler="Euler")
+    forms = [dict(form, scale=1.05), dict(form, scale=2.05), dict(form, scale=2.0, stride=9)]
+    forms += [dict(form, scale=2.0, sampler="DDIM", steps=20, phaseSteps=1)]
+    forms += [form for form in (random_form(rng, webui) for _ in range(300)) if plan_of(form, webui) is None]
+    assert len(forms) > 20
+    assert not any(plan_of(form, webui) for form in forms)
+    for form, line in zip(forms, readouts(forms), strict=True):
+        promise = "phases" in line
+        assert not promise, (line, {key: value for key, value in form.items() if key != "samplers"})
+
+
+def test_why_it_is_off(webui):
+    form = dict(random_form(random.Random(3), webui), width=512, height=768, scale=2.0, stride=0)
+    lines = readouts(
+        [dict(form, hires=True), dict(form, stride=65), dict(form, stride=64), dict(form, sampler="Euler of tomorrow")]
+    )
+    assert lines[0] == "off: Hires. fix is ticked"
+    assert lines[1] == "stride: at most 64 for this size"
+    assert lines[2].startswith("from 512x768 to 1024x1536, 2 phases")
+    assert lines[3] == "cannot run with Euler of tomorrow; Euler works"

@@ -1,0 +1,834 @@
+"""The extension on the fake host of fake_webui.py: whatever can be seen without the WebUI."""
+
+import itertools
+import math
+import random
+import sys
+from types import ModuleType, SimpleNamespace
+
+import fake_webui
+import pytest
+import torch
+
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import Fusion
+from lib_demofusion.phases import make_plan, upscale
+
+STEPS = 4
+VIEWS = {2: 9 + 4, 3: 25 + 9}  # of a square base at the default stride: local and dilated ones
+# The arguments for: no jitter, one view per model call.
+PLAIN = (0, 0, False, 3.0, 1.0, 1.0, 1.0, 1)
+SIZES = {1: (8, 8), 2: (16, 16), 3: (24, 24)}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with tensors of this size, more only cost
+    with fake_webui.installed() as host:
+        yield host
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def host(loaded):
+    loaded.reset()
+    return loaded
+
+
+@pytest.fixture
+def calls(host):
+    """What the UNet of the loaded model is asked: calls.inputs; calls.rows counts the latents in it."""
+    seen = SimpleNamespace(rows=0, inputs=[])
+
+    def look(module, args, kwargs):
+        seen.rows += len(args[0])
+        seen.inputs.append((args, kwargs))
+
+    host.unet.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
+
+
+@pytest.fixture
+def at_call(host):
+    """at_call(n, action): runs the action when the UNet is called for the n-th time from now."""
+
+    def arrange(n, action):
+        seen = [0]
+
+        def count(module, args):
+            seen[0] += 1
+            if seen[0] == n:
+                action()
+
+        return host.unet.register_forward_pre_hook(count)
+
+    return arrange
+
+
+def snapshot(host):
+    """Whatever of ours could stay behind on the host."""
+    state = host.shared.state
+    classes = [
+        host.sd_samplers_cfg_denoiser.CFGDenoiser,
+        host.sd_samplers_kdiffusion.CFGDenoiserKDiffusion,
+        host.sd_samplers_kdiffusion.KDiffusionSampler,
+        host.sd_samplers_common.Sampler,
+        host.processing.StableDiffusionProcessingTxt2Img,
+    ]
+    return {
+        "model": {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
+            for name, m in host.shared.sd_model.named_modules()
+        },
+        "weights": {name: value.clone() for name, value in host.shared.sd_model.state_dict().items()},
+        "classes": [dict(vars(c)) for c in classes],
+        "options": dict(vars(host.shared.opts)),
+        "state": (state.job, state.job_count, type(state.job_no), state.textinfo, state.interrupted, state.skipped),
+        "circular": host.sd_hijack.model_hijack.circular_enabled,
+    }
+
+
+def assert_as_before(host, before):
+    after = snapshot(host)
+    torch.testing.assert_close(after.pop("weights"), before["weights"], rtol=0, atol=0)
+    assert after == {name: value for name, value in before.items() if name != "weights"}
+
+
+# ----------------------------------------------------------------------------------------------------- the fake, and the host
+
+
+def test_nothing_of_the_fake_stays():
+    before = dict(sys.modules)
+    with fake_webui.installed(extra=("modules_forge",)):
+        assert "modules.shared" in sys.modules
+        assert sys.modules["lib_demofusion"] is not before["lib_demofusion"]
+    names = [name for name in {*before, *sys.modules} if name.startswith(("modules", "gradio", "lib_demofusion"))]
+    assert {name: sys.modules.get(name) for name in names} == {name: before.get(name) for name in names}
+    assert "lib_demofusion.config" in names
+
+
+def test_off_is_the_host_alone(host, calls):
+    latents = host.generate(False).latents[0]
+    assert latents.shape == (1, 4, 8, 8)
+    assert calls.rows == 2 * STEPS
+    host.runner.alwayson_scripts.clear()
+    assert torch.equal(host.generate().latents[0], latents)
+
+
+def test_supported(host):
+    assert host.webui.unsupported() is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [("modules_forge", "Forge calls its UNet in a way of its own"), ("modules.processing_diffusers", "SD.Next calls its UNet")],
+)
+def test_other_hosts_are_told_in_the_form_and_left_alone(extra, line):
+    with fake_webui.installed(extra=(extra,)) as host:
+        assert line in host.webui.unsupported()
+        assert host.script.controls == []
+        reply = host.generate()
+        assert reply.sizes == [(8, 8)]
+        assert not any(fake_webui._callbacks.values())
+
+
+def test_an_older_host_is_told_what_it_lacks(host, monkeypatch):
+    monkeypatch.delattr(host.scripts.Script, "process_before_every_sampling")
+    assert "Script.process_before_every_sampling" in host.webui.unsupported()
+    with fake_webui.installed(without=("modules.rng",)) as older:
+        assert older.script.controls == []
+
+
+# --------------------------------------------------------------------------------------------------- the same as the core alone
+
+
+def direct_run(models, base, sampler, scale, steps, cfg, seeds, jitter=True):
+    """The phases by the core, with a sampler written here. models: the one to ask at each step."""
+    kept = models[0].alphas_cumprod.double()
+    text, negative = (models[0].get_learned_conditioning([prompt]) for prompt in ("a ring", "blue"))
+    if sampler == "Euler":
+        ts = torch.linspace(999, 0, steps).tolist()
+        noises = [math.sqrt((1 - kept[int(t)]) / kept[int(t)]) for t in ts] + [0.0]
+        signals = [1.0] * (steps + 1)
+    else:
+        ts = [min(t + 1, 999) for t in range(0, 1000, 1000 // steps)][::-1]
+        noises = [math.sqrt(1 - kept[t]) for t in ts]
+        signals = [math.sqrt(kept[t]) for t in ts]
+
+    def denoise(phase, reference, noise):
+        fusion = Fusion(
+            reference,
+            noise,
+            window=plan.window,
+            stride=plan.stride,
+            dilation=phase.dilation,
+            config=plan_config,
+            phase=phase.number,
+        )
+        x = fusion.noised_reference(noises[0], signals[0])
+        for i, ((n, s), (n2, s2)) in enumerate(itertools.pairwise(zip(noises, signals))):
+            fusion.skip_residual_(x, ts[i], n, s)
+            scaled = 1 / math.sqrt(1 + n**2) if sampler == "Euler" else 1
+
+            def ask(prompt, i=i, scaled=scaled):
+                def answer(crops, views):
+                    unet = models[i].model.diffusion_model
+                    return unet(crops * scaled, torch.full((len(crops),), float(ts[i])), prompt.expand(len(crops), -1, -1))
+
+                return answer
+
+            with_prompt, without = (fusion.predict(x, ts[i], ask(prompt)) for prompt in (text, negative))
+            eps = without + cfg * (with_prompt - without)
+            x = s2 * (x - n * eps) / s + n2 * eps
+        return x
+
+    def noise(phase):
+        return torch.stack([torch.randn(4, *phase.size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    plan_config = DemoFusionConfig(scale=float(scale), jitter=jitter)
+    plan = make_plan(tuple(base.shape[-2:]), steps, plan_config)
+    return [latents for _, latents in upscale(plan, base, noise, denoise)][-1]
+
+
+def assert_same(a, b, tolerance=1e-4):
+    assert a.shape == b.shape
+    assert ((a - b).abs().max() / b.std()).item() < tolerance
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+@pytest.mark.parametrize(("scale", "cfg", "size"), [(2, 5.0, (8, 8)), (3, 5.0, (8, 8)), (2, 1.0, (8, 8)), (2.5, 3.0, (6, 10))])
+def test_the_phases_are_the_cores(host, sampler, scale, cfg, size):
+    settings = dict(sampler_name=sampler, cfg_scale=cfg, batch_size=2, height=8 * size[0], width=8 * size[1])
+    base = host.generate(**settings).latents[0]
+    latents = host.generate(True, scale, **settings).latents[0]
+    assert_same(latents, direct_run([host.shared.sd_model] * STEPS, base, sampler, scale, STEPS, cfg, seeds=(1, 2)))
+
+
+def test_phases_may_have_steps_of_their_own(host, calls, monkeypatch):
+    made = []
+    setup = host.processing.StableDiffusionProcessingTxt2Img.setup_conds
+    monkeypatch.setattr(
+        host.processing.StableDiffusionProcessingTxt2Img, "setup_conds", lambda p: (made.append(p.steps), setup(p))
+    )
+    reply = host.generate(True, 2, 7)
+    assert calls.rows == 2 * (STEPS + 7 * VIEWS[2])
+    assert made == [STEPS, 7]  # prompts that change over the steps follow the phase's
+    assert reply.p.steps == STEPS
+
+
+def test_a_batch_is_its_singles(host):
+    both = host.generate(True, 2, batch_size=2).latents[0]
+    for i in range(2):
+        assert_same(host.generate(True, 2, seed=1 + i).latents[0], both[i : i + 1])
+
+
+def test_batch_count(host):
+    reply = host.generate(True, 2, n_iter=2)
+    assert reply.sizes == [(16, 16)] * 2
+    assert torch.equal(reply.latents[1], host.generate(True, 2, seed=2).latents[0])
+
+
+def test_the_view_batch_size_changes_nothing(host):
+    one, all_at_once = (host.generate(True, 2, 0, 0, True, 3, 1, 1, 1, n).latents[0] for n in (1, 0))
+    assert_same(one, all_at_once)
+
+
+# --------------------------------------------------------------------------------------------------------------- model calls
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+@pytest.mark.parametrize(("scale", "settings"), [(2, {}), (3, {}), (2, dict(steps=3)), (2, dict(batch_size=2))])
+def test_the_model_sees_as_many_rows_as_planned(host, calls, sampler, scale, settings):
+    p = host.generate(True, scale, sampler_name=sampler, **settings).p
+    plan = host.webui.plan_for(p, DemoFusionConfig(scale=float(scale)))
+    assert calls.rows == plan.evaluations * p.batch_size
+    views = sum(VIEWS[s] for s in range(2, scale + 1))
+    assert calls.rows == 2 * p.batch_size * host.webui.model_calls(sampler, None, p.steps) * (1 + views)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_at_cfg_1_the_phases_leave_the_negative_prompt_out(host, calls, batched, sampler):
+    host.shared.opts.batch_cond_uncond = batched
+    settings = dict(sampler_name=sampler, batch_size=2)
+    latents = host.generate(True, 2, cfg_scale=1, **settings).latents[0]
+    predictions = host.webui.model_calls(sampler, None, STEPS)
+    assert calls.rows == 2 * predictions * (2 + VIEWS[2])
+    calls.rows = 0
+    nearly = host.generate(True, 2, cfg_scale=1.000001, **settings).latents[0]
+    assert calls.rows == 2 * predictions * (2 + 2 * VIEWS[2])
+    assert_same(latents, nearly)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("prompt", ["a ring AND a disc", "a ring AND a disc :0.5", "a ring :0.5"])
+def test_at_cfg_1_weighed_prompts_keep_the_negative_prompt(host, calls, batched, prompt):
+    host.shared.opts.batch_cond_uncond = batched
+    branches = 2 + prompt.count("AND")
+    latents = host.generate(True, 2, prompt=prompt, cfg_scale=1).latents[0]
+    assert calls.rows == branches * STEPS * (1 + VIEWS[2])
+    assert_same(latents, host.generate(True, 2, prompt=prompt, cfg_scale=1.000001).latents[0])
+    assert not torch.allclose(latents, host.generate(True, 2, cfg_scale=1).latents[0], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "steps", "expected"),
+    [
+        ("Euler", "Automatic", 20, 20),
+        ("Euler", None, 1, 1),
+        ("LCM", "Karras", 8, 8),
+        ("DPM++ 2M", "DDIM", 20, 20),
+        ("DPM++ 2M", "DDIM", 30, 31),  # every 33rd of 999
+        ("Heun", "Automatic", 20, 39),
+        ("Heun", "Karras", 1, 1),
+        ("Heun", "KL Optimal", 20, 40),
+        ("Heun", "DDIM", 30, 61),
+        ("DPM fast", "DDIM", 30, 30),
+        ("DPM adaptive", "Karras", 20, None),
+        ("DDIM", "Automatic", 20, 19),
+        ("DDIM", "Automatic", 30, 30),  # every 33rd of 1000, but for the last
+        ("DDIM CFG++", "Automatic", 7, 7),
+        ("PLMS", "Automatic", 20, 20),
+        ("UniPC", "Automatic", 30, 31),
+    ],
+)
+def test_model_calls(host, sampler, scheduler, steps, expected):
+    assert host.webui.model_calls(sampler, scheduler, steps) == expected
+
+
+def test_every_kind_of_counting_is_known(host):
+    webui = host.webui
+    for name, sampler in webui.SAMPLERS.items():
+        counted = webui.model_calls(name, "Automatic", 10)
+        assert counted is None if sampler.counts == "unknown" else 9 <= counted <= 20
+    assert webui.readout_table().keys() == webui.SAMPLERS.keys()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 7, 30, 150])
+def test_model_calls_of_ddim_are_its_samplers(host, calls, steps):
+    host.generate(False, sampler_name="DDIM", steps=steps)
+    assert calls.rows == 2 * host.webui.model_calls("DDIM", None, steps)
+
+
+# ------------------------------------------------------------------------------------------------- what the sampler may ask
+
+
+def test_a_step_that_is_asked_for_twice_is_blended_once(host, calls, monkeypatch):
+    def hesitant(model, x, sigmas, extra_args, callback):
+        """As a sampler with adaptive steps that throws its first try away."""
+
+        def ask(*args, **kwargs):
+            model(*args, **kwargs)
+            return model(*args, **kwargs)
+
+        ask.inner_model = model.inner_model
+        return fake_webui._euler(ask, x, sigmas, extra_args, callback)
+
+    once = host.generate(True, 2).latents[0]
+    rows = calls.rows
+    create = host.sd_samplers.create_sampler
+
+    def create_hesitant(name, model):
+        sampler = create(name, model)
+        sampler.func = hesitant
+        return sampler
+
+    monkeypatch.setattr(host.sd_samplers, "create_sampler", create_hesitant)
+    twice = host.generate(True, 2).latents[0]
+    assert calls.rows - rows == rows + 2 * STEPS * VIEWS[2]  # the base is sampled as ever
+    assert torch.equal(once, twice)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
+    """With alpha1 = 0 the skip residual is all: each step starts from the noised reference."""
+    hooks, errors = host.webui._PhaseHooks, []
+    step = hooks.before_step
+
+    def look(self, denoiser, args):
+        step(self, denoiser, args)
+        _, noise, signal = self.levels(float(args[1][0]))
+        errors.append((args[0] - self.fusion.noised_reference(noise, signal)).abs().max().item())
+
+    monkeypatch.setattr(hooks, "before_step", look)
+    host.generate(True, 2, 0, 0, True, 0, sampler_name=sampler)
+    assert len(errors) == host.webui.model_calls(sampler, None, STEPS)
+    assert max(errors) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_a_model_that_changes_between_steps_is_fused_too(host, calls, sampler):
+    refiner, rows = fake_webui.add_model(fake_webui.ToyModel("refiner", seed=1)), []
+    refiner.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    settings = dict(sampler_name=sampler, steps=5, refiner_checkpoint="refiner", refiner_switch_at=0.4)
+    base = host.generate(**settings).latents[0]
+    rows.clear()
+    calls.rows = 0
+
+    reply = host.generate(True, 3, **settings)
+    predictions = host.webui.model_calls(sampler, None, 5)
+    assert calls.rows == 2 * 2 * (1 + VIEWS[2] + VIEWS[3])  # two steps
+    assert sum(rows) == 2 * (predictions - 2) * (1 + VIEWS[2] + VIEWS[3])
+    main = fake_webui._models["main"]
+    models = [main] * 2 + [refiner] * 3
+    if sampler == "DDIM":  # at whole timesteps; Euler's 5 levels lie between two of them
+        assert_same(reply.latents[0], direct_run(models, base, sampler, 3, 5, 5.0, seeds=(1,)))
+    for module in (*main.modules(), *refiner.modules()):
+        assert "forward" not in vars(module)
+
+
+def test_tiling_rolls_the_plane_and_back(host, calls):
+    fake_webui.add_model(fake_webui.ToyModel(kernel=1))
+    seen, circular = [], []
+    host.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hijack = host.sd_hijack.model_hijack
+    host.unet.register_forward_pre_hook(lambda module, args: circular.append(hijack.circular_enabled))
+    args = True, 2, 0, 0, True, 3.0, 1.0, 1.0, 0.05  # a blur that keeps every pixel as it is
+    plain = host.generate(*args).latents[0]
+    rows, seen[:], circular[:] = seen[:], [], []
+
+    tiled = host.generate(*args, tiling=True).latents[0]
+    assert (tiled - plain).abs().max() < 1e-5
+    assert circular == [True] * STEPS + [False] * (len(circular) - STEPS)
+    assert hijack.circular_enabled
+    differ = [not torch.allclose(a, b, atol=1e-3) for a, b in zip(rows, seen, strict=True)]
+    assert not any(differ[:STEPS])
+    assert sum(differ) > 0.9 * (len(differ) - STEPS)
+
+
+# --------------------------------------------------------------------------------------------------------------- conditions
+
+
+CORNERS = [(y, x) for y in (0, 4, 8) for x in (0, 4, 8)] + [(0, 0)] * 4  # of 2x, in latent pixels; a dilated view sees all
+SDXL = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+
+
+@pytest.mark.parametrize("keys", [SDXL, ("original_size_as_tuple", "crop_coords_top_left", "aesthetic_score")])
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_sdxl_views_carry_their_size_and_crop(host, keys, sampler):
+    model = fake_webui.add_model(fake_webui.ToyModel(sdxl=keys))
+    host.shared.opts.sdxl_crop_top, host.shared.opts.sdxl_crop_left = 3, 5
+    seen = []
+    host.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["y"].clone()), with_kwargs=True)
+    host.generate(True, 2, *PLAIN, sampler_name=sampler, batch_size=2)
+    predictions = host.webui.model_calls(sampler, None, STEPS)
+    assert len(seen) == predictions * (1 + 13)
+
+    def ids(size, crop):
+        embedders = list(model.conditioner.embedders)[1:]
+        numbers = dict(zip(SDXL, [size, crop, size]), aesthetic_score=[6.0])
+        rows = [embedder(torch.tensor([numbers[embedder.input_key]]).float()) for embedder in embedders]
+        return torch.cat(rows, 1)
+
+    for vector in seen[:predictions]:
+        torch.testing.assert_close(vector[:, 8:], ids((64, 64), (3, 5)).expand(4, -1))
+    for vector, (y, x) in zip(seen[predictions:], CORNERS * predictions, strict=True):
+        torch.testing.assert_close(vector[:, 8:], ids((128, 128), (3 + 8 * y, 5 + 8 * x)).expand(4, -1))
+        torch.testing.assert_close(vector[:, :8], seen[0][:, :8])  # the pooled text, row by row
+
+
+def test_sdxl_views_in_one_call_each_carry_their_own(host):
+    fake_webui.add_model(fake_webui.ToyModel(sdxl=SDXL))
+    one, many = (host.generate(True, 2, *PLAIN[:-1], n, batch_size=2).latents[0] for n in (1, 5))
+    assert_same(one, many)
+
+
+@pytest.mark.parametrize("scale", [2, 2.5])
+def test_conditions_of_the_images_size_are_cropped_like_x(host, scale):
+    fake_webui.add_model(fake_webui.ToyModel(inpainting=True))
+    seen = []
+    host.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 4:]))
+    host.generate(True, scale, *PLAIN, steps=1)
+    at_2x = seen[1 : 1 + 13]
+    assert all(rows.shape == (2, 5, 8, 8) for rows in seen)
+    assert [int(rows[0, 0, 0, 0]) for rows in at_2x] == [100 * y + x for y, x in [*CORNERS[:9], (0, 0), (0, 1), (1, 0), (1, 1)]]
+    ramp = 100 * torch.arange(8)[:, None] + torch.arange(8)
+    for rows, (y, x) in zip(at_2x[:9], CORNERS):
+        assert torch.equal(rows, (ramp + 100 * y + x).expand(2, 5, -1, -1).float())
+    for rows, corner in zip(at_2x[9:], (0, 1, 100, 101)):
+        assert torch.equal(rows, (2 * ramp + corner).expand(2, 5, -1, -1).float())
+    if scale == 2.5:  # 20 pixels a side, grown to 24 by repeating the edges
+        first, last = seen[-9], seen[-1]
+        edge = torch.arange(0, 24, 3).sub(2)
+        grown = 100 * edge.clamp(0, 19)[:, None] + edge.clamp(0, 19)
+        assert torch.equal(first[0, 0], grown.float())
+        grown = 100 * (edge + 2).clamp(0, 19)[:, None] + (edge + 2).clamp(0, 19)
+        assert torch.equal(last[0, 0], grown.float())
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong in a phase
+
+
+def phase_done_at(call):
+    """The last finished phase when the UNet is called for the call-th time: 4, 4 * 4 and 4 * 9 calls at 3x."""
+    return 1 if call <= STEPS * 5 else 2
+
+
+def trouble(host, kind):
+    """(what happens at a call, what the comment says of it)."""
+
+    def fail(error):
+        def action():
+            raise error
+
+        return action
+
+    return {
+        "interrupt": (host.shared.state.interrupt, "stopped"),
+        "skip": (host.shared.state.skip, "stopped"),
+        "error": (fail(RuntimeError("the model broke\nsecond line")), "failed: the model broke"),
+        "error without text": (fail(RuntimeError()), "failed: RuntimeError()"),
+        "no memory": (fail(torch.cuda.OutOfMemoryError("no room")), "out of memory; a smaller view batch size needs less"),
+        "no memory on mps": (fail(RuntimeError("MPS backend out of memory")), "out of memory; a smaller view batch size"),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        *itertools.product(
+            ["interrupt", "skip", "error", "no memory"],
+            [STEPS + 1, *random.Random(0).sample(range(STEPS + 2, 14 * STEPS), 3), 14 * STEPS],
+        ),
+        ("error without text", 7),
+        ("no memory on mps", 33),
+    ],
+)
+def test_trouble_keeps_the_last_finished_phase(host, at_call, monkeypatch, kind, call):
+    reached = phase_done_at(call)
+    expected = host.generate(*([] if reached == 1 else [True, 2])).latents[0]
+    before, seen = snapshot(host), []
+    names = ("rng", "sampler", "steps", "c", "uc", "step_multiplier", "tiling", "width", "height", "n_iter")
+    post_sample = host.script.post_sample
+
+    def look(p, ps, *args):
+        values = {name: getattr(p, name) for name in vars(p)}
+        post_sample(p, ps, *args)
+        seen.append(({name for name, value in vars(p).items() if values.get(name, p) is not value}, set(vars(p)) - set(values)))
+
+    monkeypatch.setattr(host.script, "post_sample", look)
+    action, line = trouble(host, kind)
+    handle = at_call(call, action)
+    reply = host.generate(True, 3)
+    handle.remove()
+
+    assert reply.sizes == [SIZES[reached]]
+    assert torch.equal(reply.latents[0], expected)
+    size = 8 * SIZES[reached][0]
+    assert len(reply.comments) == 1
+    assert reply.comments[0].startswith(f"DemoFusion: {line}")
+    assert reply.comments[0].endswith(f"; phase {reached} of 3, {size}x{size}, is the last one finished.")
+    assert "\n" not in reply.comments[0]
+    parameters = host.infotext_utils.parse_generation_parameters(reply.infotexts[0])
+    assert parameters.get("DemoFusion scale") == (None if reached == 1 else "2")
+    assert seen == [(set(), set())], "post_sample left something of p changed"
+    assert all(hasattr(reply.p, name) for name in names)
+    assert len(host.reports) == (kind not in ("interrupt", "skip"))
+    monkeypatch.undo()
+    assert_as_before(host, before)
+    assert torch.equal(host.generate(True, 2).latents[0], expected) or reached == 1
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("call", [5, 20, 21, 56])  # 20 and 56 end a phase: the NaN is in some pixels only
+def test_nan_keeps_the_last_finished_phase(host, call, images):
+    """NaN in the rows of the batch's last image."""
+    seen = [0]
+
+    def spoil(module, args, out):
+        seen[0] += 1
+        if seen[0] == call:
+            out[images - 1 :: images] = float("nan")
+
+    handle = host.unet.register_forward_hook(spoil)
+    reply = host.generate(True, 3, batch_size=images)
+    handle.remove()
+    assert reply.sizes == [SIZES[phase_done_at(call)]]
+    assert len(reply.comments) == 1
+    assert "NaN" in reply.comments[0]
+    assert torch.isfinite(reply.latents[0]).all()
+
+
+def test_nothing_of_ours_stays_on_the_host(host, monkeypatch):
+    host.generate(False)
+    before = snapshot(host)
+    reply = host.generate(True, 3, 6)
+    assert reply.sizes == [(24, 24)]
+    assert_as_before(host, before)
+    assert reply.comments == []
+
+
+def test_an_interrupt_ends_the_batches_after_it(host, at_call):
+    at_call(STEPS + 2, host.shared.state.interrupt)
+    assert host.generate(True, 2, n_iter=3).sizes == [(8, 8)]
+
+
+def test_a_skip_goes_on_with_the_next_batch(host, at_call):
+    at_call(STEPS + 2, host.shared.state.skip)
+    reply = host.generate(True, 2, n_iter=2)
+    assert reply.sizes == [(8, 8), (16, 16)]
+    assert ["DemoFusion" in text for text in reply.infotexts] == [False, True]
+
+
+def test_stopping_after_the_image_finishes_it(host, at_call):
+    at_call(STEPS + 2, host.shared.state.stop_generating)
+    reply = host.generate(True, 2, n_iter=3)
+    assert reply.sizes == [(16, 16)]
+    assert reply.comments == []
+
+
+@pytest.mark.parametrize("stop", ["interrupt", "skip"])
+def test_a_stop_in_the_base_is_as_without_us(host, at_call, stop):
+    at_call(2, getattr(host.shared.state, stop))
+    reply = host.generate(True, 2)
+    assert reply.sizes == [(8, 8)]
+    assert "DemoFusion" not in reply.infotexts[0]
+    assert reply.comments == []
+
+
+# ----------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([True, 1], "scale must be above 1 and at most 8, got 1"),
+        ([True, 9], "scale must be above 1 and at most 8, got 9"),
+        ([True, "4"], "scale must be a number, got '4'"),
+        ([True, None], "scale must be a number, got None"),
+        ([True, 1.05], "scale 1.05 adds no latent pixel to a base of 8x8; choose a larger one"),
+        ([True, 2, 1.5], "phase steps must be a whole number, got 1.5"),
+        ([True, 2, 0, 99], "stride must be at most 8 (the shorter side of the base latent), got 99"),
+        ([True, 2, 0, 0, "no"], "jitter must be true or false, got 'no'"),
+        ([True, 2, 0, 0, True, -1], "alpha1 must be from 0 to 20, got -1"),
+        ([True, 2, 0, 0, True, 3, 1, 1, 0], "blur sigma must be above 0 and at most 10, got 0"),
+        ([True, 2, 0, 0, True, 3, 1, 1, 1, 4, "yes"], "save phases must be true or false, got 'yes'"),
+        (["yes", 2], "enabled must be true or false, got 'yes'"),
+    ],
+)
+def test_a_wrong_value_makes_no_image(host, calls, args, line):
+    assert_refused(host, calls, line, *args)
+    assert host.generate(True, 2).sizes == [(16, 16)]
+
+
+def assert_refused(host, calls, line, *args, **settings):
+    reply = host.generate(*args, n_iter=2, **settings)
+    assert reply.images == []
+    assert calls.rows == 0
+    assert reply.p.n_iter == 0
+    assert reply.p.do_not_save_grid
+    assert reply.comments == [f"DemoFusion: {line}"]
+    parameters = host.infotext_utils.parse_generation_parameters(reply.infotexts[0])
+    assert {key: value for key, value in parameters.items() if "DemoFusion" in key} == {"DemoFusion refused": line}
+    assert host.reports == []
+
+
+def test_whole_numbers_may_come_with_a_point(host):
+    assert torch.equal(host.generate(True, 2, 6.0, 3.0).latents[0], host.generate(True, 2.0, 6, 3).latents[0])
+
+
+def test_unknown_samplers_are_refused(host, calls, monkeypatch):
+    line = "the sampler Euler of tomorrow is not one that it knows; Euler works"
+    assert_refused(host, calls, line, True, 2, sampler_name="Euler of tomorrow")
+
+
+def test_steps_without_a_prediction_are_refused(host, calls):
+    reply = host.generate(True, 2, 1, sampler_name="DDIM")  # the host's DDIM asks once less than it has levels
+    assert reply.images == []
+    assert "DDIM" in reply.comments[0]
+    assert calls.rows == 0
+
+
+def test_stable_diffusion_3_is_refused(host, calls):
+    host.shared.sd_model.is_sd3 = True
+    assert_refused(host, calls, "Stable Diffusion 3 has no UNet; a Stable Diffusion 1.x, 2.x or XL checkpoint works", True, 2)
+
+
+def test_edit_models_are_refused(host, calls):
+    host.shared.sd_model.cond_stage_key = "edit"
+    line = "an instruct-pix2pix checkpoint edits a given image; a text-to-image checkpoint works"
+    assert_refused(host, calls, line, True, 2)
+
+
+@pytest.mark.parametrize("unit", [SimpleNamespace(enabled=True), {"enabled": True}, {"model": "canny"}])
+def test_controlnet_is_refused(host, calls, unit):
+    host.add_script("ControlNet", SimpleNamespace(enabled=False), unit)
+    line = "ControlNet steers the whole image and cannot follow single windows; untick one of the two"
+    assert_refused(host, calls, line, True, 2)
+    assert host.generate(False).sizes == [(8, 8)]
+
+
+@pytest.mark.parametrize("unit", [SimpleNamespace(enabled=False), {"enabled": False}, None, False])
+def test_controlnet_that_is_off_does_not_matter(host, unit):
+    host.add_script("ControlNet", unit)
+    host.add_script("Another", SimpleNamespace(enabled=True))
+    assert host.generate(True, 2).sizes == [(16, 16)]
+
+
+@pytest.mark.parametrize("args", [(True, 2), (True, 2, 0, 0, True, 3, 1, 1, 1, 4, True)])
+def test_hires_fix_wins_and_gets_a_comment(host, calls, args):
+    reply = host.generate(*args, enable_hr=True)
+    assert len(reply.comments) == 1
+    assert "Hires. fix is ticked" in reply.comments[0]
+    assert "DemoFusion" not in reply.infotexts[0]
+    assert calls.rows == 2 * STEPS
+    assert torch.equal(reply.latents[0], host.generate(enable_hr=True).latents[0])
+
+
+def test_decoded_samples_are_left_alone(host):
+    class Decoded(list):
+        already_decoded = True
+
+    p = host.processing_for(True, 2)
+    ps = host.scripts.PostSampleArgs(Decoded([1]))
+    host.script.post_sample(p, ps, True, 2)
+    assert ps.samples == [1]
+
+
+# ----------------------------------------------------------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize(("sampler", "batches", "args"), [("Euler", 1, (3,)), ("Euler", 3, (2, 9)), ("DDIM", 2, (2,))])
+def test_one_bar_over_phases_and_batches(host, monkeypatch, sampler, batches, args):
+    state, shown, rows, jobs, ends = host.shared.state, [], [], [], []
+    post_sample = host.script.post_sample
+
+    def look(module, args):
+        own = state.sampling_step / state.sampling_steps if state.sampling_steps else 0
+        shown.append((state.job_no + own) / state.job_count)
+        rows.append(len(args[0]))
+        jobs.append((state.job, state.textinfo))
+
+    def end(p, ps, *args):
+        post_sample(p, ps, *args)
+        ends.append(state.job_no)
+
+    host.unet.register_forward_pre_hook(look)
+    monkeypatch.setattr(host.script, "post_sample", end)
+    host.generate(True, *args, sampler_name=sampler, n_iter=batches, steps=8)
+    assert all(after >= before - 1e-9 for before, after in itertools.pairwise(shown)), "the bar goes back"
+    done = torch.tensor(rows).cumsum(0) - torch.tensor(rows)
+    assert (torch.tensor(shown) - done / sum(rows)).abs().max() < 0.06
+    assert ends == list(range(batches))
+    assert all(type(number) is int for number in ends)
+    assert state.job_no == batches
+    assert {f"DemoFusion phase 2 of {1 + (args[0] == 3) + 1}"} <= {job for job, _ in jobs}
+    assert all(text in (None, job) for job, text in jobs)
+    assert state.textinfo is None
+
+
+def test_the_bar_does_not_run_ahead_between_phases(host, monkeypatch):
+    """Images of finished phases are decoded while the host's own step is the last phase's."""
+    host.shared.opts.samples_save = True
+    state, shown = host.shared.state, []
+    decode = host.processing.decode_latent_batch
+
+    def look(*args, **kwargs):
+        own = state.sampling_step / state.sampling_steps
+        shown.append((state.job_no + own) / state.job_count)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(host.processing, "decode_latent_batch", look)
+    host.generate(True, 3, 0, 0, True, 3, 1, 1, 1, 4, True)
+    total = 1 + VIEWS[2] + VIEWS[3]
+    assert shown == pytest.approx([1 / total, (1 + VIEWS[2]) / total])
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_consoles_bar_comes_to_its_end(host, batches):
+    host.generate(True, 3, n_iter=batches)
+    bar = host.shared.total_tqdm
+    assert bar._done == bar._total == batches * STEPS * (1 + VIEWS[2] + VIEWS[3])
+
+
+# ---------------------------------------------------------------------------------------------------- the form and the infotext
+
+
+FULL = [True, 2.5, 3, 3, False, 2.5, 1.5, 0.5, 0.75, 2]
+
+
+def pasted(host, text):
+    parameters = host.infotext_utils.parse_generation_parameters(text)
+    values = {id(component): function(parameters) for component, function in host.runner.infotext_fields}
+    return [values.get(id(control)) for control in host.script.controls]
+
+
+def test_the_form_has_every_argument_at_its_default(host):
+    names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
+    assert names == ["enable", *host.webui.ARGUMENTS[1:]]
+    defaults = DemoFusionConfig()
+    values = [getattr(defaults, name) for name in host.webui.ARGUMENTS[1:-1]]
+    assert [control.value for control in host.script.controls] == [False, *values, False]
+
+
+def test_the_reset_button_puts_the_papers_values_back(host):
+    fn, outputs = host.gradio.Button._clicked
+    assert outputs == host.script.controls[1:-1]
+    assert fn() == [getattr(DemoFusionConfig(), name) for name in host.webui.ARGUMENTS[1:-1]]
+
+
+def test_pasting_restores_the_form_exactly(host):
+    reply = host.generate(*FULL)
+    values = pasted(host, reply.infotexts[0])[:-1]
+    assert values == FULL
+    assert list(map(type, values)) == list(map(type, FULL))
+    assert torch.equal(host.generate(*values).latents[0], reply.latents[0])
+
+
+def test_pasting_resets_what_is_at_its_default(host):
+    values = pasted(host, host.generate(True, 2).infotexts[0])[:-1]
+    assert values == [True, 2.0, *[control.value for control in host.script.controls[2:-1]]]
+
+
+def test_pasting_from_an_image_without_it_only_unticks(host):
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 10]
+
+
+def test_img2img_has_no_form(host):
+    assert host.script.show(True) is False
+    assert host.script.show(False) is host.scripts.AlwaysVisible
+
+
+def test_phases_are_saved_beside_the_output(host):
+    host.shared.opts.samples_save = True
+    reply = host.generate(True, 3, 0, 0, True, 3, 1, 1, 1, 4, True, batch_size=2, width=80)
+    assert [(image["suffix"], image["size"]) for image in host.saved] == [
+        *[("-demofusion-phase1", (80, 64))] * 2,
+        *[("-demofusion-phase2", (160, 128))] * 2,
+    ]
+    scales = [host.infotext_utils.parse_generation_parameters(i["info"]).get("DemoFusion scale") for i in host.saved]
+    assert scales == [None, None, "2", "2"]
+    assert "DemoFusion scale: 3" in reply.infotexts[0]
+    host.saved.clear()
+    host.generate(True, 2, 0, 0, True, 3, 1, 1, 1, 4, True, do_not_save_samples=True)
+    assert host.saved == []
+
+
+def test_xyz_plot_gets_an_axis_for_each_setting(host):
+    Axis = type("AxisOptionTxt2Img", (SimpleNamespace,), {})
+    plot = ModuleType("xyz_grid.py")
+    plot.axis_options = []
+    plot.AxisOptionTxt2Img = lambda label, type, apply, choices=None: Axis(label=label, type=type, apply=apply, choices=choices)
+    plot.Script = type("Script", (host.scripts.Script,), {"__module__": "xyz_grid.py"})
+    host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
+    host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
+    host.script_callbacks.before_ui_callback()
+    assert len(plot.axis_options) == 9
+    axes = {axis.label: axis for axis in plot.axis_options}
+
+    p = host.processing_for()
+    axes["[DemoFusion] scale"].apply(p, axes["[DemoFusion] scale"].type("2"), [])
+    axes["[DemoFusion] jitter"].apply(p, "False", [])
+    axes["[DemoFusion] phase steps"].apply(p, axes["[DemoFusion] phase steps"].type("3"), [])
+    assert axes["[DemoFusion] jitter"].choices() == ["True", "False"]
+    assert p.script_args[1:6] == [True, 2.0, 3, 0, False]
+
+
+def test_other_scripts_hear_of_every_phase(host, monkeypatch):
+    heard = []
+    host.add_script("Another")
+    another = host.runner.alwayson_scripts[-1]
+    another.process_before_every_sampling = lambda p, *args, **kwargs: heard.append(tuple(kwargs["x"].shape))
+    host.generate(True, 3)
+    assert heard == [(1, 4, 8, 8), (1, 4, 16, 16), (1, 4, 24, 24)]
