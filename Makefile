@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 OUT ?= out
 
-.PHONY: demo test lint bench sheet settings-sheet train clean test-webui bench-webui export-webui
+.PHONY: demo test lint bench sheet settings-sheet train clean webui test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -43,11 +43,13 @@ train: $(READY)
 WEBUI_PYTHON ?= $(WEBUI_DIR)/venv/bin/python
 export DEMOFUSION_PYTHON ?= $(abspath $(RUN))
 
-test-webui: $(READY)
+webui:
 	@test -n "$(WEBUI_DIR)" || { echo "set WEBUI_DIR to the folder of an installed WebUI"; exit 2; }
+
+test-webui: webui $(READY)
 	$(WEBUI_PYTHON) -m pytest --confcutdir=tests/webui -p no:cacheprovider tests/webui
 
-bench-webui: $(READY)
+bench-webui: webui $(READY)
 	$(WEBUI_PYTHON) -m benchmarks.bench_webui
 
 # The embedded checkpoint as the WebUI reads one: make export-webui WEBUI_MODELS=.../models/Stable-diffusion

@@ -21,8 +21,6 @@ STEPS, SIDE, SCALE = 3, 256, 3
 
 
 def main() -> None:
-    if not webui_host.WEBUI_DIR:
-        sys.exit("set WEBUI_DIR to the folder of an installed WebUI")
     with tempfile.TemporaryDirectory() as folder:
         checkpoints, data = Path(folder) / "models", Path(folder) / "data"
         checkpoints.mkdir()
@@ -30,10 +28,7 @@ def main() -> None:
         webui_host.export_checkpoints(checkpoints)
         host = webui_host.start(checkpoints, data)
         parameters = relatives.make_large(checkpoints)
-        host.sd_models.list_models()
-        host.shared.opts.data["sd_model_checkpoint"] = "large.safetensors"
-        host.sd_models.reload_model_weights()
-        unet, clock, rows = host.shared.sd_model.model.diffusion_model, [0.0, 0.0], []
+        unet, clock, rows = host.load("large.safetensors").model.diffusion_model, [0.0, 0.0], []
         unet.register_forward_pre_hook(lambda *_: clock.__setitem__(0, time.perf_counter()))
         unet.register_forward_hook(lambda *_: clock.__setitem__(1, clock[1] + time.perf_counter() - clock[0]))
 

@@ -29,12 +29,10 @@ function demofusionReadout(form) {
     const scales = [];
     for (let s = 2; s < Math.ceil(form.scale); s++) scales.push(s);
     scales.push(form.scale);
-    const calls = demofusionCalls(counts, form.scheduler, form.phaseSteps || form.steps);
-    if (calls === 0 || demofusionCalls(counts, form.scheduler, form.steps) === 0) {
-        return `steps: ${form.sampler} needs at least 2`;
-    }
+    const [base, calls] = [form.steps, form.phaseSteps || form.steps].map((n) => demofusionCalls(counts, form.scheduler, n));
+    if (base === 0 || calls === 0) return `steps: ${form.sampler} needs at least 2`;
     const branches = form.cfg === 1 ? 1 : 2;
-    let total = 2 * demofusionCalls(counts, form.scheduler, form.steps), height = h, width = w;
+    let total = 2 * base, height = h, width = w;
     for (const scale of scales) {
         const before = [height, width];
         height = demofusionRound(h * scale);

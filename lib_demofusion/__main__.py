@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from lib_demofusion import __version__
-from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.config import DemoFusionConfig, first_line
 
 DESCRIPTION = "Make a high-resolution image with DemoFusion, from a prompt or from an image, with any checkpoint."
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"demofusion: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError, FloatingPointError) as error:
-        print(f"demofusion: failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"demofusion: failed: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("demofusion: stopped; nothing was written", file=sys.stderr)

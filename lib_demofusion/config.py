@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 INFOTEXT_PREFIX = "DemoFusion"
@@ -65,7 +65,7 @@ class DemoFusionConfig:
     def to_infotext(self) -> dict[str, str]:
         """Labels and values for a picture's parameters: the scale always, the rest where it is not the default."""
         return {
-            f"{INFOTEXT_PREFIX} {f.metadata['label']}": _text(getattr(self, f.name))
+            infotext_label(f): _text(getattr(self, f.name))
             for f in fields(self)
             if f.name == "scale" or getattr(self, f.name) != f.default
         }
@@ -78,10 +78,20 @@ class DemoFusionConfig:
         """
         values: dict[str, Any] = {}
         for f in fields(cls):
-            text = parameters.get(f"{INFOTEXT_PREFIX} {f.metadata['label']}")
+            text = parameters.get(infotext_label(f))
             if text is not None:
                 values[f.name] = _parse(text, f.default, f.metadata["label"])
         return cls(**values) if "scale" in values else None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, for a host to tell its user; its type where it says nothing."""
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def infotext_label(setting: Field) -> str:
+    """The name of one of DemoFusionConfig's fields in a picture's parameters."""
+    return f"{INFOTEXT_PREFIX} {setting.metadata['label']}"
 
 
 def _text(value: Any) -> str:

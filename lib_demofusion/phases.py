@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.fusion import match_moments
+from lib_demofusion.fusion import Fusion, match_moments
 from lib_demofusion.views import Size, dilated_views, local_views
 
 
@@ -109,6 +110,20 @@ def make_plan(
         local, dilated = len(local_views(size, window, stride)), len(dilated_views(window, math.ceil(scale)))
         phases.append(Phase(number, scale, size, phase_steps, calls(phase_steps), local, dilated))
     return Plan(window, stride, tuple(phases), branches)
+
+
+def fusion_for(plan: Plan, phase: Phase, config: DemoFusionConfig, reference: Tensor, noise: Tensor, **more: Any) -> Fusion:
+    """The state of one phase of the plan; more: what Fusion takes besides and only the host knows."""
+    return Fusion(
+        reference,
+        noise,
+        window=plan.window,
+        stride=plan.stride,
+        dilation=phase.dilation,
+        config=config,
+        phase=phase.number,
+        **more,
+    )
 
 
 def upscale(

@@ -12,7 +12,7 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "lib_demo
     del sys.modules[name]  # "Apply and restart UI" after an update loads this file again, and the rest with it
 
 try:
-    from lib_demofusion.config import INFOTEXT_PREFIX
+    from lib_demofusion.config import infotext_label
     from lib_demofusion.hosts import webui
 
     problem = webui.unsupported()
@@ -74,7 +74,7 @@ class DemoFusionScript(scripts.Script):
             outputs=[controls[name] for name in settings],
             show_progress=False,
         )
-        scale = self.infotext_label("scale")
+        scale = infotext_label(webui.CONFIG_FIELDS["scale"])
         self.infotext_fields = [PasteField(controls["enabled"], lambda d: scale in d)]
         for name in settings:
             self.infotext_fields.append(PasteField(controls[name], self.pasted(name)))
@@ -91,12 +91,10 @@ class DemoFusionScript(scripts.Script):
             **kwargs,
         )
 
-    def infotext_label(self, name):
-        return f"{INFOTEXT_PREFIX} {webui.CONFIG_FIELDS[name].metadata['label']}"
-
     def pasted(self, name):
         """The value of a control for pasted parameters: as written, else the default; none without DemoFusion."""
-        scale, label, default = self.infotext_label("scale"), self.infotext_label(name), webui.CONFIG_FIELDS[name].default
+        scale, label = (infotext_label(webui.CONFIG_FIELDS[key]) for key in ("scale", name))
+        default = webui.CONFIG_FIELDS[name].default
 
         def value(parameters):
             if scale not in parameters:

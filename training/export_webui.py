@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-CHECKPOINT = Path(__file__).resolve().parent.parent / "lib_demofusion" / "checkpoint"
+from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT as CHECKPOINT
 
 RESNET = {
     "norm1": "in_layers.0",

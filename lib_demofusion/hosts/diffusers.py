@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from lib_demofusion import decode as tiles
-from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.fusion import Cancelled, Fusion
-from lib_demofusion.phases import Phase, Plan, make_plan, upscale
+from lib_demofusion.config import DemoFusionConfig, first_line
+from lib_demofusion.fusion import Cancelled
+from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
 from lib_demofusion.views import View
 
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoint"
@@ -67,11 +67,6 @@ def sampler_named(name: str) -> str:
         if name in (label, sampler.scheduler):
             return label
     raise ValueError(f"no sampler called {name!r}; there are: {', '.join(SAMPLERS)}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return (str(error) or repr(error)).splitlines()[0]
 
 
 class Incomplete(Exception):
@@ -352,14 +347,12 @@ class _Run:
 
     def denoise(self, phase: Phase, reference: Tensor, noise: Tensor) -> Tensor:
         """Phases after the base: the same sampling, of the fused prediction, with the skip residual."""
-        fusion = Fusion(
+        fusion = fusion_for(
+            self.plan,
+            phase,
+            self.config,
             reference,
             noise,
-            window=self.plan.window,
-            stride=self.plan.stride,
-            dilation=phase.dilation,
-            config=self.config,
-            phase=phase.number,
             fresh_noise=self.sampler.fresh_noise,
             cancelled=self.cancelled,
             t_max=self.phase_schedule.config.num_train_timesteps,

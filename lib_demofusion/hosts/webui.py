@@ -17,7 +17,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,9 @@ from modules.sd_hijack import model_hijack
 from PIL import Image
 from torch import Tensor
 
-from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig
+from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
-from lib_demofusion.phases import Phase, Plan, make_plan, upscale
+from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
 from lib_demofusion.views import View, jitter_generator
 
 FACTOR = 8  # image pixels per latent pixel, as the host has it
@@ -180,11 +180,11 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             p.comment(f"{NAME} did not run: Hires. fix is ticked, and only one of the two can enlarge the image.")
             return
         _check(p)
-        plan_for(p, settings.config)
+        plan = plan_for(p, settings.config)
     except ValueError as error:
         _refuse(p, str(error))
     else:
-        _describe(p, settings.config)
+        _describe(p, settings.config, plan.phases[-1])
 
 
 def _check(p: Any) -> None:
@@ -217,14 +217,12 @@ def _refuse(p: Any, line: str) -> None:
     p.do_not_save_grid = True
 
 
-def _describe(p: Any, config: DemoFusionConfig | None, scale: float | None = None) -> None:
-    """Put the settings into the infotext of what is saved from now on, with the scale reached; None: no DemoFusion."""
+def _describe(p: Any, config: DemoFusionConfig, reached: Phase) -> None:
+    """Put the settings into the infotext of what is saved from now on, with the scale reached; none of them for the base."""
     for key in [key for key in p.extra_generation_params if key.startswith(f"{INFOTEXT_PREFIX} ")]:
         del p.extra_generation_params[key]
-    if config is not None:
-        p.extra_generation_params.update(config.to_infotext())
-        if scale is not None:
-            p.extra_generation_params[f"{INFOTEXT_PREFIX} scale"] = f"{scale:g}"
+    if reached.number > 1:
+        p.extra_generation_params.update(replace(config, scale=reached.scale).to_infotext())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +302,7 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
     progress = _Progress(plan := plan_for(p, settings.config))
     if _stopped():  # during the base: as without us
         progress.close()
-        _describe(p, None)
+        _describe(p, settings.config, plan.phases[0])
         return
 
     progress.pause(1)
@@ -324,7 +322,7 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
             errors.report(f"{NAME} failed", exc_info=True)
             trouble = _reason(error)
     progress.close()
-    _describe(p, settings.config if reached.number > 1 else None, reached.scale)
+    _describe(p, settings.config, reached)
     if trouble:
         size = f"{reached.size[1] * FACTOR}x{reached.size[0] * FACTOR}"
         p.comment(f"{NAME}: {trouble}; phase {reached.number} of {len(plan.phases)}, {size}, is the last one finished.")
@@ -348,7 +346,7 @@ def _keep_what_is_finished() -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = (str(error) or repr(error)).splitlines()[0]
+    text = first_line(error)
     if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text.lower():
         return "out of memory; a smaller view batch size needs less"
     return f"failed: {text}"
@@ -379,7 +377,7 @@ def _autocast() -> Any:
 def _save(p: Any, config: DemoFusionConfig, phase: Phase, latents: Tensor) -> None:
     if not p.save_samples():
         return
-    _describe(p, config if phase.number > 1 else None, phase.scale)
+    _describe(p, config, phase)
     for i, pixels in enumerate(processing.decode_latent_batch(p.sd_model, latents, devices.cpu, check_for_nans=True)):
         image = pixels.float().add(1).mul(127.5).clamp(0, 255).byte().permute(1, 2, 0).numpy()
         info = processing.create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i, all_negative_prompts=p.negative_prompts)
@@ -428,14 +426,12 @@ class _Phases:
         p.sampler = sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
         if p.sampler_name == "UniPC":
             sampler.func = _unipc_without_corrector
-        fusion = Fusion(
+        fusion = fusion_for(
+            self.plan,
+            phase,
+            self.config,
             reference,
             noise,
-            window=self.plan.window,
-            stride=self.plan.stride,
-            dilation=phase.dilation,
-            config=self.config,
-            phase=phase.number,
             fresh_noise=_adds_noise(p, sampler),
             cancelled=_stopped,
         )
@@ -518,27 +514,25 @@ class _PhaseHooks:
         self.tiling = tiling
         self.progress = progress
         self.done = progress.ends[phase.number - 1]
-        self.started = False
         self.blended: Any = None  # the x and the level that were blended last
         self.log_alphas = shared.sd_model.alphas_cumprod.double().cpu().log().numpy()
+        self.log_sigmas = 0.5 * (np.log1p(-np.exp(self.log_alphas)) - self.log_alphas)
+        self.steps = np.arange(len(self.log_alphas))
 
     def levels(self, sigma: float) -> tuple[float, float, float]:
         """(t, noise, signal): the training timestep of the host's sigma, and x = signal * z + noise * n there."""
-        steps = np.arange(len(self.log_alphas))
         if self.timesteps:
-            kept = math.exp(np.interp(sigma, steps, self.log_alphas))
+            kept = math.exp(np.interp(sigma, self.steps, self.log_alphas))
             return sigma, math.sqrt(1 - kept), math.sqrt(kept)
-        log_sigmas = 0.5 * (np.log1p(-np.exp(self.log_alphas)) - self.log_alphas)
-        return float(np.interp(math.log(sigma), log_sigmas, steps)), sigma, 1.0
+        return float(np.interp(math.log(sigma), self.log_sigmas, self.steps)), sigma, 1.0
 
     def before_step(self, denoiser: Any, args: tuple) -> None:
         """The skip residual, in place on the x that the sampler goes on with."""
         x, level = args[0], float(args[1][0])
         t, noise, signal = self.levels(level)
-        if not self.started:
+        if self.blended is None:  # the phase begins
             x.copy_(self.fusion.noised_reference(noise, signal))
-            self.started = True
-        elif self.blended is not None and self.blended[0] is x and self.blended[1] == level:
+        elif self.blended[0] is x and self.blended[1] == level:
             return  # a sampler with adaptive steps tries a step again
         self.fusion.skip_residual_(x, t, noise, signal)
         self.blended = x, level

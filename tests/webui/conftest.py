@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import webui_host  # noqa: E402
 
@@ -51,16 +51,14 @@ def options(host):
 
 @pytest.fixture
 def calls(host):
-    """Counts the rows that the host's UNet sees, and keeps what it was asked: calls.rows, calls.conds, calls.shapes."""
-    seen = SimpleNamespace(rows=0, calls=0, inputs=[])
+    """Counts what the host's UNet sees: calls.rows latents in calls.calls calls."""
+    seen = SimpleNamespace(rows=0, calls=0)
 
-    def count(module, args, kwargs):
+    def count(module, args):
         seen.rows += len(args[0])
         seen.calls += 1
-        seen.inputs.append((args, kwargs))
 
-    unet = host.shared.sd_model.model.diffusion_model
-    handle = unet.register_forward_pre_hook(count, with_kwargs=True)
+    handle = host.shared.sd_model.model.diffusion_model.register_forward_pre_hook(count)
     yield seen
     handle.remove()
 
@@ -68,11 +66,5 @@ def calls(host):
 @pytest.fixture
 def checkpoint(host):
     """Switch to another checkpoint for a test: checkpoint(name)."""
-
-    def switch(name):
-        host.shared.opts.data["sd_model_checkpoint"] = name
-        host.sd_models.reload_model_weights()
-        return host.shared.sd_model
-
-    yield switch
-    switch("demofusion-embedded.safetensors")
+    yield host.load
+    host.load("demofusion-embedded.safetensors")

@@ -10,8 +10,7 @@ import torch
 
 STEPS, SCALE = 4, 3
 BASE_CALLS = STEPS
-PHASE_CALLS = STEPS * (4 + 5)  # view batches of 4: 13 views and 34 views
-CALLS = STEPS * (1 + 4 + 9)
+CALLS = STEPS * (1 + 4 + 9)  # view batches of 4: 13 views and 34 views
 
 
 def snapshot(host):
