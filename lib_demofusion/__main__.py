@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
                 )
             except host.Incomplete as error:
                 stop, result = error, error.result
+            if result.view_batch.size < config.view_batch_size:
+                bar.write(f"a view batch size of {config.view_batch_size} did not fit; {result.view_batch.size} did", sys.stderr)
             if result.phases:
                 write(args, config, result, path, seed)
             if stop:

@@ -43,7 +43,7 @@ class DemoFusionConfig:
         0.01, "blur sigma end", "blur before dilated sampling at the end, in latent pixels", 0, 10, above=True
     )
     view_batch_size: int = _setting(
-        4, "view batch size", "views per model call: more is faster and takes more memory; 0: all at once", 0, 4096
+        0, "view batch size", "views per model call; the picture is the same; 0: as many as fit and pay", 0, 4096
     )
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.memory import ViewBatch
 from lib_demofusion.schedule import T_MAX, weights_at
 from lib_demofusion.views import Size, View, dilated_views, jitter_generator, local_views
 
@@ -91,6 +92,7 @@ class Fusion:
     phase: the phase's number, which the jitter depends on.
     fresh_noise: whether the sampler adds noise of its own.
     cancelled: asked before every model call; if it says so, Cancelled is raised.
+    view_batch: how many views go into a model call, learned over a whole job; this phase's own unless given.
     blur_taps: size of the Gaussian filter; the paper's 4 * dilation - 3 unless given.
     """
 
@@ -106,6 +108,7 @@ class Fusion:
         phase: int = 2,
         fresh_noise: bool = False,
         cancelled: Callable[[], bool] | None = None,
+        view_batch: ViewBatch | None = None,
         blur_taps: int | None = None,
         t_max: int = T_MAX,
     ):
@@ -118,6 +121,7 @@ class Fusion:
         self.phase = phase
         self.fresh_noise = fresh_noise
         self.cancelled = cancelled
+        self.view_batch = view_batch or ViewBatch(config.view_batch_size, reference.device)
         self.blur_taps = blur_taps if blur_taps is not None else 4 * dilation - 3
         self.t_max = t_max
 
@@ -141,7 +145,7 @@ class Fusion:
 
         x: [B, C, H, W] at training timestep t; B may hold several branches of guidance. Returns x's shape and dtype.
         The extra memory is a handful of latents and one batch of views, however many views there are.
-        Raises Cancelled between two model calls.
+        Raises Cancelled between two model calls, OutOfMemory if not one view fits into one.
         """
         weights = weights_at(t, self.config, self.t_max)
         # The dilated views do not overlap; the blur lets neighbours agree. Its loss of power is made good.
@@ -151,13 +155,12 @@ class Fusion:
         totals = {kind: torch.zeros_like(source, dtype=torch.float32) for kind, source in sources.items()}
         count = torch.zeros(x.shape[-2:], device=x.device)
 
-        views = self.views(t)
-        size = self.config.view_batch_size or len(views)
-        for start in range(0, len(views), size):
+        def call(batch: Sequence[View]) -> Tensor:
             if self.cancelled is not None and self.cancelled():
                 raise Cancelled
-            batch = views[start : start + size]
-            eps = denoise(torch.cat([view.crop(sources[view.kind]) for view in batch]), batch)
+            return denoise(torch.cat([view.crop(sources[view.kind]) for view in batch]), batch)
+
+        for batch, eps in self.view_batch.run(self.views(t), call):
             for view, noise in zip(batch, eps.split(len(x))):
                 view.crop(totals[view.kind]).add_(noise)
                 if view.kind == "local":

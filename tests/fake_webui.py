@@ -867,6 +867,7 @@ MODULES = {
     "modules.shared": dict(state=None, opts=None, total_tqdm=None, sd_model=None),
     "modules.devices": dict(
         cpu=cpu,
+        device=cpu,
         unet_needs_upcast=False,
         NansException=NansException,
         autocast=autocast,

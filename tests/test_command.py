@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
+from diffusers import UNet2DConditionModel
+from PIL import Image, ImageChops
 from tiny import tiny_pipeline
 
 from lib_demofusion.__main__ import main, suffixed
@@ -129,15 +130,45 @@ def test_ctrl_c_saves_the_last_finished_phase_and_says_so(run, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_running_out_of_memory_saves_the_last_finished_phase_and_says_so(run, monkeypatch):
-    def fail(fusion, *args):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
+def small_card(monkeypatch, most, since):
+    """From the since-th call of any UNet on, more than `most` views (two rows each) run out of memory."""
+    forward, calls = UNet2DConditionModel.forward, []
 
-    monkeypatch.setattr(Fusion, "predict", fail)
-    code, _, err, path = run("one red ring", "--scale", "2")
+    def small(unet, sample, *args, **kwargs):
+        calls.append(len(sample))
+        if len(sample) > 2 * most and len(calls) >= since:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
+        return forward(unet, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", small)
+
+
+@pytest.mark.parametrize("since", [4, 9, 15])  # three calls in the base, then three steps of four
+@pytest.mark.parametrize("most", [3, 1])
+def test_a_card_that_is_too_small_makes_the_same_picture(run, monkeypatch, most, since):
+    *_, path = run("one red ring", "--scale", "2", output="roomy.png")
+    small_card(monkeypatch, most, since)
+    code, _, err, small = run("one red ring", "--scale", "2", output="small.png")
+    assert code == 0
+    assert "did not fit" not in err
+    difference = ImageChops.difference(Image.open(path), Image.open(small))
+    assert max(high for _, high in difference.getextrema()) <= 1
+
+
+def test_a_number_that_did_not_fit_is_told(run, monkeypatch):
+    small_card(monkeypatch, 3, 5)
+    code, _, err, _ = run("one red ring", "--scale", "2", "--view-batch-size", "13")
+    assert code == 0
+    assert "a view batch size of 13 did not fit; 3 did" in err
+
+
+def test_running_out_of_memory_saves_the_last_finished_phase_and_says_so(run, monkeypatch):
+    small_card(monkeypatch, 0, 16)
+    code, _, err, path = run("one red ring", "--scale", "3")
     assert code == 1
-    assert err.splitlines()[-1] == f"demofusion: failed: CUDA out of memory.; the last finished phase, 1 of 2, is in {path}"
-    assert Image.open(path).size == (64, 64)
+    line = "out of memory with one view at a time; a smaller base image or half precision needs less"
+    assert err.splitlines()[-1] == f"demofusion: {line}; the last finished phase, 2 of 3, is in {path}"
+    assert Image.open(path).size == (128, 128)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_after_the_blur_moments_are_restored_per_image():
         seen["std"], seen["mean"] = torch.std_mean(dilated, dim=(0, 2, 3, 4))
         return crops
 
-    fusion_for(x, config=DemoFusionConfig(scale=2.0, view_batch_size=0)).predict(x, 900.0, model)
+    fusion_for(x, config=DemoFusionConfig(scale=2.0, view_batch_size=64)).predict(x, 900.0, model)
     torch.testing.assert_close(seen["std"], x.std(dim=(1, 2, 3)), rtol=1e-3, atol=0)
     torch.testing.assert_close(seen["mean"], x.mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
 
@@ -114,7 +114,7 @@ def test_schedule_weights_come_from_t():
 
 @pytest.mark.parametrize(("scale", "size", "dilation"), [(1.5, (15, 9), 2), (2.5, (25, 15), 3), (3.0, (30, 18), 3)])
 def test_sizes_may_be_fractional_and_are_padded_by_edges_not_zeros(scale, size, dilation):
-    config = DemoFusionConfig(scale=scale, view_batch_size=0)
+    config = DemoFusionConfig(scale=scale, view_batch_size=64)
     phase = make_plan((10, 6), 1, config).phases[-1]
     assert (phase.size, phase.dilation) == (size, dilation)
     x = torch.full((1, 4, *size), 5.0) + 0.01 * torch.randn(1, 4, *size)
@@ -125,7 +125,7 @@ def test_sizes_may_be_fractional_and_are_padded_by_edges_not_zeros(scale, size, 
         return crops
 
     # A narrow filter: what the blur itself does at the border is another matter.
-    narrow = DemoFusionConfig(scale=scale, view_batch_size=0, blur_sigma=0.01)
+    narrow = DemoFusionConfig(scale=scale, view_batch_size=64, blur_sigma=0.01)
     fusion = fusion_for(x, dilation=dilation, window=(10, 6), stride=(5, 3), config=narrow)
     assert fusion.predict(x, 500.0, model).shape == x.shape
     assert smallest[0] > 4.9

@@ -68,7 +68,7 @@ def test_a_batch_of_n_equals_n_singles_at_any_view_batch_size(pipes, kind, sampl
     assert torch.equal(batch, latents([5, 6], view_batch_size=3))
     # The random model answers with numbers far from noise; what matters is the error against its spread.
     for i in range(2):
-        alone = latents(5 + i, view_batch_size=0)
+        alone = latents(5 + i, view_batch_size=64)
         assert float((batch[i : i + 1] - alone).abs().max() / alone.std()) < 1e-4
 
 
@@ -155,7 +155,7 @@ def test_v_prediction_and_noise_prediction_of_one_model_give_one_picture(pipes, 
 
 def test_sdxl_size_ids_are_the_final_size_and_each_windows_place(pipes, monkeypatch):
     calls = spy_unet(monkeypatch, pipes["sdxl"])
-    config = DemoFusionConfig(scale=3.0, jitter=False, view_batch_size=0, stride=8)
+    config = DemoFusionConfig(scale=3.0, jitter=False, view_batch_size=64, stride=8)
     generate(pipes["sdxl"], "one red ring", config=config, height=64, width=128, steps=1)
     base, second, third = ([tuple(int(n) for n in row) for row in kw["added_cond_kwargs"]["time_ids"]] for *_, kw in calls)
     assert set(base) == {(64, 128, 0, 0, 64, 128)}
@@ -200,6 +200,41 @@ def test_a_failure_in_a_phase_hands_back_what_is_finished(sd15, monkeypatch):
     with pytest.raises(Incomplete, match=r"^failed: CUDA out of memory.$") as stop:
         generate(sd15, "", config=TWICE, steps=2)
     assert len(stop.value.result.phases) == 1
+
+
+@pytest.mark.parametrize("since", [4, 10, 12, 24])
+@pytest.mark.parametrize("most", [7, 3, 1, 0])
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_card_that_is_too_small_makes_the_same_picture(sd15, monkeypatch, size, most, since):
+    """From the since-th call on, more than `most` views are too many: at the first, middle and last calls of the phases.
+
+    Three calls in the base; with 8 views a call 3 * 2 in phase 2 and 3 * 5 in phase 3.
+    """
+    config = DemoFusionConfig(scale=3.0, view_batch_size=size)
+    expected = generate(sd15, "one red ring", config=config, steps=3).phases
+    forward, calls = sd15.unet.forward, []
+
+    def small(sample, t, **kwargs):
+        calls.append(len(sample))
+        if len(sample) > 2 * most and len(calls) >= since:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(sample, t, **kwargs)
+
+    monkeypatch.setattr(sd15.unet, "forward", small)
+    if most == 0:
+        with pytest.raises(Incomplete, match="^out of memory with one view at a time; a smaller base") as stop:
+            generate(sd15, "one red ring", config=config, steps=3)
+        finished = 1 if since <= (9 if size == 8 else 15) else 2
+        result = stop.value.result
+        assert len(result.phases) == finished
+        assert not stop.value.cancelled
+    else:
+        result = generate(sd15, "one red ring", config=config, steps=3)
+        assert len(result.phases) == 3
+        assert result.evaluations == result.plan.evaluations
+        assert result.view_batch.size <= most or calls[-1] <= 2 * most
+    for (_, got), (_, want) in zip(result.phases, expected):
+        assert float((got - want).abs().max() / want.std()) < 1e-4
 
 
 def test_nan_is_noticed_in_the_phase_where_it_arises(sd15, monkeypatch):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Cancelled, Fusion, gaussian_blur, match_moments, pad_edges, skip_residual_
+from lib_demofusion.memory import OutOfMemory
 from lib_demofusion.schedule import cosine_decay, weights_at
 
 torch.manual_seed(0)
@@ -44,9 +45,31 @@ def cases(draw):
 @given(cases(), st.floats(1, 999), st.integers(1, 7))
 def test_the_view_batch_size_changes_nothing(case, t, size):
     x, window, dilation, stride = case
-    want = fusion_for(x, window, dilation, stride, view_batch_size=0).predict(x, t, toy)
+    want = fusion_for(x, window, dilation, stride, view_batch_size=4096).predict(x, t, toy)
     got = fusion_for(x, window, dilation, stride, view_batch_size=size).predict(x, t, toy)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("since", [1, 2, 3])
+@pytest.mark.parametrize("most", [7, 3, 1, 0])
+def test_running_out_of_memory_changes_nothing(most, since):
+    """From the since-th call on, more than `most` views are too many; 13 views in calls of 5, 5 and 3."""
+    x, calls = torch.randn(2, 4, 16, 12), []
+
+    def model(crops, views):
+        calls.append(len(views))
+        if len(views) > most and len(calls) >= since:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return toy(crops, views)
+
+    fusion = fusion_for(x, view_batch_size=5)
+    if most == 0:
+        with pytest.raises(OutOfMemory):
+            fusion.predict(x, 500.0, model)
+        assert calls[-1] == 1
+    else:
+        torch.testing.assert_close(fusion.predict(x, 500.0, model), fusion_for(x).predict(x, 500.0, toy), atol=1e-5, rtol=0)
+        assert (len(calls) > 3) == (most < [5, 5, 3][since - 1])
 
 
 @settings(max_examples=40)

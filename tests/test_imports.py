@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "lib_demofusion"
 # Each module may import those before it in this order, and nothing after it.
-LAYERS = [["config"], ["schedule", "views"], ["fusion", "decode"], ["phases"], ["hosts"], ["__main__"]]
-CORE = ["config", "schedule", "views", "fusion", "decode", "phases"]
+LAYERS = [["config", "memory"], ["schedule", "views"], ["fusion", "decode"], ["phases"], ["hosts"], ["__main__"]]
+CORE = ["config", "memory", "schedule", "views", "fusion", "decode", "phases"]
 
 
 def imports(path):

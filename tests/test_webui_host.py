@@ -230,7 +230,7 @@ def test_batch_count(host):
 
 
 def test_the_view_batch_size_changes_nothing(host):
-    one, all_at_once = (host.generate(True, 2, 0, 0, True, 3, 1, 1, 1, n).latents[0] for n in (1, 0))
+    one, all_at_once = (host.generate(True, 2, 0, 0, True, 3, 1, 1, 1, n).latents[0] for n in (1, 64))
     assert_same(one, all_at_once)
 
 
@@ -479,8 +479,6 @@ def trouble(host, kind):
         "skip": (host.shared.state.skip, "stopped"),
         "error": (fail(RuntimeError("the model broke\nsecond line")), "failed: the model broke"),
         "error without text": (fail(RuntimeError()), "failed: RuntimeError()"),
-        "no memory": (fail(torch.cuda.OutOfMemoryError("no room")), "out of memory; a smaller view batch size needs less"),
-        "no memory on mps": (fail(RuntimeError("MPS backend out of memory")), "out of memory; a smaller view batch size"),
     }[kind]
 
 
@@ -488,11 +486,10 @@ def trouble(host, kind):
     ("kind", "call"),
     [
         *itertools.product(
-            ["interrupt", "skip", "error", "no memory"],
+            ["interrupt", "skip", "error"],
             [STEPS + 1, *random.Random(0).sample(range(STEPS + 2, 14 * STEPS), 3), 14 * STEPS],
         ),
         ("error without text", 7),
-        ("no memory on mps", 33),
     ],
 )
 def test_trouble_keeps_the_last_finished_phase(host, at_call, monkeypatch, kind, call):
@@ -528,6 +525,56 @@ def test_trouble_keeps_the_last_finished_phase(host, at_call, monkeypatch, kind,
     monkeypatch.undo()
     assert_as_before(host, before)
     assert torch.equal(host.generate(True, 2).latents[0], expected) or reached == 1
+
+
+@pytest.fixture
+def small_card(host):
+    """small_card(most, since): from the since-th call on, more than `most` views (two rows each) run out of memory."""
+
+    def arrange(most, since):
+        seen = [0]
+
+        def look(module, args):
+            seen[0] += 1
+            if seen[0] >= since and len(args[0]) > 2 * most:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+        return host.unet.register_forward_pre_hook(look)
+
+    return arrange
+
+
+@pytest.mark.parametrize("since", [5, 12, 13, 24, 32])  # with 8 views a call: 4 in the base, then 4 * 2 and 4 * 5
+@pytest.mark.parametrize("most", [7, 3, 1, 0])
+def test_a_card_that_is_too_small(host, small_card, most, since):
+    """The same picture with smaller batches, or the last finished phase."""
+    eight = [True, 3, 0, 0, True, 3.0, 1.0, 1.0, 1.0, 8]
+    reached = 3 if most else 1 if since <= 12 else 2
+    expected = host.generate(*[[], [True, 2], eight][reached - 1]).latents[0]
+    before = snapshot(host)
+    handle = small_card(most, since)
+    reply = host.generate(*eight)
+    handle.remove()
+    assert reply.sizes == [SIZES[reached]]
+    assert_same(reply.latents[0], expected)
+    if most:
+        told = [text for text in reply.comments if "a view batch size of 8 did not fit" in text]
+        assert reply.comments == told
+        assert len(told) == 1 or since == 32  # the last call is of two views
+    else:
+        assert reply.comments[0].endswith("a view batch size of 8 did not fit; 1 did.")
+        assert "out of memory with one view at a time; a smaller base image" in reply.comments[1]
+    assert_as_before(host, before)
+
+
+def test_out_of_memory_beside_the_views(host, monkeypatch):
+    def fail(fusion, *args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(host.webui.Fusion, "skip_residual_", fail)
+    reply = host.generate(True, 2)
+    assert reply.sizes == [SIZES[1]]
+    assert reply.comments[0].startswith("DemoFusion: out of memory beside the views; a smaller scale or base image needs less")
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -25,6 +25,7 @@ from torch import Tensor
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
+from lib_demofusion.memory import OutOfMemory, ViewBatch
 from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
 from lib_demofusion.views import View
 
@@ -82,12 +83,13 @@ class Incomplete(Exception):
 class Result:
     """Finished phases, the base first, each with its latents [B, C, H, W] on the CPU.
 
-    evaluations: views that the model saw, per image, as counted at the model.
+    evaluations: views that the model saw, per image, as counted at the model. view_batch: how many went into a call.
     """
 
     plan: Plan
     pipe: Any
     phases: list[tuple[Phase, Tensor]]
+    view_batch: ViewBatch
     evaluations: int = 0
 
     def images(self, index: int = -1) -> list:
@@ -184,6 +186,8 @@ def generate(
                 run.finish(phase, latents)
     except (Cancelled, KeyboardInterrupt) as error:
         raise Incomplete("stopped", run.result, cancelled=True) from error
+    except OutOfMemory as error:
+        raise Incomplete(str(error), run.result) from error
     except (RuntimeError, FloatingPointError) as error:
         raise Incomplete(f"failed: {first_line(error)}", run.result) from error
     return run.result
@@ -284,7 +288,7 @@ class _Run:
         self.phase_schedule = self._schedule(config.phase_steps or steps, sampler.phase_settings)
         # On the CPU whatever the device, so that a seed gives one picture everywhere.
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
-        self.result = Result(plan, pipe, [])
+        self.result = Result(plan, pipe, [], ViewBatch(config.view_batch_size, self.device))
 
     def _schedule(self, steps: int, settings: Mapping[str, Any] = MappingProxyType({})) -> Any:
         import diffusers
@@ -355,6 +359,7 @@ class _Run:
             noise,
             fresh_noise=self.sampler.fresh_noise,
             cancelled=self.cancelled,
+            view_batch=self.result.view_batch,
             t_max=self.phase_schedule.config.num_train_timesteps,
         )
 

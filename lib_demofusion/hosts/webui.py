@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
+from lib_demofusion.memory import OutOfMemory, ViewBatch, is_out_of_memory
 from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
 from lib_demofusion.views import View, jitter_generator
 
@@ -323,6 +324,8 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
             trouble = _reason(error)
     progress.close()
     _describe(p, settings.config, reached)
+    if run.view_batch.size < settings.config.view_batch_size:
+        p.comment(f"{NAME}: a view batch size of {settings.config.view_batch_size} did not fit; {run.view_batch.size} did.")
     if trouble:
         size = f"{reached.size[1] * FACTOR}x{reached.size[0] * FACTOR}"
         p.comment(f"{NAME}: {trouble}; phase {reached.number} of {len(plan.phases)}, {size}, is the last one finished.")
@@ -346,10 +349,9 @@ def _keep_what_is_finished() -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = first_line(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text.lower():
-        return "out of memory; a smaller view batch size needs less"
-    return f"failed: {text}"
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):  # not in a view: the whole latents or picture
+        return "out of memory beside the views; a smaller scale or base image needs less"
+    return str(error) if isinstance(error, OutOfMemory) else f"failed: {first_line(error)}"
 
 
 @contextmanager
@@ -402,6 +404,7 @@ class _Phases:
         self.plan = plan
         self.config = config
         self.progress = progress
+        self.view_batch = ViewBatch(config.view_batch_size, devices.device)
 
     def noise(self, phase: Phase) -> Tensor:
         """The images' own noise at the phase's size; the host's generators then also feed samplers that want more."""
@@ -434,6 +437,7 @@ class _Phases:
             noise,
             fresh_noise=_adds_noise(p, sampler),
             cancelled=_stopped,
+            view_batch=self.view_batch,
         )
         denoiser = sampler.model_wrap_cfg
         denoiser.demofusion = hooks = _PhaseHooks(phase, fusion, SAMPLERS[p.sampler_name], p.tiling, self.progress)

@@ -1,0 +1,109 @@
+"""What fits: how many views go into one model call, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+V = TypeVar("V")
+
+FIXED_SIZE = 4  # automatic, where nothing is measured
+WORTH = 0.95  # a larger batch must bring the time per view down to this share
+
+
+class OutOfMemory(RuntimeError):
+    """Not even one view at a time fits; its text is one line for the user."""
+
+    def __init__(self) -> None:
+        super().__init__("out of memory with one view at a time; a smaller base image or half precision needs less")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, on whatever device, says that memory has run out."""
+    text = str(error).lower()
+    hints = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(hint in text for hint in hints)
+
+
+def release(device: torch.device) -> None:
+    """Give back what torch keeps for later allocations."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+class ViewBatch:
+    """How many views go into one model call. One for all phases, since what does not fit once will not fit later.
+
+    setting: the user's number; 0: automatic. On CUDA that starts from one view, which is what the base image's own
+    call was, and doubles while the memory for it is free and the time per view falls by 5 %. Elsewhere it is a fixed
+    number, so that a seed gives one picture to the bit: a batch's size moves the last bits of a float.
+
+    Either is halved when memory runs out, for good.
+    """
+
+    def __init__(self, setting: int, device: torch.device):
+        self.device = device
+        self.growing = setting == 0 and device.type == "cuda"
+        self.size = setting or (1 if self.growing else FIXED_SIZE)
+        self.fitted = 0  # the largest call that went well
+        self._warm = False  # whether a call of this size has been made
+        self._before = float("inf")  # seconds per view at half the size
+
+    def run(self, views: Sequence[V], call: Callable[[Sequence[V]], Tensor]) -> Iterator[tuple[Sequence[V], Tensor]]:
+        """All views through `call`, in order and in batches; yields each batch with what call answered.
+
+        A call that runs out of memory is made again with half as many views. Raises OutOfMemory if one is too many.
+        """
+        start = 0
+        while start < len(views):
+            batch = views[start : start + self.size]
+            began = self._now()
+            try:
+                answer = call(batch)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                answer = None  # the failed call's tensors hang on the error, which is gone below
+            if answer is None:
+                release(self.device)
+                if len(batch) == 1:
+                    raise OutOfMemory
+                self.size, self.growing = max(len(batch) // 2, 1), False
+                continue
+            self.fitted = max(self.fitted, len(batch))
+            if self.growing and len(batch) == self.size:
+                self._consider(self._now() - began)
+            yield batch, answer
+            start += len(batch)
+
+    def _now(self) -> float:
+        if self.growing:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _consider(self, seconds: float) -> None:
+        """Double, stay, or go back to half, after a call of the present size; the first one only warms up."""
+        if not self._warm:
+            self._warm = True
+            return
+        per_view = seconds / self.size
+        if per_view > WORTH * self._before:
+            self.size, self.growing = self.size // 2, False
+            release(self.device)
+        elif self._room_for_double():
+            self.size, self._before, self._warm = 2 * self.size, per_view, False
+        else:
+            self.growing = False
+
+    def _room_for_double(self) -> bool:
+        """Whether twice the most that was ever taken beside what stays is free; torch counts that since its last reset."""
+        taken = torch.cuda.memory_allocated(self.device)
+        call = torch.cuda.max_memory_allocated(self.device) - taken
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - taken
+        return 2 * call < 0.9 * free
