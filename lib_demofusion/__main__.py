@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -50,7 +51,8 @@ def build_parser() -> Parser:
     add("--device", help="cuda, mps or cpu (default: the first of these that is here)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on cuda, else float32")
     add("--plan", action="store_true", help="print what would be done, and stop")
-    add("--save-phases", action="store_true", help="also write each phase's image, with its number in the name")
+    add("--save-phases", action="store_true", help="write each phase when it is finished: its image, and a file to resume from")
+    add("--resume", type=Path, metavar="FILE", help="go on after the phase in this file, with the settings it was made with")
     add("--compare", action="store_true", help="also write base and result side by side, with one crop of both enlarged")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     method = parser.add_argument_group("DemoFusion", "the method's settings; the defaults are the paper's")
@@ -74,7 +76,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C. What was finished is written."""
     try:
-        return run(build_parser().parse_args(argv))
+        args = build_parser().parse_args(argv)
+        return run(*(args, None) if args.resume is None else resumed(args, argv))
     except (Refused, ValueError) as error:
         print(f"demofusion: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -86,7 +89,39 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def run(args: argparse.Namespace) -> int:
+# What may differ between a job and its resumption; all else is what the file says.
+FREE_TO_CHANGE = ("output", "resume", "device", "view_batch_size", "save_phases", "compare", "plan")
+
+
+def resumed(args: argparse.Namespace, argv: list[str] | None):
+    """The settings of the job that a saved phase belongs to, with those of `argv` that may differ; and the phase."""
+    from lib_demofusion.saved import read_saved
+
+    parser, absent = build_parser(), object()
+    parser.set_defaults(**dict.fromkeys(vars(args), absent))  # what is not absent was given
+    given = [name for name, value in vars(parser.parse_args(argv)).items() if value is not absent]
+    fixed = [name.replace("_", " ") for name in given if name not in FREE_TO_CHANGE]
+    if fixed:
+        raise Refused(f"--resume takes {', '.join(fixed)} from the file; leave that out")
+    saved = read_saved(args.resume, "command")
+    settings = {**vars(args), **json.loads(saved.settings)}
+    for name in given:
+        settings[name] = getattr(args, name)
+    return argparse.Namespace(**settings), saved
+
+
+def settings_to_resume(args: argparse.Namespace, config: DemoFusionConfig, pipe, plan, seed: int) -> str:
+    """What `resumed` reads: every setting that the picture depends on, with the defaults and files resolved."""
+    h, w = (side * pipe.vae_scale_factor for side in plan.window)
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings.update(scale=config.scale, size=None, height=h, width=w, image=None, seed=seed, batch_count=1)
+    settings["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
+    if args.model and Path(args.model).exists():
+        settings["model"] = str(Path(args.model).resolve())
+    return json.dumps(settings)
+
+
+def run(args: argparse.Namespace, resume) -> int:
     config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in fields(DemoFusionConfig)})
     check_arguments(args)
     image = open_image(args.image) if args.image else None
@@ -106,7 +141,8 @@ def run(args: argparse.Namespace) -> int:
         print(plan.table(pipe.vae_scale_factor))
         return 0
 
-    with interruptible() as stopped, progress_bar(plan.evaluations * args.batch_count) as bar:
+    done = plan.branches * sum(phase.evaluations for phase in plan.phases[: resume.number]) if resume else 0
+    with interruptible() as stopped, progress_bar(plan.evaluations * args.batch_count, done) as bar:
 
         def advance(phase, views):
             bar.set_description(f"phase {phase.number} of {len(plan.phases)}")
@@ -115,6 +151,19 @@ def run(args: argparse.Namespace) -> int:
         for number in range(args.batch_count):
             path = args.output if args.batch_count == 1 else suffixed(args.output, f"{number + 1}")
             seed, stop = args.seed + number, None
+
+            def keep(result, saved, path=path, seed=seed):
+                phase = result.phases[-1][0]
+                if not args.save_phases or phase.number == len(plan.phases):
+                    return
+                file = suffixed(path, f"phase{phase.number}")
+                settings = settings_to_resume(args, config, pipe, plan, seed)
+                try:
+                    replace(saved, settings=settings).write(file.with_suffix(".safetensors"))
+                    save(result.images()[0], file, infotext(args, config, result, -1, seed))
+                except (OSError, RuntimeError) as error:  # a full disk must not end what can still be finished
+                    bar.write(f"{file}: not written: {first_line(error)}", sys.stderr)
+
             try:
                 result = host.generate(
                     pipe,
@@ -125,12 +174,16 @@ def run(args: argparse.Namespace) -> int:
                     image=image,
                     progress=advance,
                     cancelled=stopped,
+                    finished=keep,
+                    resume=resume,
                     **shape,
                 )
             except host.Incomplete as error:
                 stop, result = error, error.result
             if result.view_batch.size < config.view_batch_size:
-                bar.write(f"a view batch size of {config.view_batch_size} did not fit; {result.view_batch.size} did", sys.stderr)
+                bar.write(
+                    f"a view batch size of {config.view_batch_size} did not fit; {result.view_batch.size} did", sys.stderr
+                )
             if result.phases:
                 write(args, config, result, path, seed)
             if stop:
@@ -138,23 +191,19 @@ def run(args: argparse.Namespace) -> int:
             bar.write(f"{path}: {result.evaluations:,} model calls")
     if not stop:
         return 0
-    done, phases = len(result.phases), len(plan.phases)
-    left = f"the last finished phase, {done} of {phases}, is in {path}" if done else "nothing was finished yet"
+    left = "nothing was finished yet"
+    if result.phases:
+        left = f"the last finished phase, {result.phases[-1][0].number} of {len(plan.phases)}, is in {path}"
     print(f"demofusion: {stop}; {left}", file=sys.stderr)
     return 130 if stop.cancelled else 1
 
 
 def write(args: argparse.Namespace, config: DemoFusionConfig, result, path: Path, seed: int) -> None:
-    """Write the last finished phase to path and what else was asked for beside it."""
-    last = len(result.phases) - 1
-    wanted = range(last + 1) if args.save_phases else {0, last} if args.compare else {last}
-    images = {index: result.images(index)[0] for index in wanted}
-    if args.save_phases:
-        for index in range(last):
-            save(images[index], suffixed(path, f"phase{index + 1}"), infotext(args, config, result, index, seed))
-    save(images[last], path, infotext(args, config, result, last, seed))
-    if args.compare and last:
-        save(comparison(images[0], images[last]), suffixed(path, "compare"))
+    """Write the last finished phase to path, and the comparison beside it if it was asked for."""
+    image = result.images()[0]
+    save(image, path, infotext(args, config, result, -1, seed))
+    if args.compare and len(result.phases) > 1:
+        save(comparison(result.images(0)[0], image), suffixed(path, "compare"))
 
 
 def scale_for(size: tuple[int, int], window: tuple[int, int], factor: int) -> float:
@@ -172,7 +221,7 @@ def scale_for(size: tuple[int, int], window: tuple[int, int], factor: int) -> fl
 def check_arguments(args: argparse.Namespace) -> None:
     if args.size and args.scale != DemoFusionConfig().scale:
         raise Refused("give --size or --scale, not both")
-    if not args.prompt and not args.image:
+    if not args.prompt and not args.image and not args.resume:
         raise Refused("say what the image shows, or give --image")
     if args.output.suffix.lower() != ".png":
         raise Refused(f"the output must be a .png file, got {args.output}")
@@ -256,10 +305,10 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def progress_bar(total: int):
+def progress_bar(total: int, done: int):
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="call", file=sys.stderr, dynamic_ncols=True)
+    return tqdm(total=total, initial=done, unit="call", file=sys.stderr, dynamic_ncols=True)
 
 
 def suffixed(path: Path, suffix: str) -> Path:

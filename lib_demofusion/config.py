@@ -86,7 +86,7 @@ class DemoFusionConfig:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line, for a host to tell its user; its type where it says nothing."""
-    return (str(error) or repr(error)).splitlines()[0]
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def infotext_label(setting: Field) -> str:

@@ -131,15 +131,17 @@ def upscale(
     base: Tensor,
     noise: Callable[[Phase], Tensor],
     denoise: Callable[[Phase, Tensor, Tensor], Tensor],
+    finished: tuple[int, Tensor] | None = None,
 ) -> Iterator[tuple[Phase, Tensor]]:
     """The "upsample, diffuse, denoise" loop of Eq. 3: yields each phase after the base with its finished latents.
 
     base: [B, C, h, w], of the model or of a real image. noise: a phase's Gaussian noise, [B, C, H, W].
     denoise: the host's sampler over one phase; gets the phase, the upsampled latents (Fusion's reference) and the
-    noise, returns the denoised latents. What was yielded is finished and stays so, whatever happens later.
+    noise, returns the denoised latents. finished: the number of a phase and its latents, to go on after it.
+    What was yielded is finished and stays so, whatever happens later.
     """
-    latents = base
-    for phase in plan.phases[1:]:
+    number, latents = finished or (1, base)
+    for phase in plan.phases[number:]:
         reference = F.interpolate(latents, size=phase.size, mode="bicubic", align_corners=False)
         latents = match_moments(denoise(phase, reference, noise(phase)), base)
         yield phase, latents

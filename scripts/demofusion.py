@@ -68,16 +68,24 @@ class DemoFusionScript(scripts.Script):
                     )
                     reset = gr.Button("Reset to the paper's", elem_id=self.elem_id("reset"), size="sm")
 
+                controls["resume"] = gr.Textbox(
+                    label="Resume from",
+                    placeholder="the .safetensors beside a saved phase's image; first send that image here from PNG Info",
+                    elem_id=self.elem_id("resume"),
+                    max_lines=1,
+                )
+
         settings = [name for name in webui.ARGUMENTS if name in webui.CONFIG_FIELDS]
         reset.click(
-            fn=lambda: [webui.CONFIG_FIELDS[name].default for name in settings],
-            outputs=[controls[name] for name in settings],
+            fn=lambda: [*(webui.CONFIG_FIELDS[name].default for name in settings), ""],
+            outputs=[controls[name] for name in (*settings, "resume")],
             show_progress=False,
         )
         scale = infotext_label(webui.CONFIG_FIELDS["scale"])
         self.infotext_fields = [PasteField(controls["enabled"], lambda d: scale in d)]
         for name in settings:
             self.infotext_fields.append(PasteField(controls[name], self.pasted(name)))
+        self.infotext_fields.append(PasteField(controls["resume"], lambda d: ""))
         return [controls[name] for name in webui.ARGUMENTS]
 
     def slider(self, name, label, minimum=0, **kwargs):

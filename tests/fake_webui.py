@@ -7,6 +7,7 @@ host, name by name, in tests/webui/test_contract.py.
 
 import importlib.util
 import json
+import os
 import sys
 import zlib
 from contextlib import contextmanager, nullcontext
@@ -112,7 +113,10 @@ def report(message, *, exc_info=False):
 
 
 def save_image(image, path, basename, seed=None, prompt=None, extension="png", info=None, *, p=None, suffix=""):
+    """Writes nothing, but says where it would have."""
+    path = os.path.join(path, f"{len(saved):05}-{seed}{suffix}.{extension}")
     saved.append(dict(path=path, size=image.size, info=info, suffix=suffix))
+    return path, None
 
 
 # -------------------------------------------------------------------------------------------------------------- modules.rng
@@ -839,6 +843,11 @@ class Slider(_Block):
         super().__init__(minimum=minimum, maximum=maximum, value=value, step=step, label=label, elem_id=elem_id, **kwargs)
 
 
+class Textbox(_Block):
+    def __init__(self, value="", *, label=None, placeholder=None, max_lines=20, elem_id=None):
+        super().__init__(value=value, label=label, placeholder=placeholder, max_lines=max_lines, elem_id=elem_id)
+
+
 class Button(_Block):
     _clicked = None  # the last one's (fn, outputs)
 
@@ -928,7 +937,9 @@ MODULES = {
     ),
     "modules.infotext_utils": dict(PasteField=PasteField, quote=quote, parse_generation_parameters=parse_generation_parameters),
     "modules.ui_components": dict(InputAccordion=InputAccordion),
-    "gradio": dict(Row=Row, Column=Column, Accordion=Accordion, HTML=HTML, Checkbox=Checkbox, Slider=Slider, Button=Button),
+    "gradio": dict(
+        Row=Row, Column=Column, Accordion=Accordion, HTML=HTML, Checkbox=Checkbox, Slider=Slider, Button=Button, Textbox=Textbox
+    ),
 }
 
 

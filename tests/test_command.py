@@ -5,16 +5,19 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageChops
+from safetensors.torch import save_file
 from tiny import tiny_pipeline
 
 from lib_demofusion.__main__ import main, suffixed
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
+from lib_demofusion.saved import SavedPhase
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +76,7 @@ def test_the_same_seed_is_the_same_picture_alone_and_as_one_of_several(run):
 
 def test_phases_and_the_comparison_are_written_beside_the_result(run):
     *_, path = run("one red ring", "--scale", "2.5", "--save-phases", "--compare")
-    sizes = {p.name: Image.open(p).size for p in path.parent.iterdir()}
+    sizes = {p.name: Image.open(p).size for p in path.parent.glob("*.png")}
     assert sizes == {
         "out.png": (160, 160),
         "out-phase1.png": (64, 64),
@@ -169,6 +172,81 @@ def test_running_out_of_memory_saves_the_last_finished_phase_and_says_so(run, mo
     line = "out of memory with one view at a time; a smaller base image or half precision needs less"
     assert err.splitlines()[-1] == f"demofusion: {line}; the last finished phase, 2 of 3, is in {path}"
     assert Image.open(path).size == (128, 128)
+
+
+# The command in a process of its own, whose model stops to answer in phase 3.
+STUCK = """
+import sys, time
+from lib_demofusion.__main__ import main
+from lib_demofusion.hosts import diffusers
+answer = diffusers._Run._model
+def stuck(self, phase, *rest):
+    time.sleep(600 if phase.number == 3 else 0)
+    return answer(self, phase, *rest)
+diffusers._Run._model = stuck
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M"])
+def test_a_killed_job_goes_on_from_its_last_phase(run, model, sampler):
+    """kill -9 in phase 3; the picture is that of the job that was left alone, and so is what it says of itself."""
+    job = ["one red ring", "--negative-prompt", "star", "--scale", "3", "--seed", "5", "--sampler", sampler, "--stride", "3"]
+    *_, whole = run(*job, "--compare", output="whole.png")
+    killed = whole.with_name("killed.png")
+    job += ["--model", model, "--steps", "3", "--device", "cpu", "--save-phases", "-o", str(killed)]
+    process = subprocess.Popen([sys.executable, "-c", STUCK, *job], stderr=subprocess.DEVNULL)
+    while not suffixed(killed, "phase2").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not killed.exists()
+    assert main(["--resume", str(killed.with_name("killed-phase2.safetensors")), "--compare", "-o", str(killed)]) == 0
+    for a, b in ((whole, killed), (suffixed(whole, "compare"), suffixed(killed, "compare"))):
+        with Image.open(a) as a, Image.open(b) as b:
+            assert a.tobytes() == b.tobytes()
+            assert a.info == b.info
+
+
+def test_a_job_from_an_image_goes_on_without_the_image(run, tmp_path):
+    Image.radial_gradient("L").resize((80, 64)).save(tmp_path / "in.png")
+    *_, path = run("--image", str(tmp_path / "in.png"), "--size", "240x192", "--save-phases")
+    (tmp_path / "in.png").unlink()
+    for number in (1, 2):
+        assert main(["--resume", str(tmp_path / f"out-phase{number}.safetensors"), "-o", str(tmp_path / "again.png")]) == 0
+        assert Image.open(path).tobytes() == Image.open(tmp_path / "again.png").tobytes()
+        assert Image.open(path).info == Image.open(tmp_path / "again.png").info
+
+
+def test_each_image_of_several_can_be_resumed(run):
+    *_, path = run("one red ring", "--scale", "2", "--seed", "3", "--batch-count", "2", "--save-phases")
+    again = path.with_name("again.png")
+    assert main(["--resume", str(path.with_name("out-2-phase1.safetensors")), "-o", str(again)]) == 0
+    assert Image.open(again).tobytes() == Image.open(path.with_name("out-2.png")).tobytes()
+
+
+def test_what_cannot_be_resumed(run, tmp_path, capsys):
+    run("one red ring", "--scale", "2", "--save-phases")
+    saved = tmp_path / "out-phase1.safetensors"
+    other, text = tmp_path / "other.safetensors", tmp_path / "text.safetensors"
+    save_file({"latents": torch.zeros(1)}, other)
+    text.write_text("no")
+    webuis = tmp_path / "webuis.safetensors"
+    SavedPhase(1, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), "WebUI").write(webuis)
+    for args, says in [
+        ([saved, "--seed", "4", "--scale", "3"], "--resume takes seed, scale from the file; leave that out"),
+        ([saved, "a red ring"], "--resume takes prompt from the file; leave that out"),
+        ([tmp_path / "gone.safetensors"], "no such file to resume from: "),
+        ([text], "cannot be read: "),
+        ([other], "is no saved phase; one lies beside each image of an intermediate phase"),
+        ([webuis], "was made by the WebUI, whose noise the command cannot repeat; go on there"),
+    ]:
+        assert main(["--resume", *map(str, args), "-o", str(tmp_path / "again.png")]) == 2
+        err = capsys.readouterr().err
+        assert says in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "again.png").exists()
 
 
 @pytest.mark.parametrize(

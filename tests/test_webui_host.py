@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import fake_webui
@@ -13,6 +14,7 @@ import torch
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
 from lib_demofusion.phases import make_plan, upscale
+from lib_demofusion.saved import read_saved
 
 STEPS = 4
 VIEWS = {2: 9 + 4, 3: 25 + 9}  # of a square base at the default stride: local and dilated ones
@@ -765,7 +767,7 @@ def test_one_bar_over_phases_and_batches(host, monkeypatch, sampler, batches, ar
     assert state.textinfo is None
 
 
-def test_the_bar_does_not_run_ahead_between_phases(host, monkeypatch):
+def test_the_bar_does_not_run_ahead_between_phases(host, monkeypatch, tmp_path):
     """Images of finished phases are decoded while the host's own step is the last phase's."""
     host.shared.opts.samples_save = True
     state, shown = host.shared.state, []
@@ -777,7 +779,7 @@ def test_the_bar_does_not_run_ahead_between_phases(host, monkeypatch):
         return decode(*args, **kwargs)
 
     monkeypatch.setattr(host.processing, "decode_latent_batch", look)
-    host.generate(True, 3, 0, 0, True, 3, 1, 1, 1, 4, True)
+    host.generate(*saving(3), outpath_samples=str(tmp_path))
     total = 1 + VIEWS[2] + VIEWS[3]
     assert shown == pytest.approx([1 / total, (1 + VIEWS[2]) / total])
 
@@ -805,31 +807,31 @@ def test_the_form_has_every_argument_at_its_default(host):
     names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
     assert names == ["enable", *host.webui.ARGUMENTS[1:]]
     defaults = DemoFusionConfig()
-    values = [getattr(defaults, name) for name in host.webui.ARGUMENTS[1:-1]]
-    assert [control.value for control in host.script.controls] == [False, *values, False]
+    values = [getattr(defaults, name) for name in host.webui.ARGUMENTS[1:-2]]
+    assert [control.value for control in host.script.controls] == [False, *values, False, ""]
 
 
 def test_the_reset_button_puts_the_papers_values_back(host):
     fn, outputs = host.gradio.Button._clicked
-    assert outputs == host.script.controls[1:-1]
-    assert fn() == [getattr(DemoFusionConfig(), name) for name in host.webui.ARGUMENTS[1:-1]]
+    assert outputs == [*host.script.controls[1:-2], host.script.controls[-1]]
+    assert fn() == [*(getattr(DemoFusionConfig(), name) for name in host.webui.ARGUMENTS[1:-2]), ""]
 
 
 def test_pasting_restores_the_form_exactly(host):
     reply = host.generate(*FULL)
-    values = pasted(host, reply.infotexts[0])[:-1]
+    values = pasted(host, reply.infotexts[0])[:-2]
     assert values == FULL
     assert list(map(type, values)) == list(map(type, FULL))
     assert torch.equal(host.generate(*values).latents[0], reply.latents[0])
 
 
 def test_pasting_resets_what_is_at_its_default(host):
-    values = pasted(host, host.generate(True, 2).infotexts[0])[:-1]
-    assert values == [True, 2.0, *[control.value for control in host.script.controls[2:-1]]]
+    values = pasted(host, host.generate(True, 2).infotexts[0])[:-2]
+    assert values == [True, 2.0, *[control.value for control in host.script.controls[2:-2]]]
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 10]
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 10, ""]
 
 
 def test_img2img_has_no_form(host):
@@ -837,9 +839,13 @@ def test_img2img_has_no_form(host):
     assert host.script.show(False) is host.scripts.AlwaysVisible
 
 
-def test_phases_are_saved_beside_the_output(host):
+def saving(scale, resume=""):
+    return [True, scale, 0, 0, True, 3.0, 1.0, 1.0, 1.0, 4, True, resume]
+
+
+def test_phases_are_saved_beside_the_output(host, tmp_path):
     host.shared.opts.samples_save = True
-    reply = host.generate(True, 3, 0, 0, True, 3, 1, 1, 1, 4, True, batch_size=2, width=80)
+    reply = host.generate(*saving(3), batch_size=2, width=80, outpath_samples=str(tmp_path))
     assert [(image["suffix"], image["size"]) for image in host.saved] == [
         *[("-demofusion-phase1", (80, 64))] * 2,
         *[("-demofusion-phase2", (160, 128))] * 2,
@@ -847,9 +853,66 @@ def test_phases_are_saved_beside_the_output(host):
     scales = [host.infotext_utils.parse_generation_parameters(i["info"]).get("DemoFusion scale") for i in host.saved]
     assert scales == [None, None, "2", "2"]
     assert "DemoFusion scale: 3" in reply.infotexts[0]
+    files = [Path(image["path"]).with_suffix(".safetensors") for image in host.saved]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert [tuple(read_saved(file, "WebUI").latents.shape) for file in files] == [(1, 4, 8, 10)] * 2 + [(1, 4, 16, 20)] * 2
     host.saved.clear()
-    host.generate(True, 2, 0, 0, True, 3, 1, 1, 1, 4, True, do_not_save_samples=True)
+    host.generate(*saving(2), do_not_save_samples=True)
     assert host.saved == []
+
+
+@pytest.fixture
+def phase_2(host, tmp_path):
+    """The file of phase 2 of a job at 3x, seed 5."""
+    host.shared.opts.samples_save = True
+    host.generate(*saving(3), seed=5, outpath_samples=str(tmp_path))
+    return str(tmp_path / "00001-5-demofusion-phase2.safetensors")
+
+
+@pytest.mark.parametrize("scale", [3, 4])
+def test_a_saved_phase_is_resumed(host, calls, phase_2, scale):
+    """To the picture of a job that was not interrupted, at the same scale or at a larger one."""
+    job = dict(seed=5, do_not_save_samples=True)
+    whole = host.generate(*saving(scale), **job)
+    calls.rows = 0
+    again = host.generate(*saving(scale, f' "{phase_2}" '), **job)
+    plan = host.webui.plan_for(again.p, DemoFusionConfig(scale=float(scale)))
+    assert calls.rows == plan.evaluations - 2 * STEPS * VIEWS[2]
+    assert torch.equal(again.latents[0], whole.latents[0])
+    assert again.infotexts == whole.infotexts
+    assert again.comments == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(batch_size=2), "a saved phase belongs to one image; set batch size and batch count to 1"),
+        (dict(n_iter=2), "a saved phase belongs to one image"),
+        (dict(scale=2), "phase 2 is saved, and this scale has none after it; choose a larger one"),
+        (dict(width=80), "the saved phase is of other sizes than these settings make"),
+        (dict(file="/nowhere/phase.safetensors"), "no such file to resume from: /nowhere/phase.safetensors"),
+        (dict(file=3), "resume must be the path of a file, got 3"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(host, calls, phase_2, change, says):
+    args = saving(change.pop("scale", 3), change.pop("file", phase_2))
+    calls.rows = 0
+    reply = host.generate(*args, seed=5, do_not_save_samples=True, **change)
+    assert calls.rows == 0
+    assert says in reply.comments[0]
+
+
+def test_a_phase_that_cannot_be_saved_ends_nothing(host):
+    host.shared.opts.samples_save = True
+    reply = host.generate(*saving(3), outpath_samples="/nowhere")
+    assert reply.sizes[-1] == SIZES[3]
+    assert [text[:36] for text in reply.comments] == [f"DemoFusion: phase {n} was not saved: " for n in (1, 2)]
+
+
+def test_another_images_phase_is_not_resumed(host, phase_2):
+    reply = host.generate(*saving(3, phase_2), seed=6, do_not_save_samples=True)
+    assert reply.sizes == [SIZES[1]]
+    assert "the saved phase is of another image; take prompt, seed and settings from its image's PNG Info" in reply.comments[0]
 
 
 def test_xyz_plot_gets_an_axis_for_each_setting(host):

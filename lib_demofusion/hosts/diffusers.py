@@ -27,6 +27,7 @@ from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
 from lib_demofusion.memory import OutOfMemory, ViewBatch
 from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
+from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import View
 
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoint"
@@ -160,13 +161,16 @@ def generate(
     image: Any = None,
     progress: Callable[[Phase, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    finished: Callable[[Result, SavedPhase], None] | None = None,
+    resume: SavedPhase | None = None,
 ) -> Result:
     """Images of config.scale times height x width (pixels; the model's own size unless given).
 
     seed: one for one image, several for a batch; each image depends on its own seed alone. cfg_scale 1: no guidance,
     half the model calls. image: a PIL image to start from instead of the model's own base; height and width then
     are the image's unless given. progress: called after every model call with the phase and the views just done.
-    cancelled: asked before every model call.
+    cancelled: asked before every model call. finished: called after each phase, with the result so far and what it
+    takes to go on from there. resume: such a phase, to go on after it; the other settings must be those it was made with.
 
     Raises ValueError, one line, before anything is computed, if a setting cannot work; Incomplete, with what was
     finished, if it was cancelled or failed later.
@@ -176,13 +180,18 @@ def generate(
     check_prompt(pipe, negative_prompt, "negative prompt")
     seeds = [seed] if isinstance(seed, int) else list(seed)
     plan = plan_for(pipe, config, height=height, width=width, steps=steps, cfg_scale=cfg_scale, sampler=sampler, image=image)
-    run = _Run(pipe, plan, config, SAMPLERS[sampler_named(sampler)], steps, cfg_scale, seeds, progress, cancelled)
+    if resume is not None:
+        _check_resume(resume, plan, len(seeds))
+    run = _Run(pipe, plan, config, SAMPLERS[sampler_named(sampler)], steps, cfg_scale, seeds, progress, cancelled, finished)
     try:
         with torch.inference_mode():
             run.encode_prompts(prompt, negative_prompt)
-            base = run.base() if image is None else run.encode_image(image)
-            run.finish(plan.phases[0], base)
-            for phase, latents in upscale(plan, base, run.noise, run.denoise):
+            if resume is not None:
+                base, done = run.take_up(resume)
+            else:
+                base, done = run.base() if image is None else run.encode_image(image), None
+                run.finish(plan.phases[0], base)
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done):
                 run.finish(phase, latents)
     except (Cancelled, KeyboardInterrupt) as error:
         raise Incomplete("stopped", run.result, cancelled=True) from error
@@ -240,6 +249,14 @@ def _check_pipeline(pipe: Any) -> None:
         raise ValueError(f"prediction type {pipe.scheduler.config.prediction_type} is not known; epsilon and v_prediction are")
 
 
+def _check_resume(saved: SavedPhase, plan: Plan, images: int) -> None:
+    if saved.number >= len(plan.phases):
+        raise ValueError(f"phase {saved.number} is saved, and there is none after it")
+    sizes = [(images, *plan.phases[number - 1].size) for number in (1, saved.number)]
+    if [(len(x), *x.shape[-2:]) for x in (saved.base, saved.latents)] != sizes:
+        raise ValueError("the saved phase is of other sizes than these settings make")
+
+
 def check_prompt(pipe: Any, prompt: str, name: str) -> None:
     """Raises ValueError, one line, if one of the pipeline's tokenizers would cut the prompt off."""
     for tokenizer in filter(None, (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))):
@@ -274,7 +291,7 @@ def _enough_precision(vae: Any) -> Iterator[None]:
 class _Run:
     """One call of `generate`: the settings, the prompts' embeddings, the seeded generators and what is finished."""
 
-    def __init__(self, pipe, plan, config, sampler, steps, cfg_scale, seeds, progress, cancelled):
+    def __init__(self, pipe, plan, config, sampler, steps, cfg_scale, seeds, progress, cancelled, finished):
         self.pipe = pipe
         self.plan = plan
         self.config = config
@@ -282,6 +299,7 @@ class _Run:
         self.cfg_scale = cfg_scale
         self.progress = progress
         self.cancelled = cancelled or (lambda: False)
+        self.finished = finished
         self.device = pipe.unet.device
         self.factor = pipe.vae_scale_factor
         self.schedule = self._schedule(steps)
@@ -305,6 +323,19 @@ class _Run:
         if not torch.isfinite(latents).all():
             raise FloatingPointError(f"phase {phase.number} gave NaN; use --dtype float32")
         self.result.phases.append((phase, latents.cpu()))
+        if self.finished is not None:
+            states = torch.stack([generator.get_state() for generator in self.generators])
+            saved = SavedPhase(phase.number, latents.cpu(), self.result.phases[0][1], "command", states)
+            self.finished(self.result, saved)
+
+    def take_up(self, saved: SavedPhase) -> tuple[Tensor, tuple[int, Tensor]]:
+        """Everything as it was when the phase was saved: the base, and the phase's number and latents."""
+        for generator, state in zip(self.generators, saved.generators):
+            generator.set_state(state)
+        numbers = dict.fromkeys((1, saved.number))
+        self.result.phases = [(self.plan.phases[n - 1], saved.base if n == 1 else saved.latents) for n in numbers]
+        self.result.evaluations = self.plan.branches * sum(p.evaluations for p in self.plan.phases[: saved.number])
+        return saved.base.to(self.device), (saved.number, saved.latents.to(self.device))
 
     def encode_prompts(self, prompt: str, negative_prompt: str) -> None:
         """Embeddings by branch of guidance, the negative prompt's first: [branches, tokens, channels]."""

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
 from lib_demofusion.memory import OutOfMemory, ViewBatch, is_out_of_memory
 from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
+from lib_demofusion.saved import SavedPhase, read_saved
 from lib_demofusion.views import View, jitter_generator
 
 FACTOR = 8  # image pixels per latent pixel, as the host has it
@@ -132,16 +134,18 @@ ARGUMENTS = (
     "blur_sigma",
     "view_batch_size",
     "save_phases",
+    "resume",
 )
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the form says. save_phases: write the phases before the last beside the outputs."""
+    """What the form says. save_phases: write the phases before the last beside the outputs. resume: one so written."""
 
     config: DemoFusionConfig
     save_phases: bool = False
+    resume: SavedPhase | None = None
 
 
 def read_settings(args: Sequence[Any]) -> Settings | None:
@@ -150,13 +154,16 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
     for name in ("enabled", "save_phases"):
         if not isinstance(values.setdefault(name, False), bool):
             raise ValueError(f"{name.replace('_', ' ')} must be true or false, got {values[name]!r}")
-    enabled, save_phases = values.pop("enabled"), values.pop("save_phases")
+    enabled, save_phases, resume = values.pop("enabled"), values.pop("save_phases"), values.pop("resume", "")
     if not enabled:
         return None
+    if not isinstance(resume, str):
+        raise ValueError(f"resume must be the path of a file, got {resume!r}")
     for name, value in values.items():  # a slider's 20.0 is the whole number 20
         if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
-    return Settings(DemoFusionConfig(**values), save_phases)
+    path = resume.strip().strip('"')  # as file managers copy a path
+    return Settings(DemoFusionConfig(**values), save_phases, read_saved(Path(path), "WebUI") if path else None)
 
 
 def plan_for(p: Any, config: DemoFusionConfig) -> Plan:
@@ -182,6 +189,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             return
         _check(p)
         plan = plan_for(p, settings.config)
+        if settings.resume:
+            _check_resume(p, settings.resume, plan)
     except ValueError as error:
         _refuse(p, str(error))
     else:
@@ -198,6 +207,15 @@ def _check(p: Any) -> None:
         raise ValueError("an instruct-pix2pix checkpoint edits a given image; a text-to-image checkpoint works")
     if _controlnet_is_on(p):
         raise ValueError("ControlNet steers the whole image and cannot follow single windows; untick one of the two")
+
+
+def _check_resume(p: Any, saved: SavedPhase, plan: Plan) -> None:
+    if p.batch_size * p.n_iter != 1:
+        raise ValueError("a saved phase belongs to one image; set batch size and batch count to 1")
+    if saved.number >= len(plan.phases):
+        raise ValueError(f"phase {saved.number} is saved, and this scale has none after it; choose a larger one")
+    if saved.latents.shape[-2:] != plan.phases[saved.number - 1].size or saved.base.shape[-2:] != plan.window:
+        raise ValueError("the saved phase is of other sizes than these settings make; take those in its image's PNG Info")
 
 
 def _controlnet_is_on(p: Any) -> bool:
@@ -307,16 +325,20 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
         return
 
     progress.pause(1)
-    reached, trouble = plan.phases[0], None
+    reached, trouble, base = plan.phases[0], None, ps.samples
     with _restored(p):
         run = _Phases(p, plan, settings.config, progress)
         try:
-            if settings.save_phases:
-                _save(p, settings.config, reached, ps.samples)
-            for phase, latents in upscale(plan, ps.samples, run.noise, run.denoise):
+            done = None
+            if settings.resume is not None:
+                base, done = run.take_up(settings.resume, base)
+                reached, ps.samples = plan.phases[done[0] - 1], done[1]
+            elif settings.save_phases:
+                _save(p, settings.config, reached, base, base)
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done):
                 ps.samples, reached = latents, phase
                 if settings.save_phases and phase is not plan.phases[-1]:
-                    _save(p, settings.config, phase, latents)
+                    _save(p, settings.config, phase, latents, base)
         except Cancelled:
             trouble = "stopped"
         except Exception as error:  # whatever it is, what is finished must not be lost
@@ -376,14 +398,23 @@ def _autocast() -> Any:
     return devices.without_autocast() if devices.unet_needs_upcast else devices.autocast()
 
 
-def _save(p: Any, config: DemoFusionConfig, phase: Phase, latents: Tensor) -> None:
+def _save(p: Any, config: DemoFusionConfig, phase: Phase, latents: Tensor, base: Tensor) -> None:
+    """Write a phase's images, and beside each the file from which it can be resumed. What fails here ends no phase."""
     if not p.save_samples():
         return
     _describe(p, config, phase)
+    try:
+        _write(p, phase, latents, base)
+    except Exception as error:  # a full disk, or no memory to decode
+        errors.report(f"{NAME}: phase {phase.number} was not saved", exc_info=True)
+        p.comment(f"{NAME}: phase {phase.number} was not saved: {first_line(error)}")
+
+
+def _write(p: Any, phase: Phase, latents: Tensor, base: Tensor) -> None:
     for i, pixels in enumerate(processing.decode_latent_batch(p.sd_model, latents, devices.cpu, check_for_nans=True)):
         image = pixels.float().add(1).mul(127.5).clamp(0, 255).byte().permute(1, 2, 0).numpy()
         info = processing.create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i, all_negative_prompts=p.negative_prompts)
-        images.save_image(
+        path, _ = images.save_image(
             Image.fromarray(image),
             p.outpath_samples,
             "",
@@ -394,6 +425,7 @@ def _save(p: Any, config: DemoFusionConfig, phase: Phase, latents: Tensor) -> No
             p=p,
             suffix=f"-demofusion-phase{phase.number}",
         )
+        SavedPhase(phase.number, latents[i : i + 1], base[i : i + 1], "WebUI").write(Path(path).with_suffix(".safetensors"))
 
 
 class _Phases:
@@ -405,6 +437,14 @@ class _Phases:
         self.config = config
         self.progress = progress
         self.view_batch = ViewBatch(config.view_batch_size, devices.device)
+
+    def take_up(self, saved: SavedPhase, base: Tensor) -> tuple[Tensor, tuple[int, Tensor]]:
+        """The base and the finished phase of a file, checked against the base just made, [1, C, h, w]."""
+        kept = saved.base.to(base)
+        if (kept - base).square().mean().sqrt() > 0.1 * base.std():  # another card moves the last bits, not the picture
+            raise ValueError("the saved phase is of another image; take prompt, seed and settings from its image's PNG Info")
+        self.progress.pause(saved.number)
+        return kept, (saved.number, saved.latents.to(base))
 
     def noise(self, phase: Phase) -> Tensor:
         """The images' own noise at the phase's size; the host's generators then also feed samplers that want more."""
@@ -676,7 +716,7 @@ def add_plot_axes() -> None:
     for data in scripts.scripts_data:
         if data.script_class.__module__ != "xyz_grid.py":
             continue
-        for name in ARGUMENTS[1:-1]:
+        for name in filter(CONFIG_FIELDS.get, ARGUMENTS):
             field = CONFIG_FIELDS[name]
             flag = isinstance(field.default, bool)
             data.module.axis_options.append(
