@@ -1,35 +1,19 @@
 """The readout in the browser says what the plan says: javascript/demofusion.js in node, on random forms."""
 
-import json
 import random
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import fake_webui
 import pytest
+from readout import NODE, readouts
 
-SCRIPT = Path(__file__).resolve().parent.parent / "javascript" / "demofusion.js"
-RUN = """
-const {demofusionReadout} = require(process.argv[1]);
-const forms = JSON.parse(require("fs").readFileSync(0));
-console.log(JSON.stringify(forms.map(demofusionReadout)));
-"""
-pytestmark = pytest.mark.skipif(not shutil.which("node"), reason="needs node, to run javascript/demofusion.js")
+pytestmark = pytest.mark.skipif(not NODE, reason="needs node, to run javascript/demofusion.js")
 
 
 @pytest.fixture(scope="module")
 def webui():
     with fake_webui.installed() as host:
         yield host.webui
-
-
-def readouts(forms):
-    """What the form's line says for each form, all in one process."""
-    command = [shutil.which("node"), "-e", RUN, str(SCRIPT)]
-    run = subprocess.run(command, input=json.dumps(forms), capture_output=True, text=True, check=True)
-    return json.loads(run.stdout)
 
 
 def random_form(rng, webui):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from webui_host import ROOT, WEBUI_DIR
+from webui_host import ROOT, WEBUI_DIR, arguments
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -44,10 +44,9 @@ class Server:
         self.address = f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        command = [sys.executable, "webui.py", "--use-cpu", "all", "--no-half", "--skip-torch-cuda-test", "--no-hashing"]
-        command += ["--data-dir", str(self.data), "--ckpt-dir", str(self.checkpoints), "--no-download-sd-model"]
+        command = [sys.executable, *arguments(self.checkpoints, self.data), "--port", str(self.port)]
         with open(self.data / "log", "a") as log:
-            self.process = subprocess.Popen([*command, "--port", str(self.port)], cwd=WEBUI_DIR, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, cwd=WEBUI_DIR, stdout=log, stderr=log)
         for _ in range(120):
             assert self.process.poll() is None, "the WebUI ended"
             try:
@@ -71,11 +70,11 @@ def server(checkpoints, tmp_path_factory):
     server.stop()
 
 
-def shot(page, name, selector=None):
+def shot(page, name):
     folder = os.environ.get("SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (page.locator(selector) if selector else page).screenshot(path=Path(folder) / f"{name}.png")
+        page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 def tab(page, name):
@@ -186,6 +185,19 @@ def test_a_new_user(page, server, tmp_path_factory):
     with Image.open(first) as a, Image.open(second) as b:
         assert np.array_equal(np.asarray(a), np.asarray(b))
         assert a.info == b.info
+
+    number(page, "txt2img_batch_count", 2)
+    before = set((data / "outputs" / "txt2img-images").rglob("*.png"))
+    page.click("#txt2img_generate")
+    page.wait_for_function("document.querySelector('#txt2img_results').innerText.includes('phase 2 of')")
+    page.click("#txt2img_skip")
+    for _ in range(600):
+        new = sorted(set((data / "outputs" / "txt2img-images").rglob("*.png")) - before)
+        if len(new) == 2:
+            break
+        page.wait_for_timeout(200)
+    page.wait_for_timeout(1000)
+    assert [Image.open(path).size for path in new] == [(128, 128), (256, 256)]
 
     page.locator("#txt2img_prompt textarea").fill("a disc\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64")
     page.click("#paste")

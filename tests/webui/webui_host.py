@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HERE = Path(__file__).resolve().parent
 WEBUI_DIR = os.environ.get("WEBUI_DIR")
 
 
@@ -51,6 +50,13 @@ class Host:
         """lib_demofusion.hosts.webui, as the script has it."""
         return self.script.process.__globals__["webui"]
 
+    def load(self, checkpoint):
+        """Make a checkpoint of the tests' folder, also one that has just come there, the loaded one; returns the model."""
+        self.sd_models.list_models()
+        self.shared.opts.data["sd_model_checkpoint"] = checkpoint
+        self.sd_models.reload_model_weights()
+        return self.shared.sd_model
+
     def post(self, **payload):
         """One request to /sdapi/v1/txt2img; small and quick unless told otherwise."""
         defaults = dict(
@@ -61,7 +67,7 @@ class Host:
     def generate(self, *args, **payload):
         """Images with DemoFusion's arguments; none: without it."""
         if args:
-            payload["alwayson_scripts"] = {"DemoFusion": {"args": list(args)}, **payload.pop("others", {})}
+            payload["alwayson_scripts"] = {"DemoFusion": {"args": list(args)}}
         self.comments = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.processing.StableDiffusionProcessing, "comment", lambda p, text: self.comments.append(text))
@@ -99,6 +105,12 @@ def export_checkpoints(folder):
     relatives.make(folder)
 
 
+def arguments(checkpoints, data):
+    """The host's command line: on the CPU, with these checkpoints, everything else of its own in the folder `data`."""
+    flags = ["--use-cpu", "all", "--no-half", "--skip-torch-cuda-test", "--no-download-sd-model", "--no-hashing"]
+    return ["webui.py", *flags, "--data-dir", str(data), "--ckpt-dir", str(checkpoints)]
+
+
 def start(checkpoints, data):
     """The host, with this repository as an extension in the folder `data`, and its API, whose routes are called directly."""
     webui = Path(WEBUI_DIR).resolve()
@@ -108,16 +120,7 @@ def start(checkpoints, data):
     (data / "config.json").write_text(json.dumps({"sd_model_checkpoint": "demofusion-embedded.safetensors"}))
     os.chdir(webui)
     sys.path.insert(0, str(webui))
-    sys.argv = [
-        "webui.py",
-        "--use-cpu",
-        "all",
-        "--no-half",
-        "--skip-torch-cuda-test",
-        "--api",
-        "--disable-console-progressbars",
-    ]
-    sys.argv += ["--data-dir", str(data), "--ckpt-dir", str(checkpoints), "--no-download-sd-model", "--no-hashing"]
+    sys.argv = [*arguments(checkpoints, data), "--api", "--disable-console-progressbars"]
     sys.argv += os.environ.get("WEBUI_ARGS", "").split()
 
     from modules import initialize
@@ -136,7 +139,7 @@ def start(checkpoints, data):
     Api(app, queue_lock)
     names = ["devices", "images", "infotext_utils", "processing", "progress", "rng", "script_callbacks", "scripts", "sd_hijack"]
     names += ["sd_models", "sd_samplers", "sd_samplers_cfg_denoiser", "sd_samplers_common", "sd_samplers_kdiffusion"]
-    names += ["sd_samplers_timesteps", "sd_schedulers", "shared"]
+    names += ["sd_samplers_timesteps", "sd_schedulers", "shared", "ui"]
     host = Host({name: importlib.import_module(f"modules.{name}") for name in names}, TestClient(app))
     host.data = data
     for name, option in shared.opts.data_labels.items():  # the host only puts back overridden settings that it has saved
