@@ -282,6 +282,17 @@ def test_intermediate_phases_are_saved_beside_the_output(host):
     assert "DemoFusion scale: 3" in sizes["last"][1]
 
 
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M"])
+def test_a_saved_phase_is_resumed(host, calls, sampler):
+    job = dict(sampler_name=sampler, seed=88)
+    whole = host.latents(True, 3, 0, 0, True, 3, 1, 1, 1, 4, True, save_images=True, **job)
+    [saved] = (host.data / "outputs").rglob("*88-demofusion-phase2.safetensors")
+    calls.rows = 0
+    assert torch.equal(host.latents(True, 3, 0, 0, True, 3, 1, 1, 1, 4, False, str(saved), **job), whole)
+    assert calls.rows == 2 * 4 * (1 + 25 + 9)
+    saved.unlink()
+
+
 def test_other_scripts_hear_of_every_phase(host, monkeypatch):
     heard = []
     runner = host.scripts.scripts_txt2img
