@@ -14,6 +14,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from tiny import tiny_pipeline
 
+from lib_demofusion import __version__
 from lib_demofusion.__main__ import main, suffixed
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
@@ -58,7 +59,7 @@ def test_a_prompt_becomes_an_image_with_its_settings_in_it(run):
         assert image.size == (128, 128)
         assert image.info["parameters"] == (
             "one red ring\nNegative prompt: star\nSteps: 3, Sampler: Euler, CFG scale: 7.5, Seed: 7, Size: 64x64, "
-            "Model: tiny-sd15, DemoFusion scale: 2, DemoFusion stride: 3, Version: demofusion 0.2.0"
+            "Model: tiny-sd15, DemoFusion scale: 2, DemoFusion stride: 3, Version: demofusion " + __version__
         )
         values = dict(pair.split(": ") for pair in image.info["parameters"].splitlines()[-1].split(", "))
     assert DemoFusionConfig.from_infotext(values) == DemoFusionConfig(scale=2.0, stride=3)
