@@ -1,13 +1,16 @@
-"""What fits: how many views go into one model call, and what happens when memory runs out."""
+"""What fits: how many views go into one model call, what happens when memory runs out, and what a call takes."""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 V = TypeVar("V")
 
@@ -107,3 +110,45 @@ class ViewBatch:
         call = torch.cuda.max_memory_allocated(self.device) - taken
         free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - taken
         return 2 * call < 0.9 * free
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that torch makes inside it, on whatever device: `now`, and `peak` so far.
+
+    What an operation takes and frees within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, int] = {}  # storage -> bytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {storage._cdata for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}
+        for storage in map(_storage, tree_leaves(out)):
+            if storage is not None and storage._cdata not in old and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._alive.pop(key)
+
+
+def _storage(value: Any) -> Any:
+    return value.untyped_storage() if isinstance(value, Tensor) else None
+
+
+def call_bytes(module: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """The most bytes that are alive during module(*args, **kwargs), its arguments included and its weights not.
+
+    Nothing is computed: weights and arguments are taken as shapes alone.
+    """
+    weights = {name: x.to("meta") for name, x in (*module.named_parameters(), *module.named_buffers())}
+    with torch.inference_mode(), Meter() as meter:
+        args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+        torch.func.functional_call(module, weights, args, kwargs)
+    return meter.peak

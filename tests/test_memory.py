@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_demofusion.memory import OutOfMemory, ViewBatch, is_out_of_memory
+from lib_demofusion.memory import Meter, OutOfMemory, ViewBatch, call_bytes, is_out_of_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOMY = 10**12
@@ -178,3 +178,26 @@ def test_a_gpu_that_runs_out_while_growing_goes_on_with_what_fitted(gpu, monkeyp
 
 def test_a_number_is_not_measured(gpu):
     assert sizes_of(gpu, setting=3, views=7) == (3, [3, 3, 1])
+
+
+def test_the_meter_counts_what_is_alive():
+    with Meter() as meter:
+        x = torch.zeros(1000)  # 4000 bytes
+        y = x + 1
+        x.add_(1)
+        assert (meter.now, meter.peak) == (8000, 8000)
+        z = y.view(10, 100)[2:]
+        del x, y
+        assert meter.now == 4000
+        del z
+        assert (meter.now, meter.peak) == (0, 8000)
+
+
+def test_a_call_is_measured_without_being_made():
+    """Input, the first layer's output, and the second's, of which two are alive at a time besides the input."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 32, 1), torch.nn.SiLU(), torch.nn.Conv2d(32, 4, 1))
+    x = torch.randn(2, 4, 10, 10)
+    with torch.inference_mode(), Meter() as meter:
+        module(x.clone())
+    assert call_bytes(module, x) == meter.peak == 4 * 2 * 100 * (4 + 32 + 32)
+    assert next(module.parameters()).device.type == "cpu"
