@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 OUT ?= out
 
-.PHONY: demo test lint bench sheet settings-sheet train clean webui test-webui bench-webui export-webui
+.PHONY: demo test lint bench performance sheet settings-sheet train clean webui test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -29,6 +29,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks.bench
+
+# docs/performance.md, on a GPU; PERFORMANCE=--small for a machine without one
+performance: $(READY)
+	$(RUN) -m benchmarks.performance $(PERFORMANCE)
 
 sheet: $(READY)
 	$(RUN) -m benchmarks.contact_sheet

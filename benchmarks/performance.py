@@ -239,9 +239,10 @@ Written by `make performance` on: {name}, torch {torch.__version__}. Random weig
 {missing}
 {table}
 
-- *base*: the peak of the base image alone, decoded. *whole job*: the peak up to the finished picture. On a GPU its memory, on a CPU the process's.
-- *time over plain calls*: the phases' time over that of plain UNet calls on as many views, one view of both branches at a time, in the same process.
-  Below 1 is what larger view batches gain.
+- *base*: the peak of the base image alone, decoded. *whole job*: the peak up to the finished picture. On a GPU it is the
+  GPU's memory, on a CPU the process's.
+- *time over plain calls*: the phases' time over that of plain UNet calls on as many views, one view of both branches at a
+  time, in the same process. Below 1 is what larger view batches gain.
 - *seconds a step, by phase*: from phase 2 on. A job of 50 steps takes 50 times as long.
 """
 
