@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 OUT ?= out
 
-.PHONY: demo test lint bench sheet settings-sheet train clean test-webui bench-webui export-webui
+.PHONY: demo test lint bench bench-decode sheet settings-sheet train clean test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -29,6 +29,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks.bench
+
+# TILEVAE, the path of the Tiled VAE extension's scripts/tilevae.py, adds it to the table.
+bench-decode: $(READY)
+	$(RUN) -m benchmarks.bench_decode
 
 sheet: $(READY)
 	$(RUN) -m benchmarks.contact_sheet
