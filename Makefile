@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 OUT ?= out
 
-.PHONY: demo test lint bench performance sheet settings-sheet train clean webui test-webui bench-webui export-webui
+.PHONY: demo test lint bench bench-decode performance sheet settings-sheet train clean webui test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -33,6 +33,10 @@ bench: $(READY)
 # docs/performance.md, on a GPU; PERFORMANCE=--small for a machine without one
 performance: $(READY)
 	$(RUN) -m benchmarks.performance $(PERFORMANCE)
+
+# TILEVAE, the path of the Tiled VAE extension's scripts/tilevae.py, adds it to the table.
+bench-decode: $(READY)
+	$(RUN) -m benchmarks.bench_decode
 
 sheet: $(READY)
 	$(RUN) -m benchmarks.contact_sheet

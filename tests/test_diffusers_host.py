@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -9,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import KINDS, tiny_pipeline
 
+from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
 from lib_demofusion.hosts.diffusers import (
@@ -338,6 +340,63 @@ def test_sdxls_autoencoder_runs_in_single_precision_and_goes_back(pipes):
     pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     decode_latents(pipe, torch.randn(1, 4, 8, 8))
     assert (seen, pipe.vae.dtype) == ([torch.float32], torch.float16)
+
+
+def small_tiles(monkeypatch):
+    """As if memory were enough for tiles of 24 latent pixels only."""
+    monkeypatch.setattr(tiles, "tile_for", lambda budget, network, factor: 24)
+
+
+def test_a_batch_is_decoded_image_by_image_and_in_tiles_as_whole(monkeypatch):
+    pipe = tiny_pipeline("sdxl")
+    latents = torch.randn(2, 4, 26, 40)
+    whole = [np.asarray(image, dtype=np.int16) for image in decode_latents(pipe, latents)]
+    small_tiles(monkeypatch)
+    rows = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape)))
+    tiled = [np.asarray(image, dtype=np.int16) for image in decode_latents(pipe, latents)]
+    assert rows.count((1, 4, 26, 40)) == 2  # once per image, up to the latents' resolution
+    assert len(rows) > 2 * (1 + 6)
+    assert max(abs(a - b).max() for a, b in zip(tiled, whole)) <= 1
+    assert abs(whole[0] - whole[1]).max() > 20
+
+
+def test_single_precision_lasts_for_all_tiles(monkeypatch):
+    pipe = tiny_pipeline("sdxl")
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.half()
+    small_tiles(monkeypatch)
+    seen = set()
+    pipe.vae.decoder.conv_norm_out.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    decode_latents(pipe, torch.randn(1, 4, 26, 30))
+    assert (seen, pipe.vae.dtype) == ({torch.float32}, torch.float16)
+
+
+def test_diffusers_own_tiling_is_left_alone_where_the_user_has_enabled_it(monkeypatch):
+    pipe = tiny_pipeline("sd15")
+    pipe.vae.enable_tiling()
+    small_tiles(monkeypatch)
+    monkeypatch.setattr(tiles, "decode", None)
+    monkeypatch.setattr(tiles, "encode", None)
+    calls = []
+    for name in ("tiled_decode", "_tiled_encode"):
+        method = getattr(pipe.vae, name)
+        monkeypatch.setattr(pipe.vae, name, lambda *a, name=name, method=method, **k: calls.append(name) or method(*a, **k))
+    decode_latents(pipe, torch.randn(1, 4, 26, 30))
+    generate(pipe, "", config=TWICE, steps=1, image=Image.new("RGB", (256, 256)))
+    assert calls == ["tiled_decode", "_tiled_encode"]
+
+
+def test_a_large_image_is_encoded_in_tiles(monkeypatch):
+    pipe = tiny_pipeline("sd15")
+    image = Image.effect_noise((320, 208), 90).convert("RGB")
+    whole = generate(pipe, "", config=TWICE, steps=1, image=image).phases[0][1]
+    small_tiles(monkeypatch)
+    sizes = set()
+    pipe.vae.encoder.conv_in.register_forward_pre_hook(lambda module, args: sizes.add(tuple(args[0].shape[-2:])))
+    tiled = generate(pipe, "", config=TWICE, steps=1, image=image).phases[0][1]
+    assert max(h * w for h, w in sizes) <= (8 * 24) ** 2
+    assert (tiled - whole).abs().max() < 0.01 * whole.std()
 
 
 def test_samplers_go_by_the_webuis_name_and_by_the_diffusers_class(sd15):

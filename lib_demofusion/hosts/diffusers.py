@@ -266,14 +266,28 @@ def check_prompt(pipe: Any, prompt: str, name: str) -> None:
 
 
 def decode_latents(pipe: Any, latents: Tensor) -> list:
-    """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder, in tiles where they are large."""
-    vae = pipe.vae
+    """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder, in tiles where memory is too small for one."""
+    vae, images = pipe.vae, []
     with torch.inference_mode(), _enough_precision(vae):
-        z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-        pixels = tiles.decode(lambda tile: vae.decode(tile).sample, z, factor=pipe.vae_scale_factor)
-    if not torch.isfinite(pixels).all():
-        raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
-    return pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+        for z in latents.split(1):
+            z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor
+            pixels = _in_tiles(tiles.decode, pipe, vae.decoder, lambda z: vae.decode(z).sample, z)
+            if not torch.isfinite(pixels).all():
+                raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
+            images += pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+    return images
+
+
+def _in_tiles(tiled: Callable, pipe: Any, network: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), through tiles.decode or tiles.encode, unless the user has set up diffusers' own tiling.
+
+    A pass may take half the free memory: the image and its features need some, too.
+    """
+    if getattr(pipe.vae, "use_tiling", False):
+        return function(x)
+    factor = pipe.vae_scale_factor
+    tile = tiles.tile_for(tiles.free_memory(x.device) // 2, network, factor)
+    return tiled(function, x, network, factor=factor, tile=tile)
 
 
 @contextmanager
@@ -360,7 +374,7 @@ class _Run:
         vae = self.pipe.vae
         with _enough_precision(vae):
             pixels = self.pipe.image_processor.preprocess(image).to(self.device, vae.dtype)
-            latents = tiles.encode(lambda tile: vae.encode(tile).latent_dist.mode(), pixels, factor=self.factor)
+            latents = _in_tiles(tiles.encode, self.pipe, vae.encoder, lambda x: vae.encode(x).latent_dist.mode(), pixels)
         return (latents * vae.config.scaling_factor).float().repeat(len(self.generators), 1, 1, 1)
 
     def noise(self, phase: Phase) -> Tensor:
