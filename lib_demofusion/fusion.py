@@ -140,10 +140,13 @@ class Fusion:
         generator = jitter_generator(self.phase, t) if self.config.jitter else None
         return local_views(size, self.window, self.stride, generator) + dilated_views(self.window, self.dilation)
 
-    def predict(self, x: Tensor, t: float, denoise: Denoise) -> Tensor:
+    def predict(self, x: Tensor, t: float, denoise: Denoise, sigma: float | None = None) -> Tensor:
         """The noise in x: c2 * dilated views + (1 - c2) * local windows (Eq. 5).
 
         x: [B, C, H, W] at training timestep t; B may hold several branches of guidance. Returns x's shape and dtype.
+        sigma: how much noise x holds, in x's own units; needed if the sampler adds fresh noise. It then builds its next
+        state from the denoised image, and whatever noise of x the blur hid from the dilated views would stay in there as
+        if it were image. So their share is taken of the images denoised, the blurred x less its noise.
         The extra memory is a handful of latents and one batch of views, however many views there are.
         Raises Cancelled between two model calls, OutOfMemory if not one view fits into one.
         """
@@ -168,4 +171,6 @@ class Fusion:
 
         h, w = x.shape[-2:]
         dilated = totals["dilated"][..., top : top + h, left : left + w]
+        if self.fresh_noise:
+            dilated.add_((x - blurred) / sigma)
         return totals["local"].div_(count).lerp_(dilated, weights.c2).to(x.dtype)

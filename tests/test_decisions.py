@@ -150,6 +150,15 @@ def test_samplers_that_add_fresh_noise_keep_the_states_noise_level(rho, c1, sign
         assert float(((x - signal * (c1 * reference + (1 - c1) * shown)) / sigma).std()) == pytest.approx(0.71, abs=0.02)
 
 
+def test_samplers_that_add_fresh_noise_get_the_denoised_images_fused():
+    """A model for which all is noise leaves nothing of x, though the dilated views have seen it blurred."""
+    x = 3 * torch.randn(1, 4, 16, 16)
+    for fresh_noise in (True, False):
+        fusion = fusion_for(x, fresh_noise=fresh_noise)
+        denoised = x - 3 * fusion.predict(x, 700.0, lambda crops, views: crops / 3, 3.0)
+        assert (float(denoised.std()) < 1e-5) == fresh_noise
+
+
 def test_real_images_start_at_the_second_phase():
     plan = make_plan((16, 16), 50, DemoFusionConfig(scale=2.0), from_image=True)
     assert [phase.evaluations for phase in plan.phases] == [0, 50 * 13]

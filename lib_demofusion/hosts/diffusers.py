@@ -409,8 +409,9 @@ class _Run:
         )
 
         def predict(x: Tensor, t: Tensor, sigma: float) -> Tensor:
-            fusion.skip_residual_(x, float(t), *self._levels(sigma))
-            return fusion.predict(x, float(t), lambda crops, views: self._model(phase, crops, views, t, sigma))
+            levels = self._levels(sigma)
+            fusion.skip_residual_(x, float(t), *levels)
+            return fusion.predict(x, float(t), lambda crops, views: self._model(phase, crops, views, t, sigma), levels[0])
 
         first = self._sigma(self.phase_schedule, 0)
         return self._sample(self.phase_schedule, fusion.noised_reference(*self._levels(first)), predict)

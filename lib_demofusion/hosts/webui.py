@@ -630,7 +630,7 @@ class _PhaseHooks:
 
         try:
             with devices.without_autocast():
-                eps = self.fusion.predict(_rolled(x, roll), t, denoise)
+                eps = self.fusion.predict(_rolled(x, roll), t, denoise, noise)
         except Cancelled:
             raise sd_samplers_common.InterruptedException from None
         eps = _rolled(eps, [-shift for shift in roll])
