@@ -227,7 +227,7 @@ def test_a_sample_comes_from_all_over_and_is_no_larger_than_a_tile():
 
 @pytest.mark.parametrize(
     ("kind", "size"),
-    [("embedded", (25, 37)), *((kind, size) for kind in LAYOUTS for size in [(26, 26), (20, 36), (40, 20), (25, 37)])],
+    [("embedded", (25, 37)), *((kind, size) for kind in LAYOUTS for size in [(26, 26), (40, 20), (25, 37)])],
 )
 def test_a_tiled_image_is_the_whole_image(kind, size):
     (decodes, decoder), _ = networks(kind)
@@ -264,7 +264,7 @@ def test_the_statistics_are_those_of_the_whole(monkeypatch):
     monkeypatch.setattr(tiles, "TOLERANCE", 1e-5)
     states, settled = [], tiles._WholeStatistics.settled
     monkeypatch.setattr(tiles._WholeStatistics, "settled", lambda self: states.append(self) or settled(self))
-    z = smooth(4, 25, 37)
+    z = smooth(4, 26, 30)
     decode(decodes, z, decoder, tile=24)
     seen = {}
     handles = [
