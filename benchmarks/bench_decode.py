@@ -31,7 +31,7 @@ from lib_demofusion import decode as tiles
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
 
 FACTOR = 8
-PAD = 11  # latent pixels that Tiled VAE adds to a decoder's tile on each side
+TILEVAE_TILE = 48  # latent pixels, the least that its form offers; it adds 11 on each side
 
 
 @dataclass
@@ -164,8 +164,9 @@ def decoders(vae: AutoencoderKL, size: tuple[int, int], tile: int) -> list[Metho
     ]
     if (script := os.environ.get("TILEVAE")) and vae.config.norm_num_groups == 32:  # it knows no other
         for fast in (True, False):
-            hook = TiledVAE(script, vae.decoder, tile - 2 * PAD, fast).hook
-            boxes = hook.split_tiles(*size)[1]
+            hook = TiledVAE(script, vae.decoder, TILEVAE_TILE, fast).hook
+            with contextlib.redirect_stdout(io.StringIO()):
+                boxes = hook.split_tiles(*size)[1]
             parts = sorted({box[2] for box in boxes} - {0}), sorted({box[0] for box in boxes} - {0})
             name = "Tiled VAE, fast" if fast else "Tiled VAE"
             methods.append(Method(name, lambda z, hook=hook: hook(vae.post_quant_conv(z)), parts))

@@ -24,10 +24,12 @@ from lib_demofusion.views import window_starts
 
 OVERLAP = 12  # latent pixels; at 8 the convolutions' tiles differ at 80 dB, at 12 at 110 dB and more
 PATCH = 8  # latent pixels; a sample of the image consists of such squares
-TOLERANCE = 5e-3  # in standard deviations; an image is then 60 dB and more from the untiled one
+TOLERANCE = 5e-3  # in standard deviations; images were then 60 dB and more from the untiled ones
 MOST_PASSES = 8  # three or four are usual
 SMALLEST_TILE = 64  # latent pixels
-LIVE = 8  # numbers alive at the peak of autoencoding, per image pixel and channel at full resolution
+# Numbers alive at the peak of autoencoding, per image pixel and channel at full resolution: 5.7 in tensors, as measured,
+# and room for what convolutions take besides.
+LIVE = 8
 
 
 @dataclass(frozen=True)
