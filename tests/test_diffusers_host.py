@@ -102,9 +102,9 @@ def test_the_unets_input_has_the_scale_of_its_own_noise_level(sd15, sampler, mon
     calls = spy_unet(monkeypatch, sd15)
     states, predict = [], Fusion.predict
 
-    def spied(fusion, x, t, denoise):
+    def spied(fusion, x, t, denoise, sigma):
         states.append((len(calls), x.clone(), t))
-        return predict(fusion, x, t, denoise)
+        return predict(fusion, x, t, denoise, sigma)
 
     monkeypatch.setattr(Fusion, "predict", spied)
     generate(sd15, "", config=DemoFusionConfig(scale=2.0, jitter=False), steps=3, sampler=sampler, cfg_scale=1)
@@ -121,10 +121,10 @@ def test_the_sampler_steps_from_the_blended_latent(sd15, monkeypatch):
     """With alpha1 = 0 the skip residual is all there is: each step starts from the noised reference."""
     states, predict = [], Fusion.predict
 
-    def spied(fusion, x, t, denoise):
+    def spied(fusion, x, t, denoise, sigma):
         sigma = float(((1 - kept[int(t)]) / kept[int(t)]).sqrt())
         states.append((x.clone(), fusion.noised_reference(sigma)))
-        return predict(fusion, x, t, denoise)
+        return predict(fusion, x, t, denoise, sigma)
 
     kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
     monkeypatch.setattr(Fusion, "predict", spied)
@@ -195,7 +195,7 @@ def test_cancelling_hands_back_what_is_finished(sd15, after):
 
 
 def test_a_failure_in_a_phase_hands_back_what_is_finished(sd15, monkeypatch):
-    def fail(fusion, x, t, denoise):
+    def fail(fusion, x, t, denoise, sigma):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 
     monkeypatch.setattr(Fusion, "predict", fail)
