@@ -9,13 +9,12 @@ import argparse
 import contextlib
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from benchmarks.measure import Clock, now, peak, reset_peak
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, Incomplete, default_device, generate
 
@@ -48,69 +47,36 @@ def pipeline(device: str) -> StableDiffusionPipeline:
     return pipe.to(device, torch.float32)
 
 
-class Meter:
-    """Counts the rows that the UNet sees and the seconds that it takes."""
-
-    def __init__(self, pipe: StableDiffusionPipeline):
-        self.rows, self.seconds, self._device = 0, 0.0, pipe.unet.device
-        pipe.unet.register_forward_pre_hook(self._before)
-        pipe.unet.register_forward_hook(self._after)
-
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _before(self, unet, args):
-        self._start = self.now()
-        self.rows += len(args[0])
-
-    def _after(self, unet, args, output):
-        self.seconds += self.now() - self._start
-
-
 def time_shares(device: str, steps: int) -> None:
     pipe = pipeline(device)
     size = sum(p.numel() for p in pipe.unet.parameters()) / 1e6
     print(f"UNet: {size:.0f} million parameters, base latent {BASE}x{BASE}, {steps} step(s) a phase, {device}")
     generate(pipe, "", config=DemoFusionConfig(scale=2.0), steps=1)  # warm
     print("scale  evaluations  of the plan's  outside the UNet")
+    clock = Clock(pipe.unet, device)
     for scale in (2.0, 3.0, 4.0):
-        meter = Meter(pipe)
-        start = meter.now()
+        clock.reset()
+        start = now(device)
         result = generate(pipe, "", config=DemoFusionConfig(scale=scale), steps=steps)
-        whole = meter.now() - start
+        whole = now(device) - start
         print(
-            f"{scale:4.0f}x  {meter.rows:11,}  {meter.rows / result.plan.evaluations:13.3f}  "
-            f"{(whole - meter.seconds) / whole:15.2%}",
+            f"{scale:4.0f}x  {clock.rows:11,}  {clock.rows / result.plan.evaluations:13.3f}  "
+            f"{(whole - clock.seconds) / whole:15.2%}",
             flush=True,
         )
-        pipe.unet._forward_hooks.clear()
-        pipe.unet._forward_pre_hooks.clear()
 
 
-def peak(device: str, scale: float, batch: int) -> None:
+def print_peak(device: str, scale: float, batch: int) -> None:
     """Prints the MiB at the peak of one run in this process, model included; scale 1 samples the base alone."""
     pipe = pipeline(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # what loading took does not count
+    reset_peak(device)  # what loading took does not count
     config = DemoFusionConfig(scale=max(scale, 2.0), view_batch_size=batch)
     done = []
     with contextlib.suppress(Incomplete) if scale == 1 else contextlib.nullcontext():
         generate(
             pipe, "", config=config, steps=1, progress=lambda *call: done.append(call), cancelled=lambda: scale == 1 and done
         )
-    print(peak_so_far(device))
-
-
-def peak_so_far(device: str) -> float:
-    """MiB: of the GPU's memory, or of the process (Linux)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
+    print(peak(device) / 2**20)
 
 
 def memory(device: str) -> None:
@@ -133,7 +99,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, type=float, metavar=("SCALE", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        peak(args.device, args.peak[0], int(args.peak[1]))
+        print_peak(args.device, args.peak[0], int(args.peak[1]))
     else:
         time_shares(args.device, args.steps)
         memory(args.device)

@@ -23,12 +23,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lib_demofusion import decode as tiles
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
+from lib_demofusion.memory import Meter
 
 FACTOR = 8
 TILEVAE_TILE = 48  # latent pixels, the least that its form offers; it adds 11 on each side
@@ -41,25 +39,6 @@ class Method:
     name: str
     run: Callable[[Tensor], Tensor]
     borders: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of tensors that were alive at once and were made while it lasts; not what kernels take inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self._alive = 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                storage = x.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return result
 
 
 class TiledVAE(nn.Module):
@@ -214,7 +193,7 @@ def compare(title: str, methods: list[Method], x: Tensor, peak: float | None) ->
     whole = seconds = memory = None
     for method in methods:
         silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-        with silent[0], silent[1], counted_passes() as passes, PeakMemory() as meter:
+        with silent[0], silent[1], counted_passes() as passes, Meter() as meter:
             start = time.perf_counter()
             result = method.run(x)
             took = time.perf_counter() - start

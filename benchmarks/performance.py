@@ -11,7 +11,6 @@ import argparse
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from benchmarks.measure import Clock, now, peak, reset_peak
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, Incomplete, decode_latents, default_device, generate
 from lib_demofusion.memory import is_out_of_memory
@@ -97,37 +97,6 @@ def pipeline(kind: str, device: str):
     return pipe.to(device, torch.float16 if device == "cuda" else torch.float32)
 
 
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak(device: str) -> float:
-    """GiB since the last reset: of the GPU's memory, or of the process (Linux)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 2**20
-
-
-def reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-class Clock:
-    """Seconds inside the UNet."""
-
-    def __init__(self, pipe, device: str):
-        self.inside, self.device = 0.0, device
-        pipe.unet.register_forward_pre_hook(lambda *_: setattr(self, "began", now(device)))
-        pipe.unet.register_forward_hook(lambda *_: setattr(self, "inside", self.inside + now(device) - self.began))
-
-
 def measure(kind: str, device: str, height: int, width: int, cap: float | None) -> list[str]:
     """One row of the table, in a process of its own."""
     if cap is not None:
@@ -138,22 +107,23 @@ def measure(kind: str, device: str, height: int, width: int, cap: float | None) 
     scale = min(height, width) / native
     base = dict(height=round(height / scale), width=round(width / scale))
     config = DemoFusionConfig(scale=max(scale, 2.0))
-    clock, done = Clock(pipe, device), []
+    clock, done = Clock(pipe.unet, device), []
     reset_peak(device)
     try:
         generate(pipe, "", config=config, steps=3, **base, progress=lambda *c: done.append(c), cancelled=lambda: len(done) == 3)
     except Incomplete as error:  # stopped after the base image
         decode_latents(pipe, error.result.phases[0][1])
-    at_base = peak(device)
+    at_base = peak(device) / 2**30
     reset_peak(device)
-    clock.inside, ends, began = 0.0, [], now(device)
+    clock.reset()
+    ends, began = [], now(device)
     try:
         result = generate(pipe, "", config=config, steps=1, **base, finished=lambda *_: ends.append(now(device)))
     except Incomplete as error:
         return [*label(kind, width, height, cap), f"{at_base:.1f}", str(error), *[""] * 5]
-    sampled, inside = now(device) - began, clock.inside
+    sampled, inside = now(device) - began, clock.seconds
     result.images()
-    decoding, at_most = now(device) - began - sampled, peak(device)
+    decoding, at_most = now(device) - began - sampled, peak(device) / 2**30
     phases = " / ".join(f"{b - a:.1f}" for a, b in zip(ends, ends[1:]))
     plain = yardstick(pipe, device, result.plan)
     return [

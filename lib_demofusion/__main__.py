@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, resume) -> int:
         print(plan.table(pipe.vae_scale_factor))
         return 0
 
-    done = plan.branches * sum(phase.evaluations for phase in plan.phases[: resume.number]) if resume else 0
+    done = plan.evaluations_to(resume.number) if resume else 0
     with interruptible() as stopped, progress_bar(plan.evaluations * args.batch_count, done) as bar:
 
         def advance(phase, views):
@@ -319,15 +319,13 @@ def save(image, path: Path, parameters: str = "") -> None:
     """Write a PNG, whole or not at all; parameters is what PNG Info shows."""
     from PIL.PngImagePlugin import PngInfo
 
+    from lib_demofusion.saved import whole_file
+
     info = PngInfo()
     if parameters:
         info.add_text("parameters", parameters) if parameters.isascii() else info.add_itxt("parameters", parameters)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         image.save(part, "PNG", pnginfo=info)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, index: int, seed: int) -> str:

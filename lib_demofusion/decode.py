@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -360,15 +359,3 @@ def tile_for(budget: int, network: nn.Module, factor: int = 8) -> int:
     channels = min((norm.num_channels for norm in group_norms(network)), default=64)  # at full resolution
     itemsize = next(network.parameters()).element_size()
     return max(math.isqrt(budget // (LIVE * channels * factor**2 * itemsize)), SMALLEST_TILE)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a device has free; 4 GiB where neither torch nor the system says."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own reserve
-        return torch.cuda.mem_get_info(device)[0] + unused
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return 4 * 2**30

@@ -56,7 +56,11 @@ class Plan:
     @property
     def evaluations(self) -> int:
         """Model evaluations per image, over all phases and branches of guidance."""
-        return self.branches * sum(phase.evaluations for phase in self.phases)
+        return self.evaluations_to(len(self.phases))
+
+    def evaluations_to(self, number: int) -> int:
+        """Those of the phases up to and with `number`."""
+        return self.branches * sum(phase.evaluations for phase in self.phases[:number])
 
     def table(self, factor: int = 8) -> str:
         """The plan for people; factor: image pixels per latent pixel."""

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 FORMAT = "demofusion-phase-1"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields another path to write to, which becomes `path` if all goes well and is gone if not."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -34,13 +45,9 @@ class SavedPhase:
 
         tensors = {"latents": self.latents, "base": self.base, "generators": self.generators}
         notes = {"format": FORMAT, "phase": str(self.number), "made_by": self.made_by, "settings": self.settings}
-        part = path.with_name(f".{path.name}.part")
-        try:
+        with whole_file(path) as part:
             # Clones, since two names must not share their memory, as the first phase and the base do.
             save_file({name: x.cpu().clone().contiguous() for name, x in tensors.items() if x is not None}, part, notes)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def read_saved(path: Path, made_by: str) -> SavedPhase:

@@ -375,5 +375,3 @@ def test_the_tile_follows_from_memory():
     assert tile_for(100 * 100 * per_latent_pixel, decoder) == 100
     assert tile_for(100 * 100 * per_latent_pixel // 2, decoder.half()) == 100
     assert tile_for(0, decoder) == tiles.SMALLEST_TILE
-    assert 2**20 < tiles.free_memory(torch.device("cpu")) < 2**50
-    assert tiles.free_memory(torch.device("meta")) == 2**32

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_demofusion.memory import Meter, OutOfMemory, ViewBatch, call_bytes, is_out_of_memory
+from lib_demofusion.memory import Meter, OutOfMemory, ViewBatch, call_bytes, free_memory, is_out_of_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOMY = 10**12
@@ -178,6 +178,11 @@ def test_a_gpu_that_runs_out_while_growing_goes_on_with_what_fitted(gpu, monkeyp
 
 def test_a_number_is_not_measured(gpu):
     assert sizes_of(gpu, setting=3, views=7) == (3, [3, 3, 1])
+
+
+def test_free_memory():
+    assert 2**20 < free_memory(CPU) < 2**50
+    assert free_memory(torch.device("meta")) == 2**32
 
 
 def test_the_meter_counts_what_is_alive():

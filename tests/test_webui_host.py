@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.fusion import Fusion
-from lib_demofusion.phases import make_plan, upscale
+from lib_demofusion.phases import fusion_for, make_plan, upscale
 from lib_demofusion.saved import read_saved
 
 STEPS = 4
@@ -51,21 +50,16 @@ def calls(host):
     return seen
 
 
+def watch_calls(host, action):
+    """action(number, rows) at each call of the UNet from now on: the how manieth it is, and the latents in it."""
+    numbers = itertools.count(1)
+    return host.unet.register_forward_pre_hook(lambda module, args: action(next(numbers), len(args[0])))
+
+
 @pytest.fixture
 def at_call(host):
     """at_call(n, action): runs the action when the UNet is called for the n-th time from now."""
-
-    def arrange(n, action):
-        seen = [0]
-
-        def count(module, args):
-            seen[0] += 1
-            if seen[0] == n:
-                action()
-
-        return host.unet.register_forward_pre_hook(count)
-
-    return arrange
+    return lambda n, action: watch_calls(host, lambda number, rows: action() if number == n else None)
 
 
 def snapshot(host):
@@ -159,15 +153,7 @@ def direct_run(models, base, sampler, scale, steps, cfg, seeds, jitter=True):
         signals = [math.sqrt(kept[t]) for t in ts]
 
     def denoise(phase, reference, noise):
-        fusion = Fusion(
-            reference,
-            noise,
-            window=plan.window,
-            stride=plan.stride,
-            dilation=phase.dilation,
-            config=plan_config,
-            phase=phase.number,
-        )
+        fusion = fusion_for(plan, phase, plan_config, reference, noise)
         x = fusion.noised_reference(noises[0], signals[0])
         for i, ((n, s), (n2, s2)) in enumerate(itertools.pairwise(zip(noises, signals))):
             fusion.skip_residual_(x, ts[i], n, s)
@@ -534,14 +520,11 @@ def small_card(host):
     """small_card(most, since): from the since-th call on, more than `most` views (two rows each) run out of memory."""
 
     def arrange(most, since):
-        seen = [0]
-
-        def look(module, args):
-            seen[0] += 1
-            if seen[0] >= since and len(args[0]) > 2 * most:
+        def look(number, rows):
+            if number >= since and rows > 2 * most:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
-        return host.unet.register_forward_pre_hook(look)
+        return watch_calls(host, look)
 
     return arrange
 

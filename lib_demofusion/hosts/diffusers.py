@@ -25,7 +25,7 @@ from torch import Tensor
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
-from lib_demofusion.memory import OutOfMemory, ViewBatch
+from lib_demofusion.memory import OutOfMemory, ViewBatch, free_memory
 from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import View
@@ -286,7 +286,7 @@ def _in_tiles(tiled: Callable, pipe: Any, network: Any, function: Callable[[Tens
     if getattr(pipe.vae, "use_tiling", False):
         return function(x)
     factor = pipe.vae_scale_factor
-    tile = tiles.tile_for(tiles.free_memory(x.device) // 2, network, factor)
+    tile = tiles.tile_for(free_memory(x.device) // 2, network, factor)
     return tiled(function, x, network, factor=factor, tile=tile)
 
 
@@ -348,7 +348,7 @@ class _Run:
             generator.set_state(state)
         numbers = dict.fromkeys((1, saved.number))
         self.result.phases = [(self.plan.phases[n - 1], saved.base if n == 1 else saved.latents) for n in numbers]
-        self.result.evaluations = self.plan.branches * sum(p.evaluations for p in self.plan.phases[: saved.number])
+        self.result.evaluations = self.plan.evaluations_to(saved.number)
         return saved.base.to(self.device), (saved.number, saved.latents.to(self.device))
 
     def encode_prompts(self, prompt: str, negative_prompt: str) -> None:

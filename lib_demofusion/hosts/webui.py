@@ -141,11 +141,11 @@ CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
 
 @dataclass(frozen=True)
 class Settings:
-    """What the form says. save_phases: write the phases before the last beside the outputs. resume: one so written."""
+    """What the form says. save_phases: write the phases before the last beside the outputs. resume: a file so written."""
 
     config: DemoFusionConfig
     save_phases: bool = False
-    resume: SavedPhase | None = None
+    resume: Path | None = None
 
 
 def read_settings(args: Sequence[Any]) -> Settings | None:
@@ -163,7 +163,7 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
         if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
     path = resume.strip().strip('"')  # as file managers copy a path
-    return Settings(DemoFusionConfig(**values), save_phases, read_saved(Path(path), "WebUI") if path else None)
+    return Settings(DemoFusionConfig(**values), save_phases, Path(path) if path else None)
 
 
 def plan_for(p: Any, config: DemoFusionConfig) -> Plan:
@@ -190,7 +190,7 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         _check(p)
         plan = plan_for(p, settings.config)
         if settings.resume:
-            _check_resume(p, settings.resume, plan)
+            _check_resume(p, _read_saved(settings.resume), plan)
     except ValueError as error:
         _refuse(p, str(error))
     else:
@@ -207,6 +207,10 @@ def _check(p: Any) -> None:
         raise ValueError("an instruct-pix2pix checkpoint edits a given image; a text-to-image checkpoint works")
     if _controlnet_is_on(p):
         raise ValueError("ControlNet steers the whole image and cannot follow single windows; untick one of the two")
+
+
+def _read_saved(path: Path) -> SavedPhase:
+    return read_saved(path, "WebUI")
 
 
 def _check_resume(p: Any, saved: SavedPhase, plan: Plan) -> None:
@@ -331,7 +335,7 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
         try:
             done = None
             if settings.resume is not None:
-                base, done = run.take_up(settings.resume, base)
+                base, done = run.take_up(_read_saved(settings.resume), base)
                 reached, ps.samples = plan.phases[done[0] - 1], done[1]
             elif settings.save_phases:
                 _save(p, settings.config, reached, base, base)

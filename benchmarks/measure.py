@@ -1,0 +1,52 @@
+"""What the benchmarks measure with: seconds, peaks of memory, and the calls of a UNet."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def now(device: str) -> float:
+    """Seconds, when all work given to the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak(device: str) -> int:
+    """Bytes since the last reset: of the GPU's memory, or of the process (Linux)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Clock:
+    """Counts the rows that a UNet sees and the seconds that it takes, since the last reset."""
+
+    def __init__(self, unet: nn.Module, device: str):
+        self.device = device
+        self.reset()
+        unet.register_forward_pre_hook(self._before)
+        unet.register_forward_hook(self._after)
+
+    def reset(self) -> None:
+        self.rows, self.seconds = 0, 0.0
+
+    def _before(self, unet, args):
+        self._start = now(self.device)
+        self.rows += len(args[0])
+
+    def _after(self, unet, args, output):
+        self.seconds += now(self.device) - self._start
