@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.measure import Clock, now, peak, reset_peak
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, Incomplete, decode_latents, default_device, generate
+from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, Incomplete, default_device, generate
 from lib_demofusion.memory import is_out_of_memory
 
 SIZES = {"xl": [(2048, 2048), (2048, 4096), (3072, 3072), (4096, 4096), (8192, 8192)], "sd15": [(2048, 2048), (4096, 4096)]}
@@ -112,7 +112,7 @@ def measure(kind: str, device: str, height: int, width: int, cap: float | None) 
     try:
         generate(pipe, "", config=config, steps=3, **base, progress=lambda *c: done.append(c), cancelled=lambda: len(done) == 3)
     except Incomplete as error:  # stopped after the base image
-        decode_latents(pipe, error.result.phases[0][1])
+        error.result.images(0)
     at_base = peak(device) / 2**30
     reset_peak(device)
     clock.reset()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_demofusion.memory import OutOfMemory, free_memory, taken_before, unless_out_of_memory
 from lib_demofusion.views import window_starts
 
 OVERLAP = 12  # latent pixels; at 8 the convolutions' tiles differ at 80 dB, at 12 at 110 dB and more
@@ -154,7 +155,7 @@ class _WholeStatistics:
                     norm.forward = forward
 
     def _forward(self, norm: nn.GroupNorm, unshared: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self.part is None:
+        if self.part is None or x.ndim != 4:
             return unshared(x)
         if isinstance(self.part, Sample):
             self.used[norm] = self._foresee(norm, _sums(norm, x))
@@ -213,7 +214,7 @@ def resamplers(network: nn.Module) -> list[nn.Module]:
     """The modules that change the resolution, from the image's end to the latents', of a decoder or an encoder.
 
     Two layouts are known, each as decoder and as encoder: diffusers' (`up_blocks`, `down_blocks`) and the original one
-    of latent diffusion (`up`, `down`), which the WebUI has.
+    of latent diffusion (`up`, `down`), which the WebUI has. Raises ValueError for another one.
     """
     found = []
     for block in [*getattr(network, "down_blocks", []), *reversed(getattr(network, "up_blocks", []))]:
@@ -288,18 +289,50 @@ def decode(
     """Latents [1, C, h, w] to an image [1, 3, factor * h, factor * w], float32 on the CPU.
 
     function: decodes; it runs `decoder`, a network of a layout that `resamplers` knows. Latents of no more than tile²
-    pixels are decoded at once; larger ones in tiles. tile, overlap: latent pixels.
+    pixels are decoded at once; larger ones in tiles. tile, overlap: latent pixels; where memory runs out, half of tile is
+    tried, down to twice the overlap. Raises OutOfMemory below that.
     Memory: one copy of the image, the whole image's features at the latents' resolution (512 channels in Stable
-    Diffusion, 2.7 copies; a few times that while they are made), and what decoding one tile takes.
+    Diffusion, 2.7 copies; a few times that while they are made), and what decoding one tile takes. Where these features
+    do not fit either, each tile attends to itself alone.
     """
     size = _one_image(latents)
+    return _in_tiles_that_fit(partial(_decode, function, latents, decoder, size, factor, overlap), size, tile, overlap, latents)
+
+
+def _in_tiles_that_fit(code: Callable[[int], Tensor], size: tuple[int, int], tile: int, overlap: int, x: Tensor) -> Tensor:
+    """code(tile) with the largest tile that fits; x: what is to be coded."""
+    tile = min(tile, math.isqrt(size[0] * size[1] - 1) + 1)  # halved from what is really there
+    while True:
+        result = unless_out_of_memory(partial(code, tile), x.device)
+        if result is not None:
+            return result
+        if tile // 2 < 2 * overlap:
+            raise OutOfMemory(
+                f"out of memory in the autoencoder, with tiles of {tile} latent pixels; half precision needs less"
+            )
+        tile //= 2
+
+
+def _decode(
+    function: Callable[[Tensor], Tensor],
+    latents: Tensor,
+    decoder: nn.Module,
+    size: tuple[int, int],
+    factor: int,
+    overlap: int,
+    tile: int,
+) -> Tensor:
     if size[0] * size[1] <= tile**2:
         return function(latents).cpu().float()
     statistics = _WholeStatistics(decoder)
     if not statistics.norms:
         return _assemble(lambda part: function(part.crop(latents)), size, tile, overlap, factor)
     first = resamplers(decoder)[-1]
-    features = _until(first.register_forward_pre_hook, function, latents)
+    features = unless_out_of_memory(lambda: _until(first.register_forward_pre_hook, function, latents), latents.device)
+
+    def run_alone(part: Tile | Sample) -> Tensor:
+        statistics.part = part
+        return function(part.crop(latents))
 
     def run(part: Tile | Sample) -> Tensor:
         def give(module, args):
@@ -310,7 +343,7 @@ def decode(
         with first.register_forward_pre_hook(give):
             return function(latents[..., :2, :2])
 
-    return _in_passes(statistics, run, size, tile, overlap, factor)
+    return _in_passes(statistics, run_alone if features is None else run, size, tile, overlap, factor)
 
 
 @torch.no_grad()
@@ -329,6 +362,18 @@ def encode(
     goes on from there once, with the whole image, so that it draws the noise of sampled latents once.
     """
     size = tuple(n // factor for n in _one_image(image))
+    return _in_tiles_that_fit(partial(_encode, function, image, encoder, size, factor, overlap), size, tile, overlap, image)
+
+
+def _encode(
+    function: Callable[[Tensor], Tensor],
+    image: Tensor,
+    encoder: nn.Module,
+    size: tuple[int, int],
+    factor: int,
+    overlap: int,
+    tile: int,
+) -> Tensor:
     if size[0] * size[1] <= tile**2:
         return function(image)
     statistics = _WholeStatistics(encoder)
@@ -351,11 +396,14 @@ def _one_image(x: Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
-def tile_for(budget: int, network: nn.Module, factor: int = 8) -> int:
-    """The side of the largest tile, latent pixels, whose pass through a decoder or an encoder takes about `budget` bytes.
+def tile_for(network: nn.Module, device: torch.device, base: tuple[int, int], factor: int = 8) -> int:
+    """The side of a tile, latent pixels, for a decoder or an encoder on a device, so that it is not what takes most memory.
 
+    base: (h, w), latent pixels: the base image, which is decoded anyway. A tile is as large as that, or larger where
+    the job has taken more than that before; it takes half of what is free at most, since image and features need some too.
     Never less than SMALLEST_TILE: below it the overlaps cost more than they save.
     """
     channels = min((norm.num_channels for norm in group_norms(network)), default=64)  # at full resolution
-    itemsize = next(network.parameters()).element_size()
-    return max(math.isqrt(budget // (LIVE * channels * factor**2 * itemsize)), SMALLEST_TILE)
+    pixel = LIVE * channels * factor**2 * next(network.parameters()).element_size()
+    budget = min(max(base[0] * base[1] * pixel, taken_before(device)), free_memory(device) // 2)
+    return max(math.isqrt(budget // pixel), SMALLEST_TILE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +21,7 @@ WORTH = 0.95  # a larger batch must bring the time per view down to this share
 
 
 class OutOfMemory(RuntimeError):
-    """Not even one view at a time fits; its text is one line for the user."""
-
-    def __init__(self) -> None:
-        super().__init__("out of memory with one view at a time; a smaller base image or half precision needs less")
+    """Not even the smallest piece of work fits; its text is one line for the user."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -41,6 +39,17 @@ def release(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def unless_out_of_memory(call: Callable[[], V], device: torch.device) -> V | None:
+    """What call returns; None, and all that it took is free again, if memory runs out."""
+    try:
+        return call()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release(device)  # only here, since the failed call's tensors hang on the error
+    return None
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a device has free; 4 GiB where neither torch nor the system says."""
     if device.type == "cuda":
@@ -51,6 +60,13 @@ def free_memory(device: torch.device) -> int:
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     return 4 * 2**30
+
+
+def taken_before(device: torch.device) -> int:
+    """The most bytes that were ever taken beside what is taken now, since torch's last reset; 0 where torch does not say."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
 
 class ViewBatch:
@@ -80,16 +96,12 @@ class ViewBatch:
         while start < len(views):
             batch = views[start : start + self.size]
             began = self._now()
-            try:
-                answer = call(batch)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                answer = None  # the failed call's tensors hang on the error, which is gone below
+            answer = unless_out_of_memory(partial(call, batch), self.device)
             if answer is None:
-                release(self.device)
                 if len(batch) == 1:
-                    raise OutOfMemory
+                    raise OutOfMemory(
+                        "out of memory with one view at a time; a smaller base image or half precision needs less"
+                    )
                 self.size, self.growing = max(len(batch) // 2, 1), False
                 continue
             self.fitted = max(self.fitted, len(batch))
@@ -118,9 +130,8 @@ class ViewBatch:
             self.growing = False
 
     def _room_for_double(self) -> bool:
-        """Whether twice the most that was ever taken beside what stays is free; torch counts that since its last reset."""
-        call = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
-        return 2 * call < 0.9 * free_memory(self.device)
+        """Whether twice the most that a call has taken is free."""
+        return 2 * taken_before(self.device) < 0.9 * free_memory(self.device)
 
 
 class Meter(TorchDispatchMode):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from webui_autoencoder import WebuiNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANNELS, WIDTH, FACTOR = 4, 8, 8
@@ -76,7 +77,7 @@ class TotalTQDM:
 class Options:
     def __init__(self):
         self.sd_model_checkpoint = "main"
-        self.samples_save, self.samples_format = False, "png"
+        self.samples_save, self.samples_format, self.sd_vae_decode_method = False, "png", "Full"
         self.batch_cond_uncond = True
         self.sdxl_crop_top = self.sdxl_crop_left = 0
         self.eta_ancestral, self.eta_ddim, self.s_churn = 1.0, 0.0, 0.0
@@ -174,6 +175,10 @@ class ToyModel(nn.Module):
         self.model = nn.Module()
         self.model.conditioning_key = "hybrid" if inpainting else "crossattn"
         self.model.diffusion_model = ToyUNet(kernel, CHANNELS + 5 * inpainting, seed)
+        self.first_stage_model = nn.Module()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first_stage_model.decoder = WebuiNetwork(CHANNELS, 3, decoder=True, width=4)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0).float())
         if sdxl:
@@ -205,6 +210,9 @@ class ToyModel(nn.Module):
             if hasattr(embedder, "outdim")
         ]
         return {"crossattn": text, "vector": torch.cat([text[:, 0], *embedded], 1)}
+
+    def decode_first_stage(self, z):
+        return torch.tanh(self.first_stage_model.decoder(z))
 
     def apply_model(self, x_noisy, t, cond):
         context = cond["crossattn"] if self.is_sdxl else torch.cat(cond["c_crossattn"], 1)
@@ -663,11 +671,20 @@ class Processed:
         self.comments = "\n".join(p.comments)
 
 
+class DecodedSamples(list):
+    already_decoded = True
+
+
 def decode_latent_batch(model, batch, target_device=None, check_for_nans=False):
     if check_for_nans:
         test_for_nans(batch, "unet")
     decoded.append(batch.clone())
-    return [torch.tanh(latent[:3]).repeat_interleave(FACTOR, 1).repeat_interleave(FACTOR, 2) for latent in batch]
+    samples = DecodedSamples()
+    for latent in batch:
+        samples.append(model.decode_first_stage(latent[None])[0])
+        if check_for_nans:
+            test_for_nans(samples[-1], "vae")
+    return samples
 
 
 def create_infotext(p, all_prompts, all_seeds, all_subseeds, comments=None, *, index=0, all_negative_prompts=None):
@@ -699,7 +716,9 @@ def process_images(p):
             samples = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
             ps = PostSampleArgs(samples)
             p.scripts.post_sample(p, ps)
-            images += decode_latent_batch(p.sd_model, ps.samples, cpu, check_for_nans=True)
+            if not getattr(ps.samples, "already_decoded", False):
+                ps.samples = decode_latent_batch(p.sd_model, ps.samples, cpu, check_for_nans=True)
+            images += ps.samples
         state.nextjob()
         infotexts += [create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i) for i in range(len(own))]
     if not infotexts:

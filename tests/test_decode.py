@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
+from webui_autoencoder import WebuiNetwork
 
 from lib_demofusion import decode as tiles
 from lib_demofusion.decode import Sample, Span, Tile, decode, encode, resamplers, shares, spans, tile_for
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
+from lib_demofusion.memory import OutOfMemory
 
 
 def diffusers_autoencoder():
@@ -25,82 +27,6 @@ def diffusers_autoencoder():
         layers_per_block=1,
         norm_num_groups=4,
     ).eval()
-
-
-class Residual(nn.Module):
-    def __init__(self, given, made):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(4, given), nn.Conv2d(given, made, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(4, made), nn.Conv2d(made, made, 3, padding=1)
-        self.shortcut = nn.Conv2d(given, made, 1)
-
-    def forward(self, x, temb=None):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-class Attention(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.norm, self.qkv = nn.GroupNorm(4, channels), nn.Conv2d(channels, 3 * channels, 1)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)
-        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2))
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class WebuiNetwork(nn.Module):
-    """Decoder or encoder as the WebUI's checkpoints have them: `mid` is called part by part, `up` is stored reversed."""
-
-    def __init__(self, given, made, decoder):
-        super().__init__()
-        self.conv_in = nn.Conv2d(given, 16, 3, padding=1)
-        self.mid = nn.Module()
-        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = Residual(16, 16), Attention(16), Residual(16, 16)
-        levels = nn.ModuleList(nn.Module() for _ in range(4))
-        for i, level in enumerate(levels):
-            level.block = nn.ModuleList([Residual(16, 16)])
-            if decoder and i > 0:
-                level.upsample = Upsample(16)
-            if not decoder and i < 3:
-                level.downsample = Downsample(16)
-        setattr(self, "up" if decoder else "down", levels)
-        self.norm_out, self.conv_out = nn.GroupNorm(4, 16), nn.Conv2d(16, made, 3, padding=1)
-
-    def middle(self, h):
-        return self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, None)), None)
-
-    def forward(self, x):
-        h = self.conv_in(x)
-        if hasattr(self, "up"):
-            h = self.middle(h)
-            for level in reversed(self.up):
-                h = level.block[0](h, None)
-                h = level.upsample(h) if hasattr(level, "upsample") else h
-        else:
-            for level in self.down:
-                h = level.block[0](h, None)
-                h = level.downsample(h) if hasattr(level, "downsample") else h
-            h = self.middle(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 @functools.cache
@@ -357,6 +283,58 @@ def test_what_cannot_work_is_refused():
         encode(encoder, torch.randn(2, 3, 256, 256), encoder)
 
 
+@contextmanager
+def small_card(module, most):
+    """Inputs of the module of more than `most` pixels run out of memory."""
+
+    def look(module, args):
+        if math.prod(args[0].shape[-2:]) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with module.register_forward_pre_hook(look):
+        yield
+
+
+def last(network):
+    return next(module for module in reversed(list(network.modules())) if isinstance(module, nn.Conv2d))
+
+
+def first(network):
+    return next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+
+
+@pytest.mark.parametrize("tile", [49, 200])  # in tiles, and at once
+def test_tiles_that_do_not_fit_are_halved(autoencoder, tile):
+    """49, and what there is of 200, are halved to 24."""
+    (decodes, decoder), (encodes, encoder) = autoencoder
+    z, x = smooth(4, 49, 50), smooth(3, 8 * 49, 8 * 50)
+    expected = decode(decodes, z, decoder, tile=24), encode(encodes, x, encoder, tile=24)
+    with small_card(last(decoder), (24 * 8) ** 2):
+        assert torch.equal(decode(decodes, z, decoder, tile=tile), expected[0])
+    with small_card(first(encoder), (24 * 8) ** 2):
+        assert torch.equal(encode(encodes, x, encoder, tile=tile), expected[1])
+
+
+def test_a_card_too_small_for_any_tile_is_told(autoencoder):
+    (decodes, decoder), _ = autoencoder
+    with (
+        small_card(last(decoder), 100),
+        pytest.raises(OutOfMemory, match="out of memory in the autoencoder with tiles of 24x24"),
+    ):
+        decode(decodes, smooth(4, 49, 50), decoder, tile=48)
+
+
+def test_where_the_whole_images_attention_does_not_fit_tiles_attend_to_themselves(autoencoder):
+    (decodes, decoder), _ = autoencoder
+    z = smooth(4, 26, 40)
+    with torch.no_grad():
+        whole = decodes(z)
+    with small_card(first(decoder), 24 * 24), watched([first(decoder)]) as calls:
+        tiled = decode(decodes, z, decoder, tile=24)
+    assert max(max(size) for _, size, _ in calls) == 24
+    assert decibels(tiled, whole) > 40
+
+
 def test_resamplers_go_from_the_image_to_the_latents(autoencoder):
     (decodes, decoder), (encodes, encoder) = autoencoder
     for network, function, x, expected in (
@@ -369,9 +347,21 @@ def test_resamplers_go_from_the_image_to_the_latents(autoencoder):
         assert [sizes[module] for module in resamplers(network)] == expected
 
 
-def test_the_tile_follows_from_memory():
+@pytest.mark.parametrize(
+    ("base", "taken", "free", "half", "side"),
+    [
+        ((80, 125), 0, 10**6, False, 100),  # the base image's area
+        ((80, 125), 150**2, 10**6, False, 150),  # the job has taken more before
+        ((80, 125), 150**2, 2 * 90**2, False, 90),  # half of what is free
+        ((80, 125), 150**2, 90**2, True, 90),
+        ((16, 16), 0, 10**6, False, tiles.SMALLEST_TILE),
+        ((80, 125), 0, 10, False, tiles.SMALLEST_TILE),
+    ],
+)
+def test_the_tile_follows_from_memory(monkeypatch, base, taken, free, half, side):
+    """taken and free in latent pixels' worth of single precision."""
     decoder = diffusers_autoencoder().decoder
-    per_latent_pixel = tiles.LIVE * 8 * 64 * 4  # 8 channels, 64 image pixels, 4 bytes
-    assert tile_for(100 * 100 * per_latent_pixel, decoder) == 100
-    assert tile_for(100 * 100 * per_latent_pixel // 2, decoder.half()) == 100
-    assert tile_for(0, decoder) == tiles.SMALLEST_TILE
+    worth = tiles.LIVE * 8 * 64 * 4  # 8 channels, 64 image pixels, 4 bytes
+    monkeypatch.setattr(tiles, "taken_before", lambda device: taken * worth)
+    monkeypatch.setattr(tiles, "free_memory", lambda device: free * worth)
+    assert tile_for(decoder.half() if half else decoder, torch.device("cpu"), base) == side

@@ -338,23 +338,23 @@ def test_sdxls_autoencoder_runs_in_single_precision_and_goes_back(pipes):
     pipe.vae.half()
     seen = []
     pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
-    decode_latents(pipe, torch.randn(1, 4, 8, 8))
+    decode_latents(pipe, torch.randn(1, 4, 8, 8), (8, 8))
     assert (seen, pipe.vae.dtype) == ([torch.float32], torch.float16)
 
 
 def small_tiles(monkeypatch):
     """As if memory were enough for tiles of 24 latent pixels only."""
-    monkeypatch.setattr(tiles, "tile_for", lambda budget, network, factor: 24)
+    monkeypatch.setattr(tiles, "tile_for", lambda network, device, base, factor: 24)
 
 
 def test_a_batch_is_decoded_image_by_image_and_in_tiles_as_whole(monkeypatch):
     pipe = tiny_pipeline("sdxl")
     latents = torch.randn(2, 4, 26, 40)
-    whole = [np.asarray(image, dtype=np.int16) for image in decode_latents(pipe, latents)]
+    whole = [np.asarray(image, dtype=np.int16) for image in decode_latents(pipe, latents, (8, 8))]
     small_tiles(monkeypatch)
     rows = []
     pipe.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape)))
-    tiled = [np.asarray(image, dtype=np.int16) for image in decode_latents(pipe, latents)]
+    tiled = [np.asarray(image, dtype=np.int16) for image in decode_latents(pipe, latents, (8, 8))]
     assert rows.count((1, 4, 26, 40)) == 2  # once per image, up to the latents' resolution
     assert len(rows) > 2 * (1 + 6)
     assert max(abs(a - b).max() for a, b in zip(tiled, whole)) <= 1
@@ -368,7 +368,7 @@ def test_single_precision_lasts_for_all_tiles(monkeypatch):
     small_tiles(monkeypatch)
     seen = set()
     pipe.vae.decoder.conv_norm_out.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
-    decode_latents(pipe, torch.randn(1, 4, 26, 30))
+    decode_latents(pipe, torch.randn(1, 4, 26, 30), (8, 8))
     assert (seen, pipe.vae.dtype) == ({torch.float32}, torch.float16)
 
 
@@ -382,7 +382,7 @@ def test_diffusers_own_tiling_is_left_alone_where_the_user_has_enabled_it(monkey
     for name in ("tiled_decode", "_tiled_encode"):
         method = getattr(pipe.vae, name)
         monkeypatch.setattr(pipe.vae, name, lambda *a, name=name, method=method, **k: calls.append(name) or method(*a, **k))
-    decode_latents(pipe, torch.randn(1, 4, 26, 30))
+    decode_latents(pipe, torch.randn(1, 4, 26, 30), (8, 8))
     generate(pipe, "", config=TWICE, steps=1, image=Image.new("RGB", (256, 256)))
     assert calls == ["tiled_decode", "_tiled_encode"]
 

@@ -562,6 +562,81 @@ def test_out_of_memory_beside_the_views(host, monkeypatch):
     assert reply.comments[0].startswith("DemoFusion: out of memory beside the views; a smaller scale or base image needs less")
 
 
+# ------------------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.fixture
+def decoder(host, monkeypatch):
+    """The model's decoder. decoder.sizes: what it is given, in tiles of 24 latent pixels."""
+    monkeypatch.setattr(host.webui.tiles, "tile_for", lambda network, device, base: 24)
+    decoder, sizes = host.shared.sd_model.first_stage_model.decoder, []
+    handle = decoder.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[-2:])))
+    yield SimpleNamespace(network=decoder, sizes=sizes)
+    handle.remove()
+
+
+def test_large_pictures_are_decoded_in_tiles(host, decoder):
+    """4x is 32 latent pixels; what is up to tiles of 24 is decoded at once, as the host does."""
+    small = host.generate(True, 3)
+    assert decoder.sizes == [(24, 24)]
+    before = snapshot(host)
+    large = host.generate(True, 4, batch_size=2)
+    assert decoder.sizes.count((32, 32)) == 2  # once for each image, up to the latents' resolution
+    assert decoder.sizes.count((2, 2)) > 8
+    assert_as_before(host, before)
+    expected = [host.shared.sd_model.decode_first_stage(latents[None])[0] for latents in (*small.latents[0], *large.latents[0])]
+    assert torch.equal(small.images[0], expected[0])
+    for image, whole in zip(large.images, expected[1:], strict=True):
+        assert (image - whole).square().mean().sqrt() < 1e-2 * whole.std()
+
+
+def test_the_base_is_decoded_by_the_host(host, decoder):
+    host.generate(False)
+    assert decoder.sizes == [(8, 8)]
+
+
+def test_another_decoder_is_left_alone(host, decoder, monkeypatch):
+    """Tiled VAE puts its own in place of the decoder's forward; afterwards it leaves the bound method there."""
+    own, seen = decoder.network.forward, []
+    decoder.network.forward = lambda z: seen.append(tuple(z.shape[-2:])) or own(z)
+    monkeypatch.setattr(decoder.network, "forward", decoder.network.forward)
+    host.generate(True, 4)
+    assert seen == [(32, 32)]
+    decoder.network.forward = own
+    host.generate(True, 4)
+    assert decoder.sizes.count((2, 2)) > 8
+    decoder.sizes.clear()
+    host.shared.opts.sd_vae_decode_method = "TAESD"
+    host.generate(True, 4)
+    assert decoder.sizes == [(32, 32)]
+
+
+@pytest.mark.parametrize("kind", ["memory", "nan"])
+@pytest.mark.parametrize("reached", [1, 2])
+def test_the_last_phase_that_can_be_decoded_is_not_lost(host, decoder, monkeypatch, kind, reached):
+    expected = host.generate(*([True, 2] if reached == 2 else [])).images[0]
+    before, decode = snapshot(host), host.shared.sd_model.decode_first_stage
+
+    def small(model, z):
+        if z.shape[-1] <= SIZES[reached][1]:
+            return decode(z)
+        if kind == "memory":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return torch.full((1, 3, 8, 8), float("nan"))
+
+    monkeypatch.setattr(type(host.shared.sd_model), "decode_first_stage", small)
+    reply = host.generate(True, 3)
+    assert torch.equal(reply.images[0], expected)
+    why = "out of memory in the autoencoder" if kind == "memory" else "failed: "
+    assert reply.comments[0].startswith(f"DemoFusion: phase 3 of 3, 192x192, cannot be decoded: {why}")
+    size = 8 * SIZES[reached][0]
+    assert reply.comments[-1].endswith(f"; phase {reached} of 3, {size}x{size}, is what you get.")
+    assert len(reply.comments) == 3 - reached
+    parameters = host.infotext_utils.parse_generation_parameters(reply.infotexts[0])
+    assert parameters.get("DemoFusion scale") == (None if reached == 1 else "2")
+    assert_as_before(host, before)
+
+
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("call", [5, 20, 21, 56])  # 20 and 56 end a phase: the NaN is in some pixels only
 def test_nan_keeps_the_last_finished_phase(host, call, images):
@@ -764,7 +839,7 @@ def test_the_bar_does_not_run_ahead_between_phases(host, monkeypatch, tmp_path):
     monkeypatch.setattr(host.processing, "decode_latent_batch", look)
     host.generate(*saving(3), outpath_samples=str(tmp_path))
     total = 1 + VIEWS[2] + VIEWS[3]
-    assert shown == pytest.approx([1 / total, (1 + VIEWS[2]) / total])
+    assert shown == pytest.approx([1 / total, (1 + VIEWS[2]) / total, 1])
 
 
 @pytest.mark.parametrize("batches", [1, 2])

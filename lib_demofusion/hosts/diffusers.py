@@ -25,10 +25,10 @@ from torch import Tensor
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
-from lib_demofusion.memory import OutOfMemory, ViewBatch, free_memory
+from lib_demofusion.memory import OutOfMemory, ViewBatch
 from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase
-from lib_demofusion.views import View
+from lib_demofusion.views import Size, View
 
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoint"
 
@@ -95,7 +95,7 @@ class Result:
 
     def images(self, index: int = -1) -> list:
         """The PIL images of one phase: -1 the last one finished, 0 the base."""
-        return decode_latents(self.pipe, self.phases[index][1])
+        return decode_latents(self.pipe, self.phases[index][1], self.plan.window)
 
 
 def load_pipeline(model: str | Path = EMBEDDED_CHECKPOINT, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
@@ -265,28 +265,29 @@ def check_prompt(pipe: Any, prompt: str, name: str) -> None:
             raise ValueError(f"the {name} is too long: {tokens - 2} tokens, {most - 2} at most; shorten it")
 
 
-def decode_latents(pipe: Any, latents: Tensor) -> list:
-    """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder, in tiles where memory is too small for one."""
+def decode_latents(pipe: Any, latents: Tensor, base: Size) -> list:
+    """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder; in tiles, if they are larger than the base."""
+    from PIL import Image
+
     vae, images = pipe.vae, []
     with torch.inference_mode(), _enough_precision(vae):
         for z in latents.split(1):
             z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor
-            pixels = _in_tiles(tiles.decode, pipe, vae.decoder, lambda z: vae.decode(z).sample, z)
+            pixels = _in_tiles(tiles.decode, pipe, vae.decoder, lambda z: vae.decode(z).sample, z, base)
             if not torch.isfinite(pixels).all():
                 raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
-            images += pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+            # As the pipeline's own postprocess, in place: it would make several copies of what may be a huge image.
+            pixels = pixels.cpu().float().div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+            images.append(Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy()))
     return images
 
 
-def _in_tiles(tiled: Callable, pipe: Any, network: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), through tiles.decode or tiles.encode, unless the user has set up diffusers' own tiling.
-
-    A pass may take half the free memory: the image and its features need some, too.
-    """
+def _in_tiles(tiled: Callable, pipe: Any, network: Any, function: Callable[[Tensor], Tensor], x: Tensor, base: Size) -> Tensor:
+    """function(x), through tiles.decode or tiles.encode, unless the user has set up diffusers' own tiling."""
     if getattr(pipe.vae, "use_tiling", False):
         return function(x)
     factor = pipe.vae_scale_factor
-    tile = tiles.tile_for(free_memory(x.device) // 2, network, factor)
+    tile = tiles.tile_for(network, x.device, base, factor)
     return tiled(function, x, network, factor=factor, tile=tile)
 
 
@@ -374,7 +375,9 @@ class _Run:
         vae = self.pipe.vae
         with _enough_precision(vae):
             pixels = self.pipe.image_processor.preprocess(image).to(self.device, vae.dtype)
-            latents = _in_tiles(tiles.encode, self.pipe, vae.encoder, lambda x: vae.encode(x).latent_dist.mode(), pixels)
+            latents = _in_tiles(
+                tiles.encode, self.pipe, vae.encoder, lambda x: vae.encode(x).latent_dist.mode(), pixels, (h, w)
+            )
         return (latents * vae.config.scaling_factor).float().repeat(len(self.generators), 1, 1, 1)
 
     def noise(self, phase: Phase) -> Tensor:

@@ -28,6 +28,7 @@ from modules.sd_hijack import model_hijack
 from PIL import Image
 from torch import Tensor
 
+from lib_demofusion import decode as tiles
 from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
 from lib_demofusion.memory import OutOfMemory, ViewBatch, is_out_of_memory
@@ -329,34 +330,55 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
         return
 
     progress.pause(1)
-    reached, trouble, base = plan.phases[0], None, ps.samples
+    base, trouble = ps.samples, None
+    finished = [(plan.phases[0], base)]
     with _restored(p):
         run = _Phases(p, plan, settings.config, progress)
         try:
             done = None
             if settings.resume is not None:
                 base, done = run.take_up(_read_saved(settings.resume), base)
-                reached, ps.samples = plan.phases[done[0] - 1], done[1]
+                finished.append((plan.phases[done[0] - 1], done[1]))
             elif settings.save_phases:
-                _save(p, settings.config, reached, base, base)
+                _save(p, settings.config, plan, plan.phases[0], base, base)
             for phase, latents in upscale(plan, base, run.noise, run.denoise, done):
-                ps.samples, reached = latents, phase
+                finished.append((phase, latents))
                 if settings.save_phases and phase is not plan.phases[-1]:
-                    _save(p, settings.config, phase, latents, base)
+                    _save(p, settings.config, plan, phase, latents, base)
         except Cancelled:
             trouble = "stopped"
         except Exception as error:  # whatever it is, what is finished must not be lost
             errors.report(f"{NAME} failed", exc_info=True)
             trouble = _reason(error)
     progress.close()
-    _describe(p, settings.config, reached)
     if run.view_batch.size < settings.config.view_batch_size:
         p.comment(f"{NAME}: a view batch size of {settings.config.view_batch_size} did not fit; {run.view_batch.size} did.")
     if trouble:
-        size = f"{reached.size[1] * FACTOR}x{reached.size[0] * FACTOR}"
-        p.comment(f"{NAME}: {trouble}; phase {reached.number} of {len(plan.phases)}, {size}, is the last one finished.")
+        p.comment(f"{NAME}: {trouble}; {_called(finished[-1][0], plan)}, is the last one finished.")
         _keep_what_is_finished()
         devices.torch_gc()
+    _hand_over(p, ps, settings.config, plan, finished)
+
+
+def _hand_over(p: Any, ps: Any, config: DemoFusionConfig, plan: Plan, finished: list[tuple[Phase, Tensor]]) -> None:
+    """Give the host the last of the finished phases that can be decoded, decoded already if that takes our tiles."""
+    while True:
+        reached, latents = finished.pop()
+        _describe(p, config, reached)
+        if not finished or not _may_use_tiles(p.sd_model):
+            ps.samples = latents
+            return
+        try:
+            ps.samples = _decode(p.sd_model, latents, plan)
+            return
+        except Exception as error:
+            errors.report(f"{NAME}: phase {reached.number} cannot be decoded", exc_info=True)
+            lost = f"{_called(reached, plan)}, cannot be decoded: {_reason(error)}"
+            p.comment(f"{NAME}: {lost}; {_called(finished[-1][0], plan)}, is what you get.")
+
+
+def _called(phase: Phase, plan: Plan) -> str:
+    return f"phase {phase.number} of {len(plan.phases)}, {phase.size[1] * FACTOR}x{phase.size[0] * FACTOR}"
 
 
 def _stopped() -> bool:
@@ -402,20 +424,52 @@ def _autocast() -> Any:
     return devices.without_autocast() if devices.unet_needs_upcast else devices.autocast()
 
 
-def _save(p: Any, config: DemoFusionConfig, phase: Phase, latents: Tensor, base: Tensor) -> None:
+def _save(p: Any, config: DemoFusionConfig, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
     """Write a phase's images, and beside each the file from which it can be resumed. What fails here ends no phase."""
     if not p.save_samples():
         return
     _describe(p, config, phase)
     try:
-        _write(p, phase, latents, base)
+        _write(p, plan, phase, latents, base)
     except Exception as error:  # a full disk, or no memory to decode
         errors.report(f"{NAME}: phase {phase.number} was not saved", exc_info=True)
         p.comment(f"{NAME}: phase {phase.number} was not saved: {first_line(error)}")
 
 
-def _write(p: Any, phase: Phase, latents: Tensor, base: Tensor) -> None:
-    for i, pixels in enumerate(processing.decode_latent_batch(p.sd_model, latents, devices.cpu, check_for_nans=True)):
+def _may_use_tiles(model: Any) -> bool:
+    """Whether the host would decode with the whole of a decoder that we can run in tiles, and nobody else does that."""
+    decoder = getattr(model.first_stage_model, "decoder", None)
+    if decoder is None or shared.opts.sd_vae_decode_method != "Full":
+        return False
+    if getattr(decoder.forward, "__func__", None) is not type(decoder).forward:  # Tiled VAE, for one, has taken its place
+        return False
+    try:
+        tiles.resamplers(decoder)
+    except ValueError:
+        return False
+    return True
+
+
+def _decode(model: Any, latents: Tensor, plan: Plan) -> Any:
+    """latents [B, C, h, w] as the host decodes them, images [3, H, W] in -1..1 on the CPU; large ones in tiles."""
+    whole, before = model.decode_first_stage, vars(model).get("decode_first_stage")
+
+    def decode(z: Tensor) -> Tensor:
+        decoder = model.first_stage_model.decoder
+        return tiles.decode(whole, z, decoder, tile=tiles.tile_for(decoder, z.device, plan.window))
+
+    if _may_use_tiles(model):
+        model.decode_first_stage = decode  # on this one model, shadowing its class's, until the end of this function
+    try:
+        return processing.decode_latent_batch(model, latents, devices.cpu, check_for_nans=True)
+    finally:
+        vars(model).pop("decode_first_stage", None)
+        if before is not None:
+            model.decode_first_stage = before
+
+
+def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
+    for i, pixels in enumerate(_decode(p.sd_model, latents, plan)):
         image = pixels.float().add(1).mul(127.5).clamp(0, 255).byte().permute(1, 2, 0).numpy()
         info = processing.create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i, all_negative_prompts=p.negative_prompts)
         path, _ = images.save_image(

@@ -19,7 +19,7 @@ def main(out, scale, h, w):
     pipe = diffusers.load_pipeline()
     config = DemoFusionConfig(scale=scale, jitter=False, view_batch_size=3)
     plan = diffusers.plan_for(pipe, config, height=8 * h, width=8 * w, steps=STEPS, cfg_scale=CFG)
-    run = diffusers._Run(pipe, plan, config, diffusers.SAMPLERS["Euler"], STEPS, CFG, [0], None, None)
+    run = diffusers._Run(pipe, plan, config, diffusers.SAMPLERS["Euler"], STEPS, CFG, [0], None, None, None)
     generator = torch.Generator().manual_seed(7)
     base = torch.randn(1, 4, h, w, generator=generator)
     noises = {p.number: torch.randn(1, 4, *p.size, generator=generator) for p in plan.phases[1:]}

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from webui_host import same_but_for_rounding
 
 STEPS, SCALE = 4, 3
 BASE_CALLS = STEPS
@@ -161,7 +162,7 @@ def test_a_card_that_is_too_small(host, most, since):
     handle = host.shared.sd_model.model.diffusion_model.register_forward_pre_hook(small)
     latents = host.latents(*eight, steps=STEPS)
     handle.remove()
-    assert torch.allclose(latents, expected, atol=1e-4)
+    assert same_but_for_rounding(latents, expected)
     if not most:
         assert f"phase {reached} of 3" in host.comments[-1]
         assert "out of memory with one view at a time; a smaller base image" in host.comments[-1]
