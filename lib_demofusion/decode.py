@@ -307,9 +307,7 @@ def _in_tiles_that_fit(code: Callable[[int], Tensor], size: tuple[int, int], til
         if result is not None:
             return result
         if tile // 2 < 2 * overlap:
-            raise OutOfMemory(
-                f"out of memory in the autoencoder, with tiles of {tile} latent pixels; half precision needs less"
-            )
+            raise OutOfMemory(f"out of memory in the autoencoder with tiles of {tile} latent pixels; half precision needs less")
         tile //= 2
 
 
