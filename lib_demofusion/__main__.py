@@ -184,8 +184,8 @@ def run(args: argparse.Namespace, resume) -> int:
                 bar.write(
                     f"a view batch size of {config.view_batch_size} did not fit; {result.view_batch.size} did", sys.stderr
                 )
-            if result.phases:
-                write(args, config, result, path, seed)
+            if result.phases and (lost := write(args, config, result, path, seed)):
+                stop = stop or host.Incomplete(lost, result)
             if stop:
                 break
             bar.write(f"{path}: {result.evaluations:,} model calls")
@@ -198,12 +198,25 @@ def run(args: argparse.Namespace, resume) -> int:
     return 130 if stop.cancelled else 1
 
 
-def write(args: argparse.Namespace, config: DemoFusionConfig, result, path: Path, seed: int) -> None:
-    """Write the last finished phase to path, and the comparison beside it if it was asked for."""
-    image = result.images()[0]
+def write(args: argparse.Namespace, config: DemoFusionConfig, result, path: Path, seed: int) -> str | None:
+    """Write the last finished phase to path, and the comparison beside it if it was asked for.
+
+    Phases that cannot be decoded are taken off the result; returns why, in one line.
+    """
+    lost = None
+    while True:
+        try:
+            image = result.images()[0]
+            break
+        except (RuntimeError, FloatingPointError) as error:  # out of memory, or NaN
+            if len(result.phases) == 1:
+                raise
+            phase, _ = result.phases.pop()
+            lost = lost or f"phase {phase.number} cannot be decoded: {first_line(error)}"
     save(image, path, infotext(args, config, result, -1, seed))
     if args.compare and len(result.phases) > 1:
         save(comparison(result.images(0)[0], image), suffixed(path, "compare"))
+    return lost
 
 
 def scale_for(size: tuple[int, int], window: tuple[int, int], factor: int) -> float:

@@ -942,6 +942,7 @@ MODULES = {
     "modules.processing": dict(
         StableDiffusionProcessingTxt2Img=StableDiffusionProcessingTxt2Img,
         Processed=Processed,
+        DecodedSamples=DecodedSamples,
         decode_latent_batch=decode_latent_batch,
         create_infotext=create_infotext,
         process_images=process_images,

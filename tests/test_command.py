@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from tiny import tiny_pipeline
@@ -171,6 +171,24 @@ def test_running_out_of_memory_saves_the_last_finished_phase_and_says_so(run, mo
     code, _, err, path = run("one red ring", "--scale", "3")
     assert code == 1
     line = "out of memory with one view at a time; a smaller base image or half precision needs less"
+    assert err.splitlines()[-1] == f"demofusion: {line}; the last finished phase, 2 of 3, is in {path}"
+    assert Image.open(path).size == (128, 128)
+
+
+def test_a_phase_that_cannot_be_decoded_leaves_the_one_before(run, monkeypatch):
+    decode = AutoencoderKL.decode
+
+    def small(vae, z, *args, **kwargs):
+        if z.shape[-1] > 16:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
+        return decode(vae, z, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", small)
+    code, _, err, path = run("one red ring", "--scale", "3")
+    assert code == 1
+    line = (
+        "phase 3 cannot be decoded: out of memory in the autoencoder with tiles of 24 latent pixels; half precision needs less"
+    )
     assert err.splitlines()[-1] == f"demofusion: {line}; the last finished phase, 2 of 3, is in {path}"
     assert Image.open(path).size == (128, 128)
 

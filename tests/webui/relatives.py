@@ -110,7 +110,7 @@ def make_sdxl(folder):
             "params": {
                 "embed_dim": 4,
                 "ddconfig": {
-                    "attn_type": "none",
+                    "attn_type": "vanilla",
                     "double_z": True,
                     "z_channels": 4,
                     "resolution": 64,

@@ -169,6 +169,45 @@ def test_a_card_that_is_too_small(host, most, since):
     assert snapshot(host) == before
 
 
+def test_large_pictures_are_decoded_in_tiles(host, monkeypatch):
+    whole = np.asarray(host.generate(True, SCALE, steps=STEPS).images[0], np.int16)
+    before, seen = snapshot(host), []
+    handle = host.shared.sd_model.first_stage_model.decoder.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].shape)
+    )
+    monkeypatch.setattr(host.webui.tiles, "tile_for", lambda network, device, base: 20)
+    tiled = np.asarray(host.generate(True, SCALE, steps=STEPS).images[0], np.int16)
+    handle.remove()
+    assert seen.count((1, 4, 24, 24)) == 1  # up to the latents' resolution
+    assert seen.count((1, 4, 2, 2)) >= 2 * (4 + 1)  # two passes or more, of four tiles and a sample
+    assert abs(tiled - whole).max() <= 3
+    assert snapshot(host) == before
+
+
+@pytest.mark.parametrize("reached", [1, 2])
+def test_the_last_phase_that_can_be_decoded_is_not_lost(host, monkeypatch, reached):
+    expected = host.generate(*([True, 2] if reached == 2 else []), steps=STEPS).images[0]
+    model = host.shared.sd_model
+    decode, before = model.decode_first_stage, snapshot(host)
+
+    def small(z):
+        if z.shape[-1] > 8 * reached:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return decode(z)
+
+    model.decode_first_stage = small
+    try:
+        reply = host.generate(True, SCALE, steps=STEPS)
+        assert model.decode_first_stage is small
+    finally:
+        del model.decode_first_stage
+    assert np.array_equal(np.asarray(reply.images[0]), np.asarray(expected))
+    assert ("DemoFusion scale: 2" in reply.infotexts[0]) == (reached == 2)
+    assert "phase 3 of 3, 192x192, cannot be decoded: out of memory in the autoencoder" in host.comments[0]
+    assert host.comments[-1].endswith(f"phase {reached} of 3, {64 * reached}x{64 * reached}, is what you get.")
+    assert snapshot(host) == before
+
+
 def test_interrupted_images_are_saved(host, at_call):
     at_call(STEPS * 5 + 2, host.shared.state.interrupt)
     host.generate(True, SCALE, steps=STEPS, seed=4242, save_images=True)
