@@ -27,9 +27,10 @@ PATCH = 8  # latent pixels; a sample of the image consists of such squares
 TOLERANCE = 5e-3  # in standard deviations; images were then 60 dB and more from the untiled ones
 MOST_PASSES = 8  # three or four are usual
 SMALLEST_TILE = 64  # latent pixels
-# Numbers alive at the peak of autoencoding, per image pixel and channel at full resolution: 5.7 in tensors, as measured,
-# and room for what convolutions take besides.
-LIVE = 8
+# Numbers alive at the peak of decoding, as measured: per image pixel and channel at full resolution, and per latent pixel
+# and channel before the first upsampling, which is whole where the rest is in tiles.
+LIVE, LIVE_FEATURES = 6, 8
+ROOM = 4 / 3  # what convolutions take besides
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,7 @@ def _in_passes(statistics: _WholeStatistics, run: Run, size: tuple[int, int], ti
             whole = _assemble(run, size, tile, overlap, pixels)
             if statistics.settled():
                 return whole
+            del whole  # before there is the next one
 
 
 @torch.no_grad()
@@ -326,7 +328,9 @@ def _decode(
     if not statistics.norms:
         return _assemble(lambda part: function(part.crop(latents)), size, tile, overlap, factor)
     first = resamplers(decoder)[-1]
-    features = unless_out_of_memory(lambda: _until(first.register_forward_pre_hook, function, latents), latents.device)
+    features = None
+    if LIVE_FEATURES * widths(decoder)[0] * size[0] * size[1] * latents.element_size() < free_memory(latents.device):
+        features = unless_out_of_memory(lambda: _until(first.register_forward_pre_hook, function, latents), latents.device)
 
     def run_alone(part: Tile | Sample) -> Tensor:
         statistics.part = part
@@ -401,7 +405,22 @@ def tile_for(network: nn.Module, device: torch.device, base: tuple[int, int], fa
     the job has taken more than that before; it takes half of what is free at most, since image and features need some too.
     Never less than SMALLEST_TILE: below it the overlaps cost more than they save.
     """
-    channels = min((norm.num_channels for norm in group_norms(network)), default=64)  # at full resolution
-    pixel = LIVE * channels * factor**2 * next(network.parameters()).element_size()
+    _, channels = widths(network)
+    pixel = ROOM * LIVE * channels * factor**2 * next(network.parameters()).element_size()
     budget = min(max(base[0] * base[1] * pixel, taken_before(device)), free_memory(device) // 2)
-    return max(math.isqrt(budget // pixel), SMALLEST_TILE)
+    return max(math.isqrt(int(budget // pixel)), SMALLEST_TILE)
+
+
+def widths(network: nn.Module) -> tuple[int, int]:
+    """The channels of a decoder or an encoder at the latents' resolution and at the image's."""
+    channels = [norm.num_channels for norm in group_norms(network)] or [64]
+    return max(channels), min(channels)
+
+
+def decoding_bytes(size: tuple[int, int], tile: int, widths: tuple[int, int], itemsize: int, factor: int = 8) -> int:
+    """The most bytes that decoding latents of (h, w) pixels takes at once, beside the finished image."""
+    area, (deep, shallow) = size[0] * size[1], widths
+    pixel = LIVE * shallow * factor**2 * itemsize
+    if area <= tile**2:
+        return area * pixel
+    return max(LIVE_FEATURES * deep * area * itemsize, deep * area * itemsize + tile**2 * pixel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 V = TypeVar("V")
 
+# Numbers per number of the final latents that sampling holds besides a model call: 8 to 10 as measured, by sampler.
+LATENTS = 10
 FIXED_SIZE = 4  # automatic, where nothing is measured
 WORTH = 0.95  # a larger batch must bring the time per view down to this share
 
@@ -164,13 +167,52 @@ def _storage(value: Any) -> Any:
     return value.untyped_storage() if isinstance(value, Tensor) else None
 
 
-def call_bytes(module: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """The most bytes that are alive during module(*args, **kwargs), its arguments included and its weights not.
+class _Call(nn.Module):
+    def __init__(self, module: nn.Module, function: Callable):
+        super().__init__()
+        self.module = module
+        vars(self)["function"] = function  # not as a second child, if it is the module itself
 
-    Nothing is computed: weights and arguments are taken as shapes alone.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def call_bytes(module: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> int:
+    """The most bytes that are alive during function(*args, **kwargs), its arguments included and module's weights not.
+
+    function: what it computes with are its arguments and the module. Nothing is computed: weights and arguments are taken
+    as shapes alone.
     """
-    weights = {name: x.to("meta") for name, x in (*module.named_parameters(), *module.named_buffers())}
+    call = _Call(module, function)
+    weights = {name: x.to("meta") for name, x in (*call.named_parameters(), *call.named_buffers())}
     with torch.inference_mode(), Meter() as meter:
         args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
-        torch.func.functional_call(module, weights, args, kwargs)
+        torch.func.functional_call(call, weights, args, kwargs)
     return meter.peak
+
+
+def gib(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def lacking(device: torch.device, sampling: int, picture: int) -> str | None:
+    """What a job lacks, in one line; None if it can fit.
+
+    sampling: bytes that it takes on the device beside what is there now, even with one view at a time. picture: bytes of
+    main memory for the finished picture; on the CPU they come after sampling, from the same memory.
+    """
+    for name, where, need in (("sampling", device, sampling), ("the picture", torch.device("cpu"), picture)):
+        free = free_memory(where)
+        if need > free:
+            memory = "memory" if where.type == "cpu" else f"the memory of {where.type}"
+            return f"{name} takes {gib(need)} of {memory}, and {gib(free)} are free"
+    return None
+
+
+def largest_that_fits(scale: float, fits: Callable[[float], bool]) -> str:
+    """What to choose instead of a scale that does not fit: the largest one below it, in halves."""
+    for half in range(math.ceil(2 * scale) - 1, 2, -1):
+        if fits(half / 2):
+            return f"the largest scale that fits is {half / 2:g}"
+    return "no scale fits; a smaller base image may"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,46 @@ class Plan:
         rows.append(("all", "", "", "", f"{self.evaluations:,}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+class Pace:
+    """How long phases take, foreseen from what a view has taken so far in the phase that runs or ran last.
+
+    A phase's first call is not timed: it may have to warm something up.
+    """
+
+    def __init__(self, plan: Plan, now: Callable[[], float] = time.monotonic):
+        self.plan = plan
+        self._now = now
+        self._number = 0  # of the phase that is timed
+        self._began = 0.0
+        self._views = 0
+        self._per_view: float | None = None
+
+    def count(self, number: int, views: int) -> None:
+        """So many views of phase `number` have just been looked at, by the whole batch and in all branches."""
+        now = self._now()
+        if number != self._number:
+            self._number, self._began, self._views = number, now, 0
+            return
+        self._views += views
+        self._per_view = (now - self._began) / self._views
+
+    def seconds(self, number: int) -> float | None:
+        """For the whole of phase `number`; None as long as there is nothing to tell it from."""
+        return None if self._per_view is None else self._per_view * self.plan.phases[number - 1].evaluations
+
+    def seconds_after(self, number: int) -> float | None:
+        """For all phases after `number`."""
+        rest = self.plan.phases[number:]
+        return None if self._per_view is None else self._per_view * sum(phase.evaluations for phase in rest)
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds for people: 75 -> 1:15."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def phase_scales(scale: float) -> list[float]:

@@ -361,7 +361,7 @@ def test_resamplers_go_from_the_image_to_the_latents(autoencoder):
 def test_the_tile_follows_from_memory(monkeypatch, base, taken, free, half, side):
     """taken and free in latent pixels' worth of single precision."""
     decoder = diffusers_autoencoder().decoder
-    worth = tiles.LIVE * 8 * 64 * 4  # 8 channels, 64 image pixels, 4 bytes
+    worth = int(tiles.ROOM * tiles.LIVE * 8 * 64 * 4)  # 8 channels, 64 image pixels, 4 bytes
     monkeypatch.setattr(tiles, "taken_before", lambda device: taken * worth)
     monkeypatch.setattr(tiles, "free_memory", lambda device: free * worth)
     assert tile_for(decoder.half() if half else decoder, torch.device("cpu"), base) == side

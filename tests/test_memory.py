@@ -204,5 +204,5 @@ def test_a_call_is_measured_without_being_made():
     x = torch.randn(2, 4, 10, 10)
     with torch.inference_mode(), Meter() as meter:
         module(x.clone())
-    assert call_bytes(module, x) == meter.peak == 4 * 2 * 100 * (4 + 32 + 32)
+    assert call_bytes(module, module, x) == meter.peak == 4 * 2 * 100 * (4 + 32 + 32)
     assert next(module.parameters()).device.type == "cpu"

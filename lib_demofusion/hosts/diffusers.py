@@ -346,7 +346,7 @@ class _Run:
     def take_up(self, saved: SavedPhase) -> tuple[Tensor, tuple[int, Tensor]]:
         """Everything as it was when the phase was saved: the base, and the phase's number and latents."""
         for generator, state in zip(self.generators, saved.generators):
-            generator.set_state(state)
+            generator.set_state(state.clone())  # torch takes no row of a tensor
         numbers = dict.fromkeys((1, saved.number))
         self.result.phases = [(self.plan.phases[n - 1], saved.base if n == 1 else saved.latents) for n in numbers]
         self.result.evaluations = self.plan.evaluations_to(saved.number)
