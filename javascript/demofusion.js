@@ -18,12 +18,23 @@ function demofusionRound(x) {
     return low % 2 ? low + 1 : low;
 }
 
+// What decoding takes: at once up to a tile's area, then the features before the first upsampling, or a tile beside them.
+function demofusionDecoding(table, area, base) {
+    const tile = Math.max(base, table.tile ** 2);
+    if (area <= tile) return table.whole * area;
+    return Math.max(table.features * area, table.features / 8 * area + table.whole * tile);
+}
+
+function demofusionMemory(bytes) {
+    return bytes >= 2 ** 30 ? `${(demofusionRound(bytes / 2 ** 30 * 10) / 10).toFixed(1)} GiB` : `${demofusionRound(bytes / 2 ** 20)} MiB`;
+}
+
 function demofusionReadout(form) {
     if (form.hires) return "off: Hires. fix is ticked";
     const h = Math.floor(form.height / 8), w = Math.floor(form.width / 8);
     const stride = form.stride ? [form.stride, form.stride] : [Math.floor(h / 2) || 1, Math.floor(w / 2) || 1];
     if (form.stride > Math.min(h, w)) return `stride: at most ${Math.min(h, w)} for this size`;
-    const counts = form.samplers[form.sampler];
+    const counts = form.table.samplers[form.sampler];
     if (counts === undefined) return `cannot run with ${form.sampler}; Euler works`;
 
     const scales = [];
@@ -42,7 +53,9 @@ function demofusionReadout(form) {
         total += branches * calls * (rows * columns + Math.ceil(scale) ** 2);
     }
     const made = counts === "unknown" ? "as many model calls as it takes" : `${total.toLocaleString("en-US")} model calls`;
-    return `from ${w * 8}x${h * 8} to ${width * 8}x${height * 8}, ${scales.length + 1} phases, ${made}`;
+    const decoding = [height * width, h * w].map((area) => demofusionDecoding(form.table, area, h * w));
+    const more = demofusionMemory(Math.max(form.table.latents * height * width, decoding[0] - decoding[1]));
+    return `from ${w * 8}x${h * 8} to ${width * 8}x${height * 8}, ${scales.length + 1} phases, ${made}, +${more} memory`;
 }
 
 if (typeof onUiLoaded === "function") {
@@ -61,7 +74,7 @@ if (typeof onUiLoaded === "function") {
                 hires: ticked("txt2img_hr-checkbox"),
                 scale: number("script_demofusion_scale"), stride: number("script_demofusion_stride"),
                 phaseSteps: number("script_demofusion_phase_steps"),
-                samplers: JSON.parse(readout.dataset.samplers),
+                table: JSON.parse(readout.dataset.table),
             }) : "";
         if (readout.textContent !== text) readout.textContent = text;
     };

@@ -122,6 +122,8 @@ def settings_to_resume(args: argparse.Namespace, config: DemoFusionConfig, pipe,
 
 
 def run(args: argparse.Namespace, resume) -> int:
+    from lib_demofusion.phases import Pace
+
     config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in fields(DemoFusionConfig)})
     check_arguments(args)
     image = open_image(args.image) if args.image else None
@@ -139,22 +141,27 @@ def run(args: argparse.Namespace, resume) -> int:
         plan = host.plan_for(pipe, config, image=image, **shape)
     if args.plan:
         print(plan.table(pipe.vae_scale_factor))
+        print(memory_line(host, pipe, plan, config))
         return 0
 
     done = plan.evaluations_to(resume.number) if resume else 0
     with interruptible() as stopped, progress_bar(plan.evaluations * args.batch_count, done) as bar:
-
-        def advance(phase, views):
-            bar.set_description(f"phase {phase.number} of {len(plan.phases)}")
-            bar.update(views * plan.branches)
-
         for number in range(args.batch_count):
             path = args.output if args.batch_count == 1 else suffixed(args.output, f"{number + 1}")
-            seed, stop = args.seed + number, None
+            seed, stop, pace = args.seed + number, None, Pace(plan)
 
-            def keep(result, saved, path=path, seed=seed):
+            def advance(phase, views, pace=pace):
+                pace.count(phase.number, views)
+                bar.set_description(f"phase {phase.number} of {len(plan.phases)}")
+                bar.update(views * plan.branches)
+
+            def keep(result, saved, path=path, seed=seed, pace=pace):
                 phase = result.phases[-1][0]
-                if not args.save_phases or phase.number == len(plan.phases):
+                if phase.number == len(plan.phases):
+                    return
+                if line := pace.to_come(phase.number):
+                    bar.write(line, sys.stderr)
+                if not args.save_phases:
                     return
                 file = suffixed(path, f"phase{phase.number}")
                 settings = settings_to_resume(args, config, pipe, plan, seed)
@@ -196,6 +203,19 @@ def run(args: argparse.Namespace, resume) -> int:
         left = f"the last finished phase, {result.phases[-1][0].number} of {len(plan.phases)}, is in {path}"
     print(f"demofusion: {stop}; {left}", file=sys.stderr)
     return 130 if stop.cancelled else 1
+
+
+def memory_line(host, pipe, plan, config: DemoFusionConfig) -> str:
+    """What the plan takes, and what its base image alone does; with automatic view batches, what it starts with."""
+    from lib_demofusion.memory import ViewBatch, in_words
+
+    base = replace(plan, phases=plan.phases[:1])
+    views = ViewBatch(config.view_batch_size, pipe.device).size
+    try:
+        job, alone = (host.needs(pipe, p, batch).peak(pipe.device) for p, batch in ((plan, views), (base, 1)))
+    except (RuntimeError, NotImplementedError) as error:  # an attention that does not run on shapes alone
+        return f"memory: not foreseen for this model ({first_line(error)})"
+    return f"memory: about {in_words(job)} with {views} views a call, {in_words(alone)} for the base image alone"
 
 
 def write(args: argparse.Namespace, config: DemoFusionConfig, result, path: Path, seed: int) -> str | None:

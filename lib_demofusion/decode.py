@@ -303,7 +303,7 @@ def decode(
 
 def _in_tiles_that_fit(code: Callable[[int], Tensor], size: tuple[int, int], tile: int, overlap: int, x: Tensor) -> Tensor:
     """code(tile) with the largest tile that fits; x: what is to be coded."""
-    tile = min(tile, math.isqrt(size[0] * size[1] - 1) + 1)  # halved from what is really there
+    tile = min(tile, _side(size[0] * size[1]))  # halved from what is really there
     while True:
         result = unless_out_of_memory(partial(code, tile), x.device)
         if result is not None:
@@ -406,9 +406,14 @@ def tile_for(network: nn.Module, device: torch.device, base: tuple[int, int], fa
     Never less than SMALLEST_TILE: below it the overlaps cost more than they save.
     """
     _, channels = widths(network)
-    pixel = ROOM * LIVE * channels * factor**2 * next(network.parameters()).element_size()
+    pixel = round(ROOM * LIVE) * channels * factor**2 * next(network.parameters()).element_size()
     budget = min(max(base[0] * base[1] * pixel, taken_before(device)), free_memory(device) // 2)
-    return max(math.isqrt(int(budget // pixel)), SMALLEST_TILE)
+    return max(_side(budget // pixel), SMALLEST_TILE)
+
+
+def _side(area: int) -> int:
+    """Of the smallest square of at least this area."""
+    return math.isqrt(max(area - 1, 0)) + 1
 
 
 def widths(network: nn.Module) -> tuple[int, int]:

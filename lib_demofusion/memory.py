@@ -6,14 +6,18 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from lib_demofusion.phases import Plan
 
 V = TypeVar("V")
 
@@ -191,28 +195,57 @@ def call_bytes(module: nn.Module, function: Callable, *args: Any, **kwargs: Any)
     return meter.peak
 
 
-def gib(size: float) -> str:
-    """Bytes, for people."""
-    return f"{size / 2**30:.1f} GiB"
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a job takes: its model's weights, what sampling and decoding take beside them, and the finished picture.
 
-
-def lacking(device: torch.device, sampling: int, picture: int) -> str | None:
-    """What a job lacks, in one line; None if it can fit.
-
-    sampling: bytes that it takes on the device beside what is there now, even with one view at a time. picture: bytes of
-    main memory for the finished picture; on the CPU they come after sampling, from the same memory.
+    The picture is in main memory, the rest on the device.
     """
-    for name, where, need in (("sampling", device, sampling), ("the picture", torch.device("cpu"), picture)):
-        free = free_memory(where)
-        if need > free:
-            memory = "memory" if where.type == "cpu" else f"the memory of {where.type}"
-            return f"{name} takes {gib(need)} of {memory}, and {gib(free)} are free"
-    return None
+
+    weights: int
+    sampling: int
+    decoding: int
+    picture: int
+
+    def peak(self, device: torch.device) -> int:
+        """The most on the device at once."""
+        picture = self.picture if device.type == "cpu" else 0
+        return self.weights + max(self.sampling, self.decoding + picture)
 
 
-def largest_that_fits(scale: float, fits: Callable[[float], bool]) -> str:
-    """What to choose instead of a scale that does not fit: the largest one below it, in halves."""
-    for half in range(math.ceil(2 * scale) - 1, 2, -1):
-        if fits(half / 2):
-            return f"the largest scale that fits is {half / 2:g}"
-    return "no scale fits; a smaller base image may"
+def in_words(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def latents_bytes(size: tuple[int, int], channels: int = 4) -> int:
+    """What sampling latents of (h, w) pixels takes on the device beside the model's calls, for one image."""
+    return LATENTS * channels * math.prod(size) * 4
+
+
+def picture_bytes(size: tuple[int, int], factor: int = 8) -> int:
+    """A finished picture of (h, w) latent pixels in main memory, as numbers in single precision."""
+    return 3 * math.prod(size) * factor**2 * 4
+
+
+def check_fits(plan: Plan, device: torch.device, channels: int, images: int, factor: int, pictures: int = 1) -> None:
+    """Raises ValueError, one line, if a job's latents or its pictures cannot fit, whatever the view batch and the tiles.
+
+    images: made at once. pictures: how often the host has each of them in main memory at the end.
+    """
+
+    last = plan.phases[-1]
+    needs = [
+        ("latents", device, images * latents_bytes(last.size, channels)),
+        ("pictures", torch.device("cpu"), images * pictures * picture_bytes(last.size, factor)),
+    ]
+    share, what, where, need, free = min(
+        (free / need, what, where, need, free) for what, where, need in needs for free in [free_memory(where)]
+    )
+    if share >= 1:
+        return
+    h, w = (side * factor for side in last.size)
+    memory = "main memory" if where.type == "cpu" else f"{where.type} memory"
+    line = f"the {what} of {w}x{h} take {in_words(need)} of {memory}, and {in_words(free)} are free"
+    largest = math.floor(20 * last.scale * math.sqrt(share)) / 20
+    raise ValueError(f"{line}; " + (f"scale {largest:g} fits" if largest > 1 else "no scale fits, a smaller base may"))

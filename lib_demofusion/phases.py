@@ -102,10 +102,13 @@ class Pace:
         """For the whole of phase `number`; None as long as there is nothing to tell it from."""
         return None if self._per_view is None else self._per_view * self.plan.phases[number - 1].evaluations
 
-    def seconds_after(self, number: int) -> float | None:
-        """For all phases after `number`."""
-        rest = self.plan.phases[number:]
-        return None if self._per_view is None else self._per_view * sum(phase.evaluations for phase in rest)
+    def to_come(self, number: int) -> str | None:
+        """The times of the phases after `number`, in one line; None as long as there is nothing to tell them from."""
+        if self._per_view is None:
+            return None
+        seconds = {phase.number: self.seconds(phase.number) for phase in self.plan.phases[number:]}
+        each = ", ".join(f"phase {number} {clock_time(s)}" for number, s in seconds.items())
+        return f"to come: about {clock_time(sum(seconds.values()))}" + (f" ({each})" if len(seconds) > 1 else "")
 
 
 def clock_time(seconds: float) -> str:

@@ -39,7 +39,7 @@ class DemoFusionScript(scripts.Script):
             with controls["enabled"].extra():
                 table = json.dumps(webui.readout_table()).replace('"', "&quot;")
                 gr.HTML(
-                    f'<span class="demofusion-readout" data-samplers="{table}"></span>',
+                    f'<span class="demofusion-readout" data-table="{table}"></span>',
                     elem_id=self.elem_id("readout"),
                     min_width=0,
                 )

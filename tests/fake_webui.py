@@ -896,6 +896,7 @@ MODULES = {
     "modules.devices": dict(
         cpu=cpu,
         device=cpu,
+        dtype_vae=torch.float32,
         unet_needs_upcast=False,
         NansException=NansException,
         autocast=autocast,

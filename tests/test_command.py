@@ -91,7 +91,7 @@ def test_phases_and_the_comparison_are_written_beside_the_result(run):
 def test_plan_prints_the_plan_and_stops(run):
     code, out, _, path = run("one red ring", "--plan", "--scale", "2", "--width", "96", "--cfg-scale", "1")
     assert code == 0
-    assert [line.split() for line in out.splitlines()[1:]] == [
+    assert [line.split() for line in out.splitlines()[1:-1]] == [
         ["1", "96x64", "3", "1", "3"],
         ["2", "192x128", "3", "9", "+", "4", "39"],
         ["all", "42"],
@@ -132,6 +132,17 @@ def test_ctrl_c_saves_the_last_finished_phase_and_says_so(run, monkeypatch):
         assert image.size == (128, 128)
         assert "DemoFusion scale: 2," in image.info["parameters"]
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_plan_says_what_memory_it_takes_and_the_base_how_long_the_rest(run):
+    code, out, _, _ = run("one red ring", "--scale", "4", "--plan")
+    assert code == 0
+    job, base = re.fullmatch(
+        r"memory: about (\d+) MiB with 4 views a call, (\d+) MiB for the base image alone", out.splitlines()[-1]
+    ).groups()
+    assert int(job) > int(base) > 0
+    _, _, err, _ = run("one red ring", "--scale", "3")
+    assert re.search(r"to come: about \d+:\d\d \(phase 2 \d+:\d\d, phase 3 \d+:\d\d\)", err)
 
 
 def small_card(monkeypatch, most, since):

@@ -351,6 +351,7 @@ def test_resamplers_go_from_the_image_to_the_latents(autoencoder):
     ("base", "taken", "free", "half", "side"),
     [
         ((80, 125), 0, 10**6, False, 100),  # the base image's area
+        ((104, 152), 0, 10**6, False, 126),  # the base is never in tiles
         ((80, 125), 150**2, 10**6, False, 150),  # the job has taken more before
         ((80, 125), 150**2, 2 * 90**2, False, 90),  # half of what is free
         ((80, 125), 150**2, 90**2, True, 90),

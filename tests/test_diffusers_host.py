@@ -19,9 +19,11 @@ from lib_demofusion.hosts.diffusers import (
     decode_latents,
     generate,
     load_pipeline,
+    needs,
     plan_for,
     sampler_named,
 )
+from lib_demofusion.memory import Meter
 
 TWICE = DemoFusionConfig(scale=2.0)
 
@@ -385,6 +387,40 @@ def test_diffusers_own_tiling_is_left_alone_where_the_user_has_enabled_it(monkey
     decode_latents(pipe, torch.randn(1, 4, 26, 30), (8, 8))
     generate(pipe, "", config=TWICE, steps=1, image=Image.new("RGB", (256, 256)))
     assert calls == ["tiled_decode", "_tiled_encode"]
+
+
+def test_a_batch_goes_on_from_a_saved_phase(sd15):
+    settings = dict(config=DemoFusionConfig(scale=3.0), steps=2, seed=[3, 4], sampler="Euler a")
+    saved = {}
+    whole = generate(sd15, "a", **settings, finished=lambda result, phase: saved.setdefault(phase.number, phase))
+    again = generate(sd15, "a", **settings, resume=saved[2])
+    assert torch.equal(again.phases[-1][1], whole.phases[-1][1])
+    assert again.evaluations == whole.evaluations
+
+
+def test_a_job_that_cannot_fit_is_refused_before_it_begins(sd15, monkeypatch):
+    monkeypatch.setattr("lib_demofusion.memory.free_memory", lambda device: 10**6)
+    calls = []
+    with pytest.raises(
+        ValueError, match="the pictures of 512x512 take 3 MiB of main memory, and 1 MiB are free; scale 4.5 fits"
+    ):
+        generate(sd15, "a", config=DemoFusionConfig(scale=8.0), steps=2, progress=lambda *call: calls.append(call))
+    assert not calls
+
+
+def test_needs_are_what_is_measured(sd15):
+    """Of tensors: the phases with views one at a time and the decoding, each over the other's peak."""
+    config = DemoFusionConfig(scale=8.0, view_batch_size=3)
+    plan = plan_for(sd15, config, steps=1)
+    need = needs(sd15, plan, view_batch=3)
+    with Meter() as meter:
+        result = generate(sd15, "a", config=config, steps=1)
+    assert need.sampling == pytest.approx(meter.peak, rel=0.15)
+    weights = sum(x.nbytes for part in (sd15.unet, sd15.vae, sd15.text_encoder) for x in part.state_dict().values())
+    assert need.weights == pytest.approx(weights, rel=0.01)
+    with Meter() as meter:
+        result.images()
+    assert need.decoding + need.picture == pytest.approx(meter.peak, rel=0.15)
 
 
 def test_a_large_image_is_encoded_in_tiles(monkeypatch):

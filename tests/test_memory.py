@@ -1,12 +1,16 @@
 """View batches that size themselves, on machines made up for the test."""
 
 import weakref
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib_demofusion.memory import Meter, OutOfMemory, ViewBatch, call_bytes, free_memory, is_out_of_memory
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.memory import Meter, OutOfMemory, ViewBatch, call_bytes, check_fits, free_memory, is_out_of_memory
+from lib_demofusion.phases import make_plan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOMY = 10**12
@@ -183,6 +187,30 @@ def test_a_number_is_not_measured(gpu):
 def test_free_memory():
     assert 2**20 < free_memory(CPU) < 2**50
     assert free_memory(torch.device("meta")) == 2**32
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("card", "ram", "images", "line"),
+    [
+        (99, 99, 1, None),
+        (10 / 1024, 99, 1, "the latents of 8192x4096 take 80 MiB of cuda memory, and 10 MiB are free; scale 2.8 fits"),
+        (99, 0.375 * 0.99, 1, "the pictures of 8192x4096 take 384 MiB of main memory, and 380 MiB are free; scale 7.95 fits"),
+        (99, 0.4, 2, "the pictures of 8192x4096 take 768 MiB of main memory, and 410 MiB are free; scale 5.8 fits"),
+        (0.06, 0.001, 1, "the pictures of 8192x4096 take 384 MiB of main memory, and 1 MiB are free; no scale fits"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_scale_that_does(monkeypatch, card, ram, images, line):
+    """A base of 128 x 64 latent pixels at 8x: latents take 160 bytes a latent pixel, pictures 768."""
+    monkeypatch.setattr("lib_demofusion.memory.free_memory", lambda device: GIB * (card if device == CUDA else ram))
+    plan = make_plan((64, 128), 4, DemoFusionConfig(scale=8.0))
+    check = partial(check_fits, device=CUDA, channels=4, images=images, factor=8)
+    with nullcontext() if line is None else pytest.raises(ValueError, match="^" + line):
+        check(plan)
+    if line and "no scale" not in line:
+        check(make_plan((64, 128), 4, DemoFusionConfig(scale=float(line.split()[-2]))))
 
 
 def test_the_meter_counts_what_is_alive():

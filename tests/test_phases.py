@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
-from lib_demofusion.phases import make_plan, phase_scales, upscale
+from lib_demofusion.phases import Pace, clock_time, make_plan, phase_scales, upscale
 
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(2, 700), (3, 2400), (4, 5650)])
@@ -119,3 +119,25 @@ def test_what_is_finished_stays_when_a_later_phase_fails():
     with pytest.raises(RuntimeError, match="out of memory"):
         next(phases)
     assert (phase.number, tuple(latents.shape)) == (2, (1, 4, 16, 16))
+
+
+def test_the_pace_foresees_the_phases_from_the_one_before():
+    """Base: four calls, of which the first warms up and takes 100 s, the rest 2 s each; phase 2: 3 s for each of its views."""
+    plan, clock = make_plan((8, 8), 4, DemoFusionConfig(scale=3.0)), [0.0]
+    pace = Pace(plan, now=lambda: clock[0])
+    assert (pace.seconds(2), pace.to_come(1)) == (None, None)
+    for seconds in (100, 2, 2, 2):
+        clock[0] += seconds
+        pace.count(1, 1)
+    assert [pace.seconds(number) for number in (1, 2, 3)] == [2 * 4, 2 * 4 * 13, 2 * 4 * 34]
+    assert pace.to_come(1) == "to come: about 6:16 (phase 2 1:44, phase 3 4:32)"
+    for seconds, views in ((50, 4), (12, 4), (12, 4), (3, 1)):
+        clock[0] += seconds
+        pace.count(2, views)
+    assert pace.seconds(3) == 3 * 4 * 34
+    assert pace.to_come(2) == "to come: about 6:48"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (59.7, "1:00"), (8105, "2:15:05")])
+def test_clock_time(seconds, text):
+    assert clock_time(seconds) == text

@@ -1,11 +1,14 @@
 """The readout in the browser says what the plan says: javascript/demofusion.js in node, on random forms."""
 
+import math
 import random
 from types import SimpleNamespace
 
 import fake_webui
 import pytest
 from readout import NODE, readouts
+
+from lib_demofusion.memory import in_words, latents_bytes
 
 pytestmark = pytest.mark.skipif(not NODE, reason="needs node, to run javascript/demofusion.js")
 
@@ -36,7 +39,7 @@ def random_form(rng, webui):
         sampler=rng.choice(list(webui.SAMPLERS)),
         scheduler=rng.choice(["Automatic", "Karras", "DDIM", "KL Optimal"]),
         hires=False,
-        samplers=webui.readout_table(),
+        table=webui.readout_table(),
     )
 
 
@@ -60,7 +63,14 @@ def expected(form, plan, webui):
         f"{total:,} model calls" if webui.SAMPLERS[form["sampler"]].counts != "unknown" else "as many model calls as it takes"
     )
     first, last = (f"{8 * phase.size[1]}x{8 * phase.size[0]}" for phase in (base, phases[-1]))
-    return f"from {first} to {last}, {len(plan.phases)} phases, {calls}"
+    return f"from {first} to {last}, {len(plan.phases)} phases, {calls}, +{in_words(more(plan, webui))} memory"
+
+
+def more(plan, webui):
+    """The memory that a job takes beyond its base image's."""
+    tile = max(math.sqrt(math.prod(plan.window)) * (1 + 1e-9), webui.tiles.SMALLEST_TILE)
+    base, whole = (webui.tiles.decoding_bytes(plan.phases[i].size, tile, (512, 128), 4) for i in (0, -1))
+    return max(latents_bytes(plan.phases[-1].size), whole - base)
 
 
 def test_the_readout_is_the_plan(webui):
@@ -71,7 +81,7 @@ def test_the_readout_is_the_plan(webui):
     assert {form["sampler"] for form, _ in forms} == set(webui.SAMPLERS)
     lines = readouts([form for form, _ in forms])
     for (form, plan), line in zip(forms, lines, strict=True):
-        assert line == expected(form, plan, webui), {key: value for key, value in form.items() if key != "samplers"}
+        assert line == expected(form, plan, webui), {key: value for key, value in form.items() if key != "table"}
 
 
 def test_every_way_of_counting(webui):
@@ -98,7 +108,7 @@ def test_what_is_refused_is_not_promised(webui):
     assert not any(plan_of(form, webui) for form in forms)
     for form, line in zip(forms, readouts(forms), strict=True):
         promise = "phases" in line
-        assert not promise, (line, {key: value for key, value in form.items() if key != "samplers"})
+        assert not promise, (line, {key: value for key, value in form.items() if key != "table"})
 
 
 def test_why_it_is_off(webui):

@@ -25,7 +25,7 @@ from torch import Tensor
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
-from lib_demofusion.memory import OutOfMemory, ViewBatch
+from lib_demofusion.memory import Needs, OutOfMemory, ViewBatch, call_bytes, check_fits, latents_bytes, picture_bytes
 from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size, View
@@ -182,6 +182,7 @@ def generate(
     plan = plan_for(pipe, config, height=height, width=width, steps=steps, cfg_scale=cfg_scale, sampler=sampler, image=image)
     if resume is not None:
         _check_resume(resume, plan, len(seeds))
+    check_fits(plan, pipe.device, pipe.unet.config.in_channels, len(seeds), pipe.vae_scale_factor)
     run = _Run(pipe, plan, config, SAMPLERS[sampler_named(sampler)], steps, cfg_scale, seeds, progress, cancelled, finished)
     try:
         with torch.inference_mode():
@@ -235,6 +236,27 @@ def plan_for(
         calls=SAMPLERS[sampler].calls,
         from_image=image is not None,
     )
+
+
+def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1) -> Needs:
+    """The memory that a job takes with so many views a call, as foreseen from the shapes of what is computed."""
+    unet, vae, (h, w), size = pipe.unet, pipe.vae, plan.window, plan.phases[-1].size
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(x.nbytes for module in modules for x in (*module.parameters(), *module.buffers()))
+    latents = images * latents_bytes(size, unet.config.in_channels)
+    rows = images * plan.branches * view_batch
+    widths = unet.config.cross_attention_dim
+    text = torch.empty(rows, 77, widths if isinstance(widths, int) else max(widths), dtype=unet.dtype, device="meta")
+    x = torch.empty(rows, unet.config.in_channels, h, w, dtype=unet.dtype, device="meta")
+    extra = {}
+    if unet.config.addition_embed_type == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        extra["added_cond_kwargs"] = {"text_embeds": x.new_empty(rows, pooled), "time_ids": x.new_empty(rows, 6)}
+    call = call_bytes(unet, unet, x, 0, encoder_hidden_states=text, return_dict=False, **extra)
+    itemsize = 4 if _overflows(vae) else vae.dtype.itemsize
+    tile = tiles.tile_for(vae.decoder, pipe.device, plan.window, pipe.vae_scale_factor)
+    decoding = tiles.decoding_bytes(size, tile, tiles.widths(vae.decoder), itemsize, pipe.vae_scale_factor)
+    return Needs(weights, call + latents, decoding, picture_bytes(size, pipe.vae_scale_factor))
 
 
 def _check_pipeline(pipe: Any) -> None:
@@ -291,11 +313,16 @@ def _in_tiles(tiled: Callable, pipe: Any, network: Any, function: Callable[[Tens
     return tiled(function, x, network, factor=factor, tile=tile)
 
 
+def _overflows(vae: Any) -> bool:
+    """Whether the autoencoder says in its config that it overflows in half precision, as SDXL's does, and is in it."""
+    return vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+
+
 @contextmanager
 def _enough_precision(vae: Any) -> Iterator[None]:
-    """SDXL's autoencoder overflows in half precision and says so in its config: run it in single precision."""
+    """Run an autoencoder that overflows in half precision in single precision."""
     dtype = vae.dtype
-    if dtype == torch.float16 and vae.config.get("force_upcast", False):
+    if _overflows(vae):
         vae.to(torch.float32)
     try:
         yield

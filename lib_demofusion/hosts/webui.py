@@ -31,12 +31,14 @@ from torch import Tensor
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
-from lib_demofusion.memory import OutOfMemory, ViewBatch, is_out_of_memory
-from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
+from lib_demofusion.memory import OutOfMemory, ViewBatch, check_fits, is_out_of_memory, latents_bytes
+from lib_demofusion.phases import Pace, Phase, Plan, clock_time, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase, read_saved
 from lib_demofusion.views import View, jitter_generator
 
 FACTOR = 8  # image pixels per latent pixel, as the host has it
+WIDTHS = (512, 128)  # channels of Stable Diffusion's decoder, at the latents' resolution and at the image's
+PICTURES = 4  # how often the host has each finished picture in main memory, in single precision
 NAME = "DemoFusion"  # the script's title, and so its name in the API
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,9 +116,19 @@ def model_calls(sampler: str, scheduler: str | None, steps: int) -> int | None:
     return steps
 
 
-def readout_table() -> dict[str, str]:
-    """Sampler -> how its model calls count, for the readout in the browser, which computes what `model_calls` does."""
-    return {name: sampler.counts for name, sampler in SAMPLERS.items()}
+def readout_table() -> dict[str, Any]:
+    """What the readout in the browser computes with: how each sampler's model calls count, as in `model_calls`, and memory.
+
+    Bytes a latent pixel, as in memory.latents_bytes and decode.decoding_bytes, for an autoencoder of Stable Diffusion's widths.
+    """
+    itemsize = devices.dtype_vae.itemsize
+    return {
+        "samplers": {name: sampler.counts for name, sampler in SAMPLERS.items()},
+        "latents": latents_bytes((1, 1)),
+        "whole": tiles.decoding_bytes((1, 1), 1, WIDTHS, itemsize, FACTOR),
+        "features": tiles.LIVE_FEATURES * WIDTHS[0] * itemsize,
+        "tile": tiles.SMALLEST_TILE,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,6 +202,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             return
         _check(p)
         plan = plan_for(p, settings.config)
+        channels = getattr(shared.sd_model, "latent_channels", 4)
+        check_fits(plan, devices.device, channels, p.batch_size, FACTOR, PICTURES)
         if settings.resume:
             _check_resume(p, _read_saved(settings.resume), plan)
     except ValueError as error:
@@ -254,13 +268,15 @@ def _describe(p: Any, config: DemoFusionConfig, reached: Phase) -> None:
 
 
 class _Progress:
-    """The host's one bar, over all phases and batches, weighted by the views that the model sees.
+    """The host's one bar, over the phases of one batch and all batches, weighted by the views that the model sees.
 
     The host shows (job_no + sampling_step / sampling_steps) / job_count and moves the two latter itself, sampler by
     sampler; job_no is set so that the sum is the share that is done.
     """
 
     def __init__(self, plan: Plan):
+        self.plan = plan
+        self.pace = Pace(plan)
         self.batch = math.ceil(shared.state.job_no)  # which of state.job_count this is
         self.ends: dict[int, int] = {}  # phase number -> what is done when it ends
         total = 0
@@ -289,9 +305,13 @@ class _BaseHooks:
 
     def __init__(self, progress: _Progress):
         self.progress = progress
+        self.called = False
 
     def on_step(self, params: Any) -> None:
         self.progress.show(shared.state.sampling_step)
+        if self.called:  # the callback comes before the model's call
+            self.progress.pace.count(1, 1)
+        self.called = True
 
 
 def before_sampling(p: Any, args: Sequence[Any]) -> None:
@@ -323,7 +343,9 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
     settings = read_settings(args)
     if settings is None or getattr(p, "enable_hr", False) or getattr(ps.samples, "already_decoded", False):
         return
-    progress = _Progress(plan := plan_for(p, settings.config))
+    base_hooks = getattr(p.sampler.model_wrap_cfg, "demofusion", None)
+    progress = base_hooks.progress if base_hooks else _Progress(plan_for(p, settings.config))
+    plan = progress.plan
     if _stopped():  # during the base: as without us
         progress.close()
         _describe(p, settings.config, plan.phases[0])
@@ -522,6 +544,9 @@ class _Phases:
         """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
         p = self.p
         shared.state.job = shared.state.textinfo = f"{NAME} phase {phase.number} of {len(self.plan.phases)}"
+        seconds = self.progress.pace.seconds(phase.number)
+        if seconds is not None and SAMPLERS[p.sampler_name].counts != "unknown":
+            shared.state.textinfo += f" (about {clock_time(seconds)})"
         shared.state.current_image_sampling_step = 0  # the steps count from 0 again, and previews with them
         self._set_up_model(phase)
         p.sampler = sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
@@ -695,6 +720,7 @@ class _PhaseHooks:
         return eps if self.timesteps else x - noise * eps
 
     def _count(self, views: int) -> None:
+        self.progress.pace.count(self.phase.number, views)
         self.done = min(self.done + views, self.progress.ends[self.phase.number])
         self.progress.show(self.done)
         for _ in range(views - self.announced):

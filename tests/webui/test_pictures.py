@@ -81,9 +81,9 @@ def test_schedulers(host, calls, sampler):
 @pytest.mark.parametrize("scale", [2, 3, 4, 2.5])
 def test_the_calls_are_the_number_in_the_form(host, calls, scale, cfg):
     form = dict(width=64, height=96, steps=4, cfg=cfg, sampler="Euler", scheduler="Automatic", hires=False, scale=scale)
-    [line] = readouts([form | dict(stride=0, phaseSteps=0, samplers=host.webui.readout_table())])
+    [line] = readouts([form | dict(stride=0, phaseSteps=0, table=host.webui.readout_table())])
     host.generate(True, scale, width=64, height=96, cfg_scale=cfg)
-    assert line.endswith(f"{calls.rows:,} model calls")
+    assert f", {calls.rows:,} model calls, " in line
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
