@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_demofusion.memory import OutOfMemory, free_memory, taken_before, unless_out_of_memory
+from lib_demofusion.memory import OutOfMemory, call_bytes, free_memory, taken_before, unless_out_of_memory
 from lib_demofusion.views import window_starts
 
 OVERLAP = 12  # latent pixels; at 8 the convolutions' tiles differ at 80 dB, at 12 at 110 dB and more
@@ -27,8 +27,8 @@ PATCH = 8  # latent pixels; a sample of the image consists of such squares
 TOLERANCE = 5e-3  # in standard deviations; images were then 60 dB and more from the untiled ones
 MOST_PASSES = 8  # three or four are usual
 SMALLEST_TILE = 64  # latent pixels
-# Numbers alive at the peak of decoding, as measured: per image pixel and channel at full resolution, and per latent pixel
-# and channel before the first upsampling, which is whole where the rest is in tiles.
+# Numbers alive at the peak of decoding with Stable Diffusion's decoder: per image pixel and channel at full resolution, and
+# per latent pixel and channel before the first upsampling, which is whole where the rest is in tiles.
 LIVE, LIVE_FEATURES = 6, 8
 ROOM = 4 / 3  # what convolutions take besides
 
@@ -422,10 +422,21 @@ def widths(network: nn.Module) -> tuple[int, int]:
     return max(channels), min(channels)
 
 
-def decoding_bytes(size: tuple[int, int], tile: int, widths: tuple[int, int], itemsize: int, factor: int = 8) -> int:
-    """The most bytes that decoding latents of (h, w) pixels takes at once, beside the finished image."""
-    area, (deep, shallow) = size[0] * size[1], widths
-    pixel = LIVE * shallow * factor**2 * itemsize
-    if area <= tile**2:
-        return area * pixel
-    return max(LIVE_FEATURES * deep * area * itemsize, deep * area * itemsize + tile**2 * pixel)
+def decoding_bytes(
+    function: Callable[[Tensor], Tensor], latents: Tensor, decoder: nn.Module, module: nn.Module, tile: int
+) -> int:
+    """The most bytes that `decode` with tiles of this side takes at once, beside the finished image; nothing is computed.
+
+    module: holds all weights that function computes with. latents: of any device, only their shape counts.
+    """
+    h, w = _one_image(latents)
+    if h * w <= tile**2:
+        return call_bytes(module, function, latents)
+    made = []
+    first = resamplers(decoder)[-1]
+
+    def until_features(z: Tensor) -> None:
+        made.append(_until(first.register_forward_pre_hook, function, z))
+
+    features = call_bytes(module, until_features, latents)
+    return max(features, made[0].nbytes + call_bytes(module, function, latents[..., :1, :1].expand(-1, -1, tile, tile)))

@@ -253,9 +253,9 @@ def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1) -> Needs:
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         extra["added_cond_kwargs"] = {"text_embeds": x.new_empty(rows, pooled), "time_ids": x.new_empty(rows, 6)}
     call = call_bytes(unet, unet, x, 0, encoder_hidden_states=text, return_dict=False, **extra)
-    itemsize = 4 if _overflows(vae) else vae.dtype.itemsize
     tile = tiles.tile_for(vae.decoder, pipe.device, plan.window, pipe.vae_scale_factor)
-    decoding = tiles.decoding_bytes(size, tile, tiles.widths(vae.decoder), itemsize, pipe.vae_scale_factor)
+    z = torch.empty(1, vae.config.latent_channels, *size, dtype=torch.float32 if _overflows(vae) else vae.dtype, device="meta")
+    decoding = tiles.decoding_bytes(lambda z: vae.decode(z, return_dict=False)[0], z, vae.decoder, vae, tile)
     return Needs(weights, call + latents, decoding, picture_bytes(size, pipe.vae_scale_factor))
 
 

@@ -119,13 +119,13 @@ def model_calls(sampler: str, scheduler: str | None, steps: int) -> int | None:
 def readout_table() -> dict[str, Any]:
     """What the readout in the browser computes with: how each sampler's model calls count, as in `model_calls`, and memory.
 
-    Bytes a latent pixel, as in memory.latents_bytes and decode.decoding_bytes, for an autoencoder of Stable Diffusion's widths.
+    Bytes a latent pixel: of sampling's latents, and of decoding with Stable Diffusion's autoencoder.
     """
     itemsize = devices.dtype_vae.itemsize
     return {
         "samplers": {name: sampler.counts for name, sampler in SAMPLERS.items()},
         "latents": latents_bytes((1, 1)),
-        "whole": tiles.decoding_bytes((1, 1), 1, WIDTHS, itemsize, FACTOR),
+        "whole": tiles.LIVE * WIDTHS[1] * FACTOR**2 * itemsize,
         "features": tiles.LIVE_FEATURES * WIDTHS[0] * itemsize,
         "tile": tiles.SMALLEST_TILE,
     }
