@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 OUT ?= out
 
-.PHONY: demo test lint bench bench-decode performance sheet settings-sheet train clean webui test-webui bench-webui export-webui
+.PHONY: demo test lint bench bench-decode bench-memory performance sheet settings-sheet train clean webui test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -33,6 +33,9 @@ bench: $(READY)
 # docs/performance.md, on a GPU; PERFORMANCE=--small for a machine without one
 performance: $(READY)
 	$(RUN) -m benchmarks.performance $(PERFORMANCE)
+
+bench-memory: $(READY)
+	$(RUN) -m benchmarks.bench_memory
 
 # TILEVAE, the path of the Tiled VAE extension's scripts/tilevae.py, adds it to the table.
 bench-decode: $(READY)

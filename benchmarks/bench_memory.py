@@ -9,6 +9,8 @@ Time: a UNet of 40 million parameters, 3x; what the pace of one phase says of th
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from unittest.mock import patch
 
@@ -17,8 +19,8 @@ import torch.nn.functional as F
 
 from benchmarks import bench, performance
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import decode_latents, generate, needs, plan_for
-from lib_demofusion.memory import Meter, latents_bytes, picture_bytes
+from lib_demofusion.hosts.diffusers import Incomplete, decode_latents, generate, needs, plan_for
+from lib_demofusion.memory import Meter, picture_bytes
 from lib_demofusion.phases import Pace
 from lib_demofusion.saved import SavedPhase
 
@@ -46,15 +48,17 @@ def sampling_peak(pipe, scale: float, batch: int) -> int:
         state = torch.Generator().get_state()[None]
         before = SavedPhase(last.number, torch.randn(1, 4, *last.size), torch.randn(1, 4, *plan.window), "command", state)
     done = []
-    with patch.object(pipe.unet, "forward", first_calls), Meter() as meter:
-        try:
-            generate(
-                pipe, "", config=config, steps=1, resume=before,
-                progress=lambda *call: done.append(call), cancelled=lambda: scale == 1 and bool(done),
-            )  # fmt: skip
-        except Exception as error:
-            if scale > 1:
-                raise error
+    stopped = contextlib.suppress(Incomplete) if scale == 1 else contextlib.nullcontext()
+    with patch.object(pipe.unet, "forward", first_calls), Meter() as meter, stopped:
+        generate(
+            pipe,
+            "",
+            config=config,
+            steps=1,
+            resume=before,
+            progress=lambda *call: done.append(call),
+            cancelled=lambda: scale == 1 and bool(done),
+        )
     return meter.peak
 
 
@@ -67,14 +71,9 @@ def decoding_peak(pipe, size: tuple[int, int], window: tuple[int, int]) -> int:
             raise Enough
 
     handle = pipe.vae.decoder.conv_out.register_forward_hook(count)
-    with (
-        patch.object(F, "scaled_dot_product_attention", lambda query, *rest, **more: torch.zeros_like(query)),
-        Meter() as meter,
-    ):
-        try:
-            decode_latents(pipe, torch.randn(1, 4, *size), window)
-        except Enough:
-            pass
+    attention = patch.object(F, "scaled_dot_product_attention", lambda query, *rest, **more: torch.zeros_like(query))
+    with attention, Meter() as meter, contextlib.suppress(Enough):
+        decode_latents(pipe, torch.randn(1, 4, *size), window)
     handle.remove()
     return meter.peak
 
@@ -86,7 +85,7 @@ def memory() -> None:
     base = weights + max(sampling_peak(pipe, 1, 1), decoding_peak(pipe, window, window))
     mib = 2**20
     print(f"weights {weights / mib:.0f} MiB; the base image with them {base / mib:.0f} MiB at its peak")
-    print("scale  views a call  sampling  foreseen  decoding  foreseen  whole job  over the base  error  latents  picture")
+    print("scale  views a call  sampling  foreseen  decoding  foreseen     whole  over the base   error  latents  picture")
     for scale in SCALES:
         decoding = None
         for batch in (1, 0):
@@ -96,12 +95,16 @@ def memory() -> None:
             sampling = sampling_peak(pipe, scale, batch)
             decoding = decoding or decoding_peak(pipe, size, window)
             job, foreseen = weights + max(sampling, decoding), need.peak(torch.device("cpu"))
-            print(
-                f"{scale:4.0f}x  {batch or 'automatic':>12}  {sampling / mib:8.0f}  {need.sampling / mib:8.0f}  {decoding / mib:8.0f}"
-                f"  {(need.decoding + need.picture) / mib:8.0f}  {job / mib:9.0f}  {job / base:13.3f}  {foreseen / job - 1:+5.1%}"
-                f"  {latents_bytes(size) / 10 / mib:7.1f}  {picture_bytes(size) / mib:7.1f}",
-                flush=True,
-            )
+            row = [f"{x / mib:8.0f}" for x in (sampling, need.sampling, decoding, need.decoding + need.picture, job)]
+            copies = [f"{x / mib:7.1f}" for x in (math.prod(size) * 16, picture_bytes(size))]
+            cells = [
+                f"{scale:4.0f}x",
+                f"{batch or 'automatic':>12}",
+                *row,
+                f"{job / base:13.3f}",
+                f"{foreseen / job - 1:+6.1%}",
+            ]
+            print("  ".join(cells + copies), flush=True)
 
 
 def pace(steps: int = 6) -> None:
