@@ -1,7 +1,7 @@
 """Peaks of memory, measured and foreseen, and times foreseen: `make bench-memory`.
 
 Memory: models of Stable Diffusion 1.5's shape and size, base 512x512, on the CPU, counted in tensors. Numbers that change
-no peak are not computed: attention in the decoder, and what follows the first calls of the UNet and the first tiles of a
+no peak are not computed: attention in the decoder, and what follows the first call of the UNet and the first tiles of a
 decoding, all of which take the same memory again. Each job's last phase is measured; the ones before it take less.
 
 Time: a UNet of 40 million parameters, 3x; what the pace of one phase says of the next ones, and how long they took.
@@ -25,7 +25,7 @@ from lib_demofusion.phases import Pace
 from lib_demofusion.saved import SavedPhase
 
 SCALES = (2.0, 3.0, 4.0, 8.0)
-CALLS, TILES = 2, 4  # that are computed
+CALLS, TILES = 1, 3  # that are computed
 
 
 class Enough(Exception):
