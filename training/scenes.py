@@ -182,11 +182,11 @@ def object_mask(image: np.ndarray, scene: Scene) -> np.ndarray:
     return _distance(small, colour * SHADE, colour) < _distance(small, top, bottom)
 
 
-def count_objects(image: np.ndarray, scene: Scene, least: float = 0.004) -> int:
-    """How many separate objects an image shows, whatever their shape; an area below `least` of it is none."""
+def object_areas(image: np.ndarray, scene: Scene) -> list[float]:
+    """The areas of the separate objects that an image shows, whatever their shape, as shares of the image."""
     inside = object_mask(image, scene)
     height, width = inside.shape
-    seen, count = ~inside, 0
+    seen, areas = ~inside, []
     for start in np.argwhere(inside):
         area, stack = 0, [tuple(start)]
         while stack:
@@ -197,5 +197,11 @@ def count_objects(image: np.ndarray, scene: Scene, least: float = 0.004) -> int:
             area += 1
             around = ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
             stack += [(a, b) for a, b in around if 0 <= a < height and 0 <= b < width]
-        count += area >= least * seen.size
-    return count
+        if area:
+            areas.append(area / seen.size)
+    return areas
+
+
+def count_objects(image: np.ndarray, scene: Scene, least: float = 0.004) -> int:
+    """How many separate objects an image shows, whatever their shape; an area below `least` of it is none."""
+    return sum(area >= least for area in object_areas(image, scene))

@@ -1,0 +1,136 @@
+"""A small network that reads pictures, trained on true renders, in Inception's role and in CLIP's.
+
+It sees 128 x 128 pixels: a whole image averaged down, or a crop of a 4x image around an object, where textures show.
+`load` trains it the first time, in a few minutes on two cores.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.scenes import BACKGROUNDS, COLOURS, COUNTS, CROP, SHAPES, TEXTURES, Scene, object_mask, render, shrink
+from training.train import cosine_lr, to_unit
+
+CLASSES = {
+    "count": list(COUNTS),
+    "colour": list(COLOURS),
+    "texture": list(TEXTURES),
+    "shape": list(SHAPES),
+    "background": list(BACKGROUNDS),
+}
+WHOLE = ("count", "colour", "shape", "background")  # what a whole image shows at 128 x 128,
+CLOSE = ("colour", "texture")  # and a crop of a 4x image
+FEATURES = 32
+SCENES, STEPS, BATCH = 5_000, 1_500, 64
+SEED = 77  # of scenes that the checkpoint was not trained on
+
+
+def labels(scene: Scene) -> list[int]:
+    return [values.index(getattr(scene, name)) for name, values in CLASSES.items()]
+
+
+def close_up(image: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """128 x 128 pixels [128, 128, 3] of a larger image around a point of an object, or of anything if there is none."""
+    scale = image.shape[0] // CROP
+    places = np.argwhere(object_mask(image, scene))
+    y, x = places[rng.integers(len(places))] * scale if len(places) else rng.integers(0, image.shape[0], 2)
+    top, left = (int(np.clip(v - CROP // 2, 0, n - CROP)) for v, n in zip((y, x), image.shape))
+    return image[top : top + CROP, left : left + CROP]
+
+
+def small(image: np.ndarray) -> np.ndarray:
+    """The whole image at 128 x 128."""
+    return shrink(image.astype(np.float32), image.shape[0] // CROP).round().astype(np.uint8)
+
+
+def true_render(seed: int, index: int) -> tuple[Scene, np.ndarray]:
+    """A scene and its picture, uint8 [512, 512, 3]."""
+    rng = np.random.default_rng([seed, index])
+    scene = Scene.draw(rng)
+    return scene, render(scene, rng).round().astype(np.uint8)
+
+
+def _example(index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    scene, image = true_render(SEED, index)
+    return small(image), close_up(image, scene, np.random.default_rng([SEED, index, 1])), labels(scene)
+
+
+class Reader(nn.Module):
+    """Pictures [N, 3, 128, 128] in -1..1 -> features [N, 32]; from these the chances of the classes, and CLIP's cosine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 24, 48, 96, 128, 128)
+        self.body = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(given, made, 3, 2, 1), nn.GroupNorm(8, made), nn.SiLU())
+                for given, made in zip(widths, widths[1:])
+            ),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4 * widths[-1], FEATURES),
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, len(values))) for name, values in CLASSES.items()}
+        )
+        self.words = nn.ModuleDict({name: nn.Embedding(len(values), FEATURES) for name, values in CLASSES.items()})
+        self.sharpness = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def chances(self, features: Tensor) -> dict[str, Tensor]:
+        return {name: head(features).softmax(-1) for name, head in self.heads.items()}
+
+    def captions(self, classes: Tensor) -> Tensor:
+        """classes [N, 5], as of `labels` -> [N, 32], unit length; without the texture, which whole images hide."""
+        words = sum(self.words[name](classes[:, i]) for i, name in enumerate(CLASSES) if name in WHOLE)
+        return F.normalize(words, dim=-1)
+
+    def loss(self, whole: Tensor, close: Tensor, classes: Tensor) -> Tensor:
+        features, near = self(whole), self(close)
+        loss = 0
+        for i, name in enumerate(CLASSES):
+            for kind, seen in ((WHOLE, features), (CLOSE, near)):
+                if name in kind:
+                    loss = loss + F.cross_entropy(self.heads[name](seen), classes[:, i])
+        cosines = self.sharpness.exp() * F.normalize(features, dim=-1) @ self.captions(classes).T
+        own = (classes[:, None, :2] == classes[None, :, :2]).all(-1) & (classes[:, None, 3:] == classes[None, :, 3:]).all(-1)
+        target = own / own.sum(1, keepdim=True)  # several pictures of a batch may have the same caption
+        return loss + F.cross_entropy(cosines, target) + F.cross_entropy(cosines.T, target)
+
+
+def train(file: Path, scenes: int = SCENES, steps: int = STEPS) -> Reader:
+    """A reader from nothing, written to file."""
+    with ProcessPoolExecutor() as pool:
+        examples = list(tqdm(pool.map(_example, range(scenes), chunksize=32), "scenes for the reader", scenes))
+    whole, close, classes = (np.array(column) for column in zip(*examples))
+    torch.manual_seed(SEED)
+    rng, reader = np.random.default_rng(SEED), Reader()
+    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.01)
+    for step in tqdm(range(steps), "training the reader"):
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, 2e-3)
+        index = rng.integers(0, scenes, BATCH)
+        loss = reader.loss(to_unit(whole[index]), to_unit(close[index]), torch.from_numpy(classes[index]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(reader.state_dict(), file)
+    return reader.eval()
+
+
+def load(file: Path) -> Reader:
+    """The reader of a file; trained first if there is none."""
+    if not file.exists():
+        return train(file)
+    reader = Reader()
+    reader.load_state_dict(torch.load(file, weights_only=True))
+    return reader.eval()

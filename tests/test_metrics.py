@@ -1,0 +1,111 @@
+"""The evaluation's metrics: true renders score as they should, and known defects are caught."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from evaluation.metrics import (
+    count_is_right,
+    detail,
+    difference_from_base,
+    frechet_distance,
+    inception_score,
+    interval,
+    seams,
+    strays,
+)
+from training.scenes import COLOURS, Scene, render, shrink
+
+SEEDS = range(40)
+
+
+def true_image(seed, texture=None):
+    rng = np.random.default_rng([7, seed])
+    scene = Scene.draw(rng)
+    if texture:
+        scene = Scene(scene.count, scene.colour, texture, scene.shape, scene.background)
+    return scene, render(scene, rng).round().astype(np.uint8)
+
+
+def test_true_renders_are_right():
+    scenes = [true_image(seed) for seed in SEEDS]
+    assert all(count_is_right(image, scene) for scene, image in scenes)
+    assert sum(strays(image, scene) for scene, image in scenes) == 0
+    for _, image in scenes:
+        base = shrink(image.astype(np.float32), 4).round()
+        assert difference_from_base(image, base) < 0.5  # rounding
+    assert np.mean([seams(image, 64) for _, image in scenes]) == pytest.approx(1, abs=0.2)
+
+
+def paste_copies(scene, image, size, places):
+    """The image with small squares of the objects' colour on it."""
+    image = image.copy()
+    for y, x in places:
+        image[y : y + size, x : x + size] = COLOURS[scene.colour]
+    return image
+
+
+@pytest.mark.parametrize("size", [12, 28])  # 0.05 % and 0.3 % of the image
+def test_a_repeated_small_object_is_a_stray(size):
+    for seed in SEEDS:
+        scene, image = true_image(seed)
+        corners = [(y, x) for y in (4, 500 - size) for x in (4, 500 - size)]
+        background = [
+            (y, x)
+            for y, x in corners
+            if np.ptp(image[max(y - 8, 0) : y + size + 8, max(x - 8, 0) : x + size + 8], (0, 1)).max() < 30
+        ]
+        copies = paste_copies(scene, image, size, background)
+        assert strays(copies, scene) == len(background)
+        assert count_is_right(copies, scene)
+
+
+def test_a_lost_and_an_added_object_are_counted():
+    for seed in SEEDS:
+        scene, image = true_image(seed)
+        more = Scene(scene.count % 3 + 1, scene.colour, scene.texture, scene.shape, scene.background)
+        assert not count_is_right(image, more)
+
+
+def test_a_seam_is_caught():
+    for seed in SEEDS:
+        _, image = true_image(seed, "plain")
+        broken = image.astype(np.int16)
+        broken[:, 64:128] += 3  # a window three tones brighter
+        assert seams(np.clip(broken, 0, 255).astype(np.uint8), 64) > 1.1 * seams(image, 64)
+
+
+def test_blur_is_missing_detail():
+    for seed in SEEDS:
+        _, image = true_image(seed, "striped")
+        blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(2)))
+        enlarged = Image.fromarray(shrink(image.astype(np.float32), 4).round().astype(np.uint8)).resize(
+            (512, 512), Image.LANCZOS
+        )
+        assert detail(blurred) < 0.5 * detail(image)
+        assert detail(np.asarray(enlarged)) < 0.5 * detail(image)
+
+
+def test_another_picture_differs_from_the_base():
+    (_, one), (_, other) = true_image(0), true_image(1)
+    assert difference_from_base(other, shrink(one.astype(np.float32), 4)) > 20
+
+
+def test_frechet_distance_is_that_of_the_normal_distributions():
+    """Means 3 apart; diagonal covariances: (sqrt(4) - sqrt(1))² + (sqrt(9) - sqrt(1))² = 1 + 4 besides the means' 9."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(200_000, 2)) * (2, 3) + (3, 0)
+    b = rng.normal(size=(200_000, 2))
+    assert frechet_distance(a, b) == pytest.approx(14, abs=0.1)
+    assert frechet_distance(b, b) == pytest.approx(0, abs=1e-9)
+
+
+def test_inception_score_counts_the_classes():
+    assert inception_score(np.eye(5)) == pytest.approx(5)
+    assert inception_score(np.full((8, 5), 0.2)) == pytest.approx(1)
+
+
+def test_the_interval_covers_the_mean_of_what_it_was_drawn_from():
+    rng = np.random.default_rng(0)
+    hits = [low < 5 < high for low, high in (interval(rng.normal(5, 2, 50), draws=300, seed=i) for i in range(200))]
+    assert 0.9 < np.mean(hits) < 0.99
