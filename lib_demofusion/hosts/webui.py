@@ -126,7 +126,8 @@ def readout_table() -> dict[str, Any]:
         "samplers": {name: sampler.counts for name, sampler in SAMPLERS.items()},
         "latents": latents_bytes((1, 1)),
         "whole": tiles.LIVE * WIDTHS[1] * FACTOR**2 * itemsize,
-        "features": tiles.LIVE_FEATURES * WIDTHS[0] * itemsize,
+        "features": int(tiles.LIVE_FEATURES * WIDTHS[0] * itemsize),
+        "kept": WIDTHS[0] * itemsize,
         "tile": tiles.SMALLEST_TILE,
     }
 
@@ -203,7 +204,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         _check(p)
         plan = plan_for(p, settings.config)
         channels = getattr(shared.sd_model, "latent_channels", 4)
-        check_fits(plan, devices.device, channels, p.batch_size, FACTOR, PICTURES)
+        last = plan.phases[-1]
+        check_fits(last.size, last.scale, devices.device, channels, p.batch_size, FACTOR, PICTURES)
         if settings.resume:
             _check_resume(p, _read_saved(settings.resume), plan)
     except ValueError as error:
