@@ -22,7 +22,7 @@ function demofusionRound(x) {
 function demofusionDecoding(table, area, base) {
     const tile = Math.max(base, table.tile ** 2);
     if (area <= tile) return table.whole * area;
-    return Math.max(table.features * area, table.features / 8 * area + table.whole * tile);
+    return Math.max(table.features * area, table.kept * area + table.whole * tile);
 }
 
 function demofusionMemory(bytes) {

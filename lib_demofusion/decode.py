@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,14 @@ from lib_demofusion.memory import OutOfMemory, call_bytes, free_memory, taken_be
 from lib_demofusion.views import window_starts
 
 OVERLAP = 12  # latent pixels; at 8 the convolutions' tiles differ at 80 dB, at 12 at 110 dB and more
+ATTENTION_PIECE = 8192  # pixels that attend at a time to all
 PATCH = 8  # latent pixels; a sample of the image consists of such squares
 TOLERANCE = 5e-3  # in standard deviations; images were then 60 dB and more from the untiled ones
 MOST_PASSES = 8  # three or four are usual
 SMALLEST_TILE = 64  # latent pixels
 # Numbers alive at the peak of decoding with Stable Diffusion's decoder: per image pixel and channel at full resolution, and
 # per latent pixel and channel before the first upsampling, which is whole where the rest is in tiles.
-LIVE, LIVE_FEATURES = 6, 8
+LIVE, LIVE_FEATURES = 6, 5.5
 ROOM = 4 / 3  # what convolutions take besides
 
 
@@ -141,19 +143,9 @@ class _WholeStatistics:
         self.measured: dict[nn.GroupNorm, Tensor] = {}
         self.sums: dict[nn.GroupNorm, Tensor] = {}
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
+    def shared(self) -> AbstractContextManager[None]:
         """While it lasts the norms are ours."""
-        before = [(norm, vars(norm).get("forward")) for norm in self.norms]
-        try:
-            for norm in self.norms:
-                norm.forward = partial(self._forward, norm, norm.forward)  # shadows the class's method
-            yield
-        finally:
-            for norm, forward in before:
-                vars(norm).pop("forward", None)
-                if forward is not None:
-                    norm.forward = forward
+        return _replaced({norm: partial(self._forward, norm, norm.forward) for norm in self.norms})
 
     def _forward(self, norm: nn.GroupNorm, unshared: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.part is None or x.ndim != 4:
@@ -225,6 +217,66 @@ def resamplers(network: nn.Module) -> list[nn.Module]:
     if not found:
         raise ValueError(f"a {type(network).__name__} cannot be run in tiles: it has neither diffusers' layout nor the WebUI's")
     return found
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """An autoencoder's attention over all pixels, one head of all channels, in diffusers' layout or in the WebUI's."""
+
+    module: nn.Module
+    norm: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    out: nn.Module
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Attention | None:
+        """The attention that a module is; None if it is none, or of some other kind."""
+        if all(hasattr(module, name) for name in ("norm", "q", "k", "v", "proj_out")):
+            return cls(module, module.norm, module.q, module.k, module.v, module.proj_out)
+        plain = getattr(module, "heads", 0) == 1 and getattr(module, "residual_connection", False)
+        if plain and module.rescale_output_factor == 1 and module.group_norm is not None and module.spatial_norm is None:
+            return cls(module, module.group_norm, module.to_q, module.to_k, module.to_v, module.to_out[0])
+        return None
+
+    def forward(self, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+        """The module's answer to x [1, C, H, W], put in x's place, in pieces: what it takes beside x is three more copies."""
+        tokens = x.flatten(2).transpose(1, 2)
+        normed = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # or each linear layer would make a copy of its own
+        k, v = _project(self.k, normed)[:, None], _project(self.v, normed)[:, None]
+        for piece in range(0, tokens.shape[1], ATTENTION_PIECE):
+            here = slice(piece, piece + ATTENTION_PIECE)
+            q = _project(self.q, normed[:, here])[:, None]
+            tokens[:, here] += _project(self.out, F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x
+
+
+def _project(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """A linear layer, or a convolution of one pixel, over tokens [1, N, C]."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
+@contextmanager
+def _replaced(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """While it lasts these modules' forward is another function."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward  # shadows the class's method
+        yield
+    finally:
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def _features(function: Callable[[Tensor], Tensor], latents: Tensor, decoder: nn.Module) -> Tensor:
+    """What decoder enlarges first while function(latents) runs: the whole image, at the latents' resolution."""
+    attentions = filter(None, map(_Attention.of, decoder.modules()))
+    with _replaced({attention.module: attention.forward for attention in attentions}):
+        return _until(resamplers(decoder)[-1].register_forward_pre_hook, function, latents)
 
 
 class _Reached(Exception):
@@ -330,7 +382,7 @@ def _decode(
     first = resamplers(decoder)[-1]
     features = None
     if LIVE_FEATURES * widths(decoder)[0] * size[0] * size[1] * latents.element_size() < free_memory(latents.device):
-        features = unless_out_of_memory(lambda: _until(first.register_forward_pre_hook, function, latents), latents.device)
+        features = unless_out_of_memory(partial(_features, function, latents, decoder), latents.device)
 
     def run_alone(part: Tile | Sample) -> Tensor:
         statistics.part = part
@@ -433,10 +485,5 @@ def decoding_bytes(
     if h * w <= tile**2:
         return call_bytes(module, function, latents)
     made = []
-    first = resamplers(decoder)[-1]
-
-    def until_features(z: Tensor) -> None:
-        made.append(_until(first.register_forward_pre_hook, function, z))
-
-    features = call_bytes(module, until_features, latents)
+    features = call_bytes(module, lambda z: made.append(_features(function, z, decoder)), latents)
     return max(features, made[0].nbytes + call_bytes(module, function, latents[..., :1, :1].expand(-1, -1, tile, tile)))

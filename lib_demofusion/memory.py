@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-if TYPE_CHECKING:
-    from lib_demofusion.phases import Plan
 
 V = TypeVar("V")
 
@@ -228,24 +225,25 @@ def picture_bytes(size: tuple[int, int], factor: int = 8) -> int:
     return 3 * math.prod(size) * factor**2 * 4
 
 
-def check_fits(plan: Plan, device: torch.device, channels: int, images: int, factor: int, pictures: int = 1) -> None:
+def check_fits(
+    size: tuple[int, int], scale: float, device: torch.device, channels: int, images: int, factor: int, pictures: int = 1
+) -> None:
     """Raises ValueError, one line, if a job's latents or its pictures cannot fit, whatever the view batch and the tiles.
 
-    images: made at once. pictures: how often the host has each of them in main memory at the end.
+    size: (h, w) of the last phase, latent pixels, which is `scale` times the base. images: made at once. pictures: how
+    often the host has each of them in main memory at the end.
     """
-
-    last = plan.phases[-1]
     needs = [
-        ("latents", device, images * latents_bytes(last.size, channels)),
-        ("pictures", torch.device("cpu"), images * pictures * picture_bytes(last.size, factor)),
+        ("latents", device, images * latents_bytes(size, channels)),
+        ("pictures", torch.device("cpu"), images * pictures * picture_bytes(size, factor)),
     ]
     share, what, where, need, free = min(
         (free / need, what, where, need, free) for what, where, need in needs for free in [free_memory(where)]
     )
     if share >= 1:
         return
-    h, w = (side * factor for side in last.size)
+    h, w = (side * factor for side in size)
     memory = "main memory" if where.type == "cpu" else f"{where.type} memory"
     line = f"the {what} of {w}x{h} take {in_words(need)} of {memory}, and {in_words(free)} are free"
-    largest = math.floor(20 * last.scale * math.sqrt(share)) / 20
+    largest = math.floor(20 * scale * math.sqrt(share)) / 20
     raise ValueError(f"{line}; " + (f"scale {largest:g} fits" if largest > 1 else "no scale fits, a smaller base may"))

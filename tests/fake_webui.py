@@ -78,6 +78,7 @@ class Options:
     def __init__(self):
         self.sd_model_checkpoint = "main"
         self.samples_save, self.samples_format, self.sd_vae_decode_method = False, "png", "Full"
+        self.export_for_4chan, self.target_side_length = True, 4000
         self.batch_cond_uncond = True
         self.sdxl_crop_top = self.sdxl_crop_left = 0
         self.eta_ancestral, self.eta_ddim, self.s_churn = 1.0, 0.0, 0.0

@@ -563,6 +563,28 @@ def test_out_of_memory_beside_the_views(host, monkeypatch):
     assert reply.comments[0].startswith("DemoFusion: out of memory beside the views; a smaller scale or base image needs less")
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, False),
+        ({"samples_format": "jpg"}, True),
+        ({"samples_format": "jpg", "export_for_4chan": False}, False),
+        ({"samples_format": "jpg", "target_side_length": 192}, False),
+        ({"samples_format": "jpg", "samples_save": False}, False),
+        ({"samples_format": "webp"}, False),
+    ],
+)
+def test_jpegs_that_the_host_would_reduce_are_told(host, tmp_path, settings, told):
+    """192 pixels, of 191 that are kept."""
+    for name, value in {"samples_save": True, "target_side_length": 191, **settings}.items():
+        setattr(host.shared.opts, name, value)
+    comments = host.generate(True, 3, outpath_samples=str(tmp_path)).comments
+    assert len(comments) == told
+    assert not told or comments[0].startswith(
+        "DemoFusion: of JPEGs with more than 191 pixels a side the host keeps only a reduced"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------- decoding
 
 

@@ -19,11 +19,13 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.norm, self.qkv = nn.GroupNorm(4, channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.norm = nn.GroupNorm(4, channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)
-        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class Upsample(nn.Module):

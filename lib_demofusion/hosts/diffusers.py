@@ -182,7 +182,8 @@ def generate(
     plan = plan_for(pipe, config, height=height, width=width, steps=steps, cfg_scale=cfg_scale, sampler=sampler, image=image)
     if resume is not None:
         _check_resume(resume, plan, len(seeds))
-    check_fits(plan, pipe.device, pipe.unet.config.in_channels, len(seeds), pipe.vae_scale_factor)
+    last = plan.phases[-1]
+    check_fits(last.size, last.scale, pipe.device, pipe.unet.config.in_channels, len(seeds), pipe.vae_scale_factor)
     run = _Run(pipe, plan, config, SAMPLERS[sampler_named(sampler)], steps, cfg_scale, seeds, progress, cancelled, finished)
     try:
         with torch.inference_mode():

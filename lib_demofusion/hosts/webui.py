@@ -126,7 +126,8 @@ def readout_table() -> dict[str, Any]:
         "samplers": {name: sampler.counts for name, sampler in SAMPLERS.items()},
         "latents": latents_bytes((1, 1)),
         "whole": tiles.LIVE * WIDTHS[1] * FACTOR**2 * itemsize,
-        "features": tiles.LIVE_FEATURES * WIDTHS[0] * itemsize,
+        "features": int(tiles.LIVE_FEATURES * WIDTHS[0] * itemsize),
+        "kept": WIDTHS[0] * itemsize,
         "tile": tiles.SMALLEST_TILE,
     }
 
@@ -203,13 +204,15 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         _check(p)
         plan = plan_for(p, settings.config)
         channels = getattr(shared.sd_model, "latent_channels", 4)
-        check_fits(plan, devices.device, channels, p.batch_size, FACTOR, PICTURES)
+        last = plan.phases[-1]
+        check_fits(last.size, last.scale, devices.device, channels, p.batch_size, FACTOR, PICTURES)
         if settings.resume:
             _check_resume(p, _read_saved(settings.resume), plan)
     except ValueError as error:
         _refuse(p, str(error))
     else:
         _describe(p, settings.config, plan.phases[-1])
+        _warn_of_small_jpegs(p, plan.phases[-1])
 
 
 def _check(p: Any) -> None:
@@ -226,6 +229,17 @@ def _check(p: Any) -> None:
 
 def _read_saved(path: Path) -> SavedPhase:
     return read_saved(path, "WebUI")
+
+
+def _warn_of_small_jpegs(p: Any, last: Phase) -> None:
+    """The host's reduced copy of a large image is a JPEG of the same name: where that is what it saves, only the copy stays."""
+    opts = shared.opts
+    large = max(last.size) * FACTOR > opts.target_side_length
+    if large and opts.export_for_4chan and opts.samples_format.lower() in ("jpg", "jpeg") and p.save_samples():
+        p.comment(
+            f"{NAME}: of JPEGs with more than {opts.target_side_length} pixels a side the host keeps only a reduced copy; in "
+            "Settings > Saving images choose png, or switch that copy off."
+        )
 
 
 def _check_resume(p: Any, saved: SavedPhase, plan: Plan) -> None:

@@ -149,6 +149,13 @@ def test_a_new_user(page, server, tmp_path_factory):
     page.locator("#script_demofusion_enable > .label-wrap").click()  # opens the form and ticks the box
     page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('from 128x128 to 512x512')")
     assert "4 phases" in readout(page)
+    for element in ("txt2img_width", "txt2img_height"):
+        number(page, element, 1024)
+    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('from 1024x1024 to 4096x4096')")
+    form, column = (page.locator(where).bounding_box() for where in ("#script_demofusion_enable", "#txt2img_settings"))
+    assert form["x"] + form["width"] <= column["x"] + column["width"], "a long line makes the form wider than its column"
+    for element in ("txt2img_width", "txt2img_height"):
+        number(page, element, 128)
     number(page, "script_demofusion_scale", 2)
     page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('560 model calls')")
     assert readout(page).startswith("from 128x128 to 256x256, 2 phases, 560 model calls, +")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from webui_host import ROOT
 
@@ -152,6 +153,16 @@ def test_a_refusal_leaves_no_grid_and_no_file(host):
     before = {*(host.data / "outputs").rglob("*")}
     host.generate(True, 9, batch_size=2, save_images=True)
     assert {*(host.data / "outputs").rglob("*")} == before
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_jpegs_of_which_the_host_keeps_a_reduced_copy_are_told(host, options, reduced):
+    options(samples_format="jpg", target_side_length=100, export_for_4chan=reduced)
+    host.generate(True, 2, seed=888 + reduced, save_images=True)
+    [file] = (host.data / "outputs").rglob(f"*-{888 + reduced}.jpg")
+    with Image.open(file) as image:
+        assert image.size == ((100, 100) if reduced else (128, 128))
+    assert any("the host keeps only a reduced copy" in text for text in host.comments) == reduced
 
 
 def test_defaults_of_the_form_from_the_hosts_file(host):
