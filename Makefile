@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 OUT ?= out
 
-.PHONY: demo test lint bench bench-decode bench-memory performance sheet settings-sheet train clean webui test-webui bench-webui export-webui
+.PHONY: demo test lint bench bench-decode bench-memory performance sheet settings-sheet evaluate train clean webui test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -43,6 +43,10 @@ bench-decode: $(READY)
 
 sheet: $(READY)
 	$(RUN) -m benchmarks.contact_sheet
+
+# EVALUATE=--quick for a first look; see python -m evaluation --help
+evaluate: $(READY)
+	$(RUN) -m evaluation $(EVALUATE)
 
 settings-sheet: $(READY)
 	$(RUN) -m benchmarks.settings_sheet

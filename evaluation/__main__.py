@@ -138,7 +138,7 @@ def main() -> None:
 
     rng = np.random.default_rng(SCENES_SEED)
     scenes = [Scene.draw(rng) for _ in range(prompts)]
-    reader = readers.load(args.build / "reader.pt")
+    reader = readers.load()
     methods = ABLATION if args.ablation else METHODS
     made = pictures(load_pipeline(args.model), methods, scenes, args.scale, steps, args.build)
     judge = Judge(reader, scenes, args.scale, 200 if args.quick else 1000)

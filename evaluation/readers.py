@@ -1,7 +1,7 @@
 """A small network that reads pictures, trained on true renders, in Inception's role and in CLIP's.
 
 It sees 128 x 128 pixels: a whole image averaged down, or a crop of a 4x image around an object, where textures show.
-`load` trains it the first time, in a few minutes on two cores.
+Its weights are part of the repository (`load`); `python -m evaluation.readers` trains them anew, from seeds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ WHOLE = ("count", "colour", "shape", "background")  # what a whole image shows a
 CLOSE = ("colour", "texture")  # and a crop of a 4x image
 FEATURES = 32
 SCENES, STEPS, BATCH = 5_000, 1_500, 64
+WEIGHTS = Path(__file__).with_name("reader.safetensors")
 SEED = 77  # of scenes that the checkpoint was not trained on
 
 
@@ -107,8 +109,8 @@ class Reader(nn.Module):
         return loss + F.cross_entropy(cosines, target) + F.cross_entropy(cosines.T, target)
 
 
-def train(file: Path, scenes: int = SCENES, steps: int = STEPS) -> Reader:
-    """A reader from nothing, written to file."""
+def train(scenes: int = SCENES, steps: int = STEPS) -> Reader:
+    """A reader from nothing; half an hour on one core."""
     with ProcessPoolExecutor() as pool:
         examples = list(tqdm(pool.map(_example, range(scenes), chunksize=32), "scenes for the reader", scenes))
     whole, close, classes = (np.array(column) for column in zip(*examples))
@@ -122,15 +124,20 @@ def train(file: Path, scenes: int = SCENES, steps: int = STEPS) -> Reader:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(reader.state_dict(), file)
     return reader.eval()
 
 
-def load(file: Path) -> Reader:
-    """The reader of a file; trained first if there is none."""
-    if not file.exists():
-        return train(file)
+def load(file: Path = WEIGHTS) -> Reader:
+    """The reader that is part of the repository, or another file's."""
     reader = Reader()
-    reader.load_state_dict(torch.load(file, weights_only=True))
-    return reader.eval()
+    reader.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    return reader.eval().requires_grad_(False)
+
+
+def main() -> None:
+    """Train it anew: `python -m evaluation.readers`."""
+    save_file({name: value.half().contiguous() for name, value in train().state_dict().items()}, WEIGHTS)
+
+
+if __name__ == "__main__":
+    main()

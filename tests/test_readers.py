@@ -1,0 +1,93 @@
+"""The network that reads pictures: true renders score as they should, and what they are not is caught."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from evaluation.__main__ import Judge
+from evaluation.methods import Picture
+from evaluation.readers import CLASSES, CLOSE, WHOLE, Reader, close_up, labels, load, small, train, true_render
+from training.scenes import Scene, object_mask
+from training.train import to_unit
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def judge():
+    scenes = [true_render(11, index)[0] for index in range(COUNT)]
+    return Judge(load(), scenes, scale=4, real=COUNT)
+
+
+@pytest.fixture(scope="module")
+def renders():
+    return [true_render(11, index)[1] for index in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def true(judge, renders):
+    return scores(judge, renders)
+
+
+def scores(judge, images):
+    made = [Picture(np.asarray(image), 0, 0) for image in images]
+    return {name: value for name, (value, _, _) in judge(made, [Picture(small(np.asarray(x)), 0, 0) for x in images]).items()}
+
+
+def test_what_it_reads():
+    assert set(WHOLE) | set(CLOSE) == set(CLASSES)
+    assert labels(Scene(2, "green", "dotted", "disc", "sky")) == [1, 3, 2, 2, 2]
+    features = Reader()(torch.zeros(3, 3, 128, 128))
+    assert features.shape == (3, 32)
+    assert all(torch.allclose(chances.sum(-1), torch.ones(3)) for chances in Reader().chances(features).values())
+
+
+def test_it_learns():
+    """A few steps on few scenes: better than chance at what is easiest to see."""
+    threads = torch.get_num_threads()
+    reader = train(scenes=64, steps=25)
+    torch.set_num_threads(threads)
+    images = [true_render(13, index) for index in range(COUNT)]
+    with torch.no_grad():
+        chances = reader.chances(reader(to_unit(np.stack([small(image) for _, image in images]))))
+    right = chances["background"].argmax(-1) == torch.tensor([labels(scene)[4] for scene, _ in images])
+    assert right.float().mean() > 0.5  # chance is 0.2
+
+
+def test_a_close_up_is_of_an_object():
+    for index in range(COUNT):
+        scene, image = true_render(12, index)
+        crop = close_up(image, scene, np.random.default_rng(index))
+        assert crop.shape == (128, 128, 3)
+        assert object_mask(crop, scene).mean() > 0.15
+
+
+def test_true_renders_score_as_they_should(true):
+    assert true["count right"] == 1
+    assert true["strays"] == 0
+    assert true["off the base"] < 0.5
+    assert true["detail"] == pytest.approx(1, abs=0.3)
+    assert true["caption right"] > 0.98
+    assert true["texture right"] > 0.95
+
+
+def test_pictures_of_other_captions_are_caught(judge, renders, true):
+    others = scores(judge, [*renders[1:], renders[0]])
+    assert others["CLIP"] < true["CLIP"] - 0.2
+    assert others["caption right"] < true["caption right"] - 0.2
+    assert others["count right"] < 0.7
+    assert others["FID"] == pytest.approx(true["FID"], abs=1e-3), "they are the same pictures"
+
+
+def test_blurred_pictures_are_caught(judge, renders, true):
+    blurred = scores(judge, [Image.fromarray(x).filter(ImageFilter.GaussianBlur(6)) for x in renders])
+    assert blurred["crop FID"] > 1.5 * true["crop FID"]
+    assert blurred["detail"] < 0.2
+    assert blurred["count right"] > 0.8, "blur hides no object"
+
+
+def test_one_picture_again_and_again_is_caught(judge, renders, true):
+    same = scores(judge, [renders[0]] * COUNT)
+    assert same["IS"] < 0.5 * true["IS"]
+    assert same["FID"] > 2 * true["FID"]
