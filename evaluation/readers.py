@@ -118,7 +118,7 @@ def train(scenes: int = SCENES, steps: int = STEPS) -> Reader:
     rng, reader = np.random.default_rng(SEED), Reader()
     optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.01)
     for step in tqdm(range(steps), "training the reader"):
-        optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, 2e-3)
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, 2e-3, warmup=min(100, steps // 10))
         index = rng.integers(0, scenes, BATCH)
         loss = reader.loss(to_unit(whole[index]), to_unit(close[index]), torch.from_numpy(classes[index]))
         optimizer.zero_grad()

@@ -46,7 +46,7 @@ def test_what_it_reads():
 def test_it_learns():
     """A few steps on few scenes: better than chance at what is easiest to see."""
     threads = torch.get_num_threads()
-    reader = train(scenes=64, steps=25)
+    reader = train(scenes=64, steps=40)
     torch.set_num_threads(threads)
     images = [true_render(13, index) for index in range(COUNT)]
     with torch.no_grad():
