@@ -242,6 +242,7 @@ class _Attention:
 
     def forward(self, x: Tensor, *rest: Any, **more: Any) -> Tensor:
         """The module's answer to x [1, C, H, W], put in x's place, in pieces: what it takes beside x is three more copies."""
+        x = x.contiguous()  # it may be channels-last
         tokens = x.flatten(2).transpose(1, 2)
         normed = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # or each linear layer would make a copy of its own
         k, v = _project(self.k, normed)[:, None], _project(self.v, normed)[:, None]
@@ -346,7 +347,7 @@ def decode(
     pixels are decoded at once; larger ones in tiles. tile, overlap: latent pixels; where memory runs out, half of tile is
     tried, down to twice the overlap. Raises OutOfMemory below that.
     Memory: one copy of the image, the whole image's features at the latents' resolution (512 channels in Stable
-    Diffusion, 2.7 copies; a few times that while they are made), and what decoding one tile takes. Where these features
+    Diffusion, 2.7 copies; five times that while they are made), and what decoding one tile takes. Where these features
     do not fit either, each tile attends to itself alone.
     """
     size = _one_image(latents)

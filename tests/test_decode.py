@@ -1,5 +1,6 @@
 """Tiles against the whole: on the embedded autoencoder, and on both layouts of Stable Diffusion's, small and random."""
 
+import copy
 import functools
 import math
 from contextlib import contextmanager
@@ -322,6 +323,22 @@ def test_a_card_too_small_for_any_tile_is_told(autoencoder):
         pytest.raises(OutOfMemory, match="out of memory in the autoencoder with tiles of 24 "),
     ):
         decode(decodes, smooth(4, 49, 50), decoder, tile=48)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_attention_in_pieces_is_the_attention(autoencoder, monkeypatch, layout):
+    decoder = copy.deepcopy(autoencoder[0][1])
+    decoder.to(memory_format=layout)
+    z, monitored = smooth(4, 20, 26).contiguous(memory_format=layout), tiles.resamplers(decoder)[-1]
+    monkeypatch.setattr(tiles, "ATTENTION_PIECE", 100)
+    pieces = []
+    attend = F.scaled_dot_product_attention
+    with torch.no_grad():
+        expected = tiles._until(monitored.register_forward_pre_hook, decoder, z)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: pieces.append(q.shape[-2]) or attend(q, k, v))
+        torch.testing.assert_close(tiles._features(decoder, z, decoder), expected)
+    assert pieces == [100, 100, 100, 100, 100, 20]
+    assert not any("forward" in vars(module) for module in decoder.modules())
 
 
 def test_where_the_whole_images_attention_does_not_fit_tiles_attend_to_themselves(autoencoder):
