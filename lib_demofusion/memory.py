@@ -233,17 +233,24 @@ def check_fits(
     size: (h, w) of the last phase, latent pixels, which is `scale` times the base. images: made at once. pictures: how
     often the host has each of them in main memory at the end.
     """
-    needs = [
-        ("latents", device, images * latents_bytes(size, channels)),
-        ("pictures", torch.device("cpu"), images * pictures * picture_bytes(size, factor)),
-    ]
-    share, what, where, need, free = min(
-        (free / need, what, where, need, free) for what, where, need in needs for free in [free_memory(where)]
-    )
-    if share >= 1:
+    free = {where: free_memory(where) for where in (device, torch.device("cpu"))}
+
+    def lack(size: tuple[int, int]) -> str | None:
+        for what, where, need in (
+            ("latents", device, images * latents_bytes(size, channels)),
+            ("pictures", torch.device("cpu"), images * pictures * picture_bytes(size, factor)),
+        ):
+            if need > free[where]:
+                h, w = (side * factor for side in size)
+                memory = "main memory" if where.type == "cpu" else f"{where.type} memory"
+                return f"the {what} of {w}x{h} take {in_words(need)} of {memory}, and {in_words(free[where])} are free"
+        return None
+
+    line = lack(size)
+    if line is None:
         return
-    h, w = (side * factor for side in size)
-    memory = "main memory" if where.type == "cpu" else f"{where.type} memory"
-    line = f"the {what} of {w}x{h} take {in_words(need)} of {memory}, and {in_words(free)} are free"
-    largest = math.floor(20 * scale * math.sqrt(share)) / 20
-    raise ValueError(f"{line}; " + (f"scale {largest:g} fits" if largest > 1 else "no scale fits, a smaller base may"))
+    base = [round(side / scale) for side in size]
+    for twentieths in range(math.ceil(20 * scale) - 1, 20, -1):  # as the WebUI's slider goes
+        if lack(tuple(round(side * twentieths / 20) for side in base)) is None:
+            raise ValueError(f"{line}; scale {twentieths / 20:g} fits")
+    raise ValueError(f"{line}; no scale fits, a smaller base may")

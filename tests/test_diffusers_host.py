@@ -402,7 +402,7 @@ def test_a_job_that_cannot_fit_is_refused_before_it_begins(sd15, monkeypatch):
     monkeypatch.setattr("lib_demofusion.memory.free_memory", lambda device: 10**6)
     calls = []
     with pytest.raises(
-        ValueError, match="the pictures of 512x512 take 3 MiB of main memory, and 1 MiB are free; scale 4.5 fits"
+        ValueError, match="the pictures of 512x512 take 3 MiB of main memory, and 1 MiB are free; scale 4.55 fits"
     ):
         generate(sd15, "a", config=DemoFusionConfig(scale=8.0), steps=2, progress=lambda *call: calls.append(call))
     assert not calls

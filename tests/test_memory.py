@@ -197,7 +197,7 @@ GIB = 2**30
         (10 / 1024, 99, 1, "the latents of 8192x4096 take 80 MiB of cuda memory, and 10 MiB are free; scale 2.8 fits"),
         (99, 0.375 * 0.99, 1, "the pictures of 8192x4096 take 384 MiB of main memory, and 380 MiB are free; scale 7.95 fits"),
         (99, 0.4, 2, "the pictures of 8192x4096 take 768 MiB of main memory, and 410 MiB are free; scale 5.8 fits"),
-        (0.06, 0.001, 1, "the pictures of 8192x4096 take 384 MiB of main memory, and 1 MiB are free; no scale fits"),
+        (99, 0.001, 1, "the pictures of 8192x4096 take 384 MiB of main memory, and 1 MiB are free; no scale fits"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_scale_that_does(monkeypatch, card, ram, images, line):

@@ -758,6 +758,14 @@ def test_whole_numbers_may_come_with_a_point(host):
     assert torch.equal(host.generate(True, 2, 6.0, 3.0).latents[0], host.generate(True, 2.0, 6, 3).latents[0])
 
 
+def test_a_picture_that_memory_cannot_hold_is_refused(host, calls, monkeypatch):
+    """The host has four copies of each picture at the end; a batch has two of them."""
+    monkeypatch.setattr("lib_demofusion.memory.free_memory", lambda device: 2**22)
+    line = "the pictures of 512x512 take 24 MiB of main memory, and 4 MiB are free; scale 3.3 fits"
+    assert_refused(host, calls, line, True, 8, batch_size=2)
+    assert host.generate(True, 3.3, batch_size=2).sizes == [(26, 26)]
+
+
 def test_unknown_samplers_are_refused(host, calls, monkeypatch):
     line = "the sampler Euler of tomorrow is not one that it knows; Euler works"
     assert_refused(host, calls, line, True, 2, sampler_name="Euler of tomorrow")

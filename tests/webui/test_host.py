@@ -170,6 +170,15 @@ def test_a_card_that_is_too_small(host, most, since):
     assert snapshot(host) == before
 
 
+def test_a_picture_that_memory_cannot_hold_is_refused(host, monkeypatch):
+    monkeypatch.setattr(sys.modules["lib_demofusion.memory"], "free_memory", lambda device: 2**22)
+    reply = host.generate(True, 8, steps=STEPS)
+    assert reply.images == []
+    line = "the pictures of 512x512 take 12 MiB of main memory, and 4 MiB are free; scale 4.55 fits"
+    assert host.comments == [f"DemoFusion: {line}"]
+    assert host.generate(True, 4.55, steps=STEPS).images[0].size == (288, 288)
+
+
 def test_large_pictures_are_decoded_in_tiles(host, monkeypatch):
     whole = np.asarray(host.generate(True, SCALE, steps=STEPS).images[0], np.int16)
     before, seen = snapshot(host), []
