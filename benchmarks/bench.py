@@ -6,7 +6,6 @@ The UNet is random and large enough that its time is an honest yardstick; random
 from __future__ import annotations
 
 import argparse
-import contextlib
 import subprocess
 import sys
 
@@ -14,9 +13,9 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from benchmarks.measure import Clock, now, peak, reset_peak
+from benchmarks.measure import Clock, base_alone, now, peak, reset_peak
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, Incomplete, default_device, generate
+from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, default_device, generate
 
 BASE = 32  # latent pixels per side
 BATCHES = (1, 4, 16, 0)
@@ -71,11 +70,10 @@ def print_peak(device: str, scale: float, batch: int) -> None:
     pipe = pipeline(device)
     reset_peak(device)  # what loading took does not count
     config = DemoFusionConfig(scale=max(scale, 2.0), view_batch_size=batch)
-    done = []
-    with contextlib.suppress(Incomplete) if scale == 1 else contextlib.nullcontext():
-        generate(
-            pipe, "", config=config, steps=1, progress=lambda *call: done.append(call), cancelled=lambda: scale == 1 and done
-        )
+    if scale == 1:
+        base_alone(pipe, config=config)
+    else:
+        generate(pipe, "", config=config, steps=1)
     print(peak(device) / 2**20)
 
 

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import bench, performance
+from benchmarks.measure import base_alone
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import Incomplete, decode_latents, generate, needs, plan_for
-from lib_demofusion.memory import Meter, picture_bytes
+from lib_demofusion.hosts.diffusers import decode_latents, generate, needs, plan_for
+from lib_demofusion.memory import Meter, ViewBatch, picture_bytes
 from lib_demofusion.phases import Pace
 from lib_demofusion.saved import SavedPhase
 
@@ -42,23 +43,14 @@ def sampling_peak(pipe, scale: float, batch: int) -> int:
         calls.append(len(x))
         return forward(x, *args, **kwargs) if len(calls) <= CALLS else (torch.zeros_like(x),)
 
-    before = None
-    if scale > 1:
-        last = plan.phases[-2]
-        state = torch.Generator().get_state()[None]
-        before = SavedPhase(last.number, torch.randn(1, 4, *last.size), torch.randn(1, 4, *plan.window), "command", state)
-    done = []
-    stopped = contextlib.suppress(Incomplete) if scale == 1 else contextlib.nullcontext()
-    with patch.object(pipe.unet, "forward", first_calls), Meter() as meter, stopped:
-        generate(
-            pipe,
-            "",
-            config=config,
-            steps=1,
-            resume=before,
-            progress=lambda *call: done.append(call),
-            cancelled=lambda: scale == 1 and bool(done),
-        )
+    with patch.object(pipe.unet, "forward", first_calls), Meter() as meter:
+        if scale == 1:
+            base_alone(pipe, config=config)
+        else:
+            last = plan.phases[-2]
+            state = torch.Generator().get_state()[None]
+            before = SavedPhase(last.number, torch.randn(1, 4, *last.size), torch.randn(1, 4, *plan.window), "command", state)
+            generate(pipe, "", config=config, steps=1, resume=before)
     return meter.peak
 
 
@@ -80,8 +72,8 @@ def decoding_peak(pipe, size: tuple[int, int], window: tuple[int, int]) -> int:
 
 def memory() -> None:
     pipe = performance.pipeline("sd15", "cpu")
-    window = plan_for(pipe, DemoFusionConfig(), steps=1).window
-    weights = needs(pipe, plan_for(pipe, DemoFusionConfig(), steps=1)).weights
+    plan = plan_for(pipe, DemoFusionConfig(), steps=1)
+    window, weights = plan.window, needs(pipe, plan).weights
     base = weights + max(sampling_peak(pipe, 1, 1), decoding_peak(pipe, window, window))
     mib = 2**20
     print(f"weights {weights / mib:.0f} MiB; the base image with them {base / mib:.0f} MiB at its peak")
@@ -90,7 +82,7 @@ def memory() -> None:
         decoding = None
         for batch in (1, 0):
             plan = plan_for(pipe, DemoFusionConfig(scale=scale, view_batch_size=batch), steps=1)
-            need = needs(pipe, plan, batch or 4)
+            need = needs(pipe, plan, ViewBatch(batch, pipe.device).size)
             size = plan.phases[-1].size
             sampling = sampling_peak(pipe, scale, batch)
             decoding = decoding or decoding_peak(pipe, size, window)

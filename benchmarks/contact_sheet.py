@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from evaluation.methods import Job, direct
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import generate, load_pipeline
 from training.scenes import Scene, count_objects
@@ -44,15 +44,8 @@ def pictures(pipe, scene: Scene, seed: int, steps: int) -> list[Image.Image]:
     """The three pictures of a scene, each as the method made it."""
     result = generate(pipe, scene.caption, config=DemoFusionConfig(scale=4.0, view_batch_size=16), seed=seed, steps=steps)
     base = result.images(0)[0]
-    direct = pipe(
-        scene.caption,
-        height=4 * base.height,
-        width=4 * base.width,
-        num_inference_steps=steps,
-        guidance_scale=7.5,
-        generator=torch.Generator().manual_seed(seed),
-    ).images[0]
-    return [base, direct, result.images()[0]]
+    job = Job(pipe, scene.caption, seed, 4, steps, base, result.phases[0][1], seconds=0.0)
+    return [base, direct(job)[0], result.images()[0]]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: seconds, peaks of memory, and the calls of a UNet."""
+"""What the benchmarks measure with: seconds, peaks of memory, and the calls of a UNet; and the base image alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from lib_demofusion.hosts.diffusers import Incomplete, Result, generate
 
 
 def now(device: str) -> float:
@@ -30,6 +32,25 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def base_alone(pipe, prompt: str = "", steps: int = 1, **settings) -> Result:
+    """generate, stopped after the base image, before the first model call of phase 2; for samplers with a call a step."""
+    calls: list = []
+    try:
+        generate(
+            pipe,
+            prompt,
+            steps=steps,
+            progress=lambda *call: calls.append(call),
+            cancelled=lambda: len(calls) == steps,
+            **settings,
+        )
+    except Incomplete as stopped:
+        if stopped.cancelled:
+            return stopped.result
+        raise
+    raise AssertionError("a job that is cancelled after its base went on")
 
 
 class Clock:

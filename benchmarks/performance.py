@@ -23,9 +23,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from benchmarks.measure import Clock, now, peak, reset_peak
+from benchmarks.measure import Clock, base_alone, now, peak, reset_peak
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, Incomplete, default_device, generate
+from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, Incomplete, default_device, generate, unet_inputs
 from lib_demofusion.memory import is_out_of_memory
 
 SIZES = {"xl": [(2048, 2048), (2048, 4096), (3072, 3072), (4096, 4096), (8192, 8192)], "sd15": [(2048, 2048), (4096, 4096)]}
@@ -107,12 +107,9 @@ def measure(kind: str, device: str, height: int, width: int, cap: float | None) 
     scale = min(height, width) / native
     base = dict(height=round(height / scale), width=round(width / scale))
     config = DemoFusionConfig(scale=max(scale, 2.0))
-    clock, done = Clock(pipe.unet, device), []
+    clock = Clock(pipe.unet, device)
     reset_peak(device)
-    try:
-        generate(pipe, "", config=config, steps=3, **base, progress=lambda *c: done.append(c), cancelled=lambda: len(done) == 3)
-    except Incomplete as error:  # stopped after the base image
-        error.result.images(0)
+    base_alone(pipe, config=config, steps=3, **base).images(0)
     at_base = peak(device) / 2**30
     reset_peak(device)
     clock.reset()
@@ -144,22 +141,15 @@ def label(kind: str, width: int, height: int, cap: float | None) -> list[str]:
 
 def yardstick(pipe, device: str, plan) -> float:
     """Seconds of plain UNet calls, in batches of the base image's size, on as many views as the phases look at."""
-    unet, (h, w) = pipe.unet, plan.window
-    x = torch.randn(plan.branches, 4, h, w, device=device, dtype=unet.dtype)
-    text = torch.randn(plan.branches, 77, unet.config.cross_attention_dim, device=device, dtype=unet.dtype)
-    extra = {}
-    if unet.config.addition_embed_type:
-        extra["added_cond_kwargs"] = dict(
-            text_embeds=torch.randn(plan.branches, 1280, device=device, dtype=unet.dtype),
-            time_ids=torch.zeros(plan.branches, 6, device=device, dtype=unet.dtype),
-        )
+    unet = pipe.unet
+    x, conditions = unet_inputs(unet, plan.branches, plan.window, device)
     calls = sum(phase.views for phase in plan.phases[1:])
     timed = min(calls, 20)
     with torch.inference_mode():
-        unet(x, 500, encoder_hidden_states=text, **extra)
+        unet(x, 500, **conditions)
         began = now(device)
         for _ in range(timed):
-            unet(x, 500, encoder_hidden_states=text, **extra)
+            unet(x, 500, **conditions)
         return (now(device) - began) * calls / timed
 
 

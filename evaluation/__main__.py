@@ -54,6 +54,7 @@ class Judge:
 
     def __init__(self, reader: readers.Reader, scenes: list[Scene], scale: int, real: int):
         self.reader, self.scenes = reader, scenes
+        self.classes = torch.tensor([readers.labels(scene) for scene in scenes])
         true = [readers.true_render(REAL_SEED, index) for index in tqdm(range(real), "true renders", dynamic_ncols=True)]
         true = [(scene, shrink(image.astype(np.float32), 4 // scale).round().astype(np.uint8)) for scene, image in true]
         self.whole, self.close = self.read(*zip(*true))
@@ -70,12 +71,11 @@ class Judge:
         """Metric -> its value and the ends of its interval."""
         images = [picture.image for picture in made]
         features, near = self.read(self.scenes, images)
-        classes = torch.tensor([readers.labels(scene) for scene in self.scenes])
         chances, near_chances = self.reader.chances(features), self.reader.chances(near)
         names = list(readers.CLASSES)
-        right = [(chances[name].argmax(-1) == classes[:, names.index(name)]).float().numpy() for name in readers.WHOLE]
-        texture = (near_chances["texture"].argmax(-1) == classes[:, names.index("texture")]).float().numpy()
-        cosine = (torch.nn.functional.normalize(features, dim=-1) * self.reader.captions(classes)).sum(-1).numpy()
+        right = [(chances[name].argmax(-1) == self.classes[:, names.index(name)]).float().numpy() for name in readers.WHOLE]
+        texture = (near_chances["texture"].argmax(-1) == self.classes[:, names.index("texture")]).float().numpy()
+        cosine = (torch.nn.functional.normalize(features, dim=-1) * self.reader.captions(self.classes)).sum(-1).numpy()
         means = {
             "count right": [metrics.count_is_right(x, s) for x, s in zip(images, self.scenes)],
             "caption right": np.mean(right, 0),

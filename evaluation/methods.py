@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
+from benchmarks.measure import base_alone
 from lib_demofusion import schedule
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import Incomplete, generate
+from lib_demofusion.hosts.diffusers import generate
 from lib_demofusion.views import local_views
 
 CFG_SCALE = 7.5
@@ -57,22 +58,10 @@ Method = Callable[[Job], "tuple[Image.Image, float]"]
 
 
 def make_job(pipe, caption: str, seed: int, scale: int, steps: int) -> Job:
-    calls: list = []
     begun = time.perf_counter()
-    try:
-        generate(
-            pipe,
-            caption,
-            seed=seed,
-            steps=steps,
-            cfg_scale=CFG_SCALE,
-            progress=lambda *call: calls.append(call),
-            cancelled=lambda: len(calls) == steps,
-        )
-    except Incomplete as stopped:  # after the base
-        image, latents = stopped.result.images(0)[0], stopped.result.phases[0][1]
-        return Job(pipe, caption, seed, scale, steps, image, latents, time.perf_counter() - begun)
-    raise AssertionError("a job that is cancelled after its base went on")
+    result = base_alone(pipe, caption, seed=seed, steps=steps, cfg_scale=CFG_SCALE)
+    image = result.images(0)[0]
+    return Job(pipe, caption, seed, scale, steps, image, result.phases[0][1], time.perf_counter() - begun)
 
 
 def make(method: Method, job: Job) -> Picture:
@@ -117,15 +106,7 @@ def lanczos(job: Job) -> tuple[Image.Image, float]:
 def direct(job: Job) -> tuple[Image.Image, float]:
     """The model asked for the large image at once."""
     width, height = job.size
-    image = job.pipe(
-        job.caption,
-        height=height,
-        width=width,
-        num_inference_steps=job.steps,
-        guidance_scale=CFG_SCALE,
-        generator=torch.Generator().manual_seed(job.seed),
-    ).images[0]
-    return image, 2 * job.steps * job.scale**2
+    return _drawn(job, job.pipe, height=height, width=width), 2 * job.steps * job.scale**2
 
 
 def hires_fix(upscaler: str, denoise: float) -> Method:
@@ -164,13 +145,17 @@ def tiles(denoise: float = 0.35, overlap: int = 32) -> Method:
 def _redrawn(job: Job, start, denoise: float) -> Image.Image:
     pipe = StableDiffusionImg2ImgPipeline(**job.pipe.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
+    return _drawn(job, pipe, image=start, strength=denoise)
+
+
+def _drawn(job: Job, pipe, **settings) -> Image.Image:
+    """What a pipeline of diffusers makes of the job's caption and seed."""
     return pipe(
         job.caption,
-        image=start,
-        strength=denoise,
         num_inference_steps=job.steps,
         guidance_scale=CFG_SCALE,
         generator=torch.Generator().manual_seed(job.seed),
+        **settings,
     ).images[0]
 
 

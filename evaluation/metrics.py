@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from training.scenes import Scene, count_objects, object_areas, shrink
+from training.scenes import OBJECT, Scene, count_objects, object_areas, shrink
 
-OBJECT = 0.004  # share of the image from which on a spot of the objects' colour is an object,
-SPECK = 0.0003  # and up to which it is nothing; what lies between is a stray
+SPECK = 0.0003  # share of an image up to which a spot of the objects' colour is nothing; between that and OBJECT it is a stray
 
 
 def count_is_right(image: np.ndarray, scene: Scene) -> bool:
-    return count_objects(image, scene, OBJECT) == scene.count
+    return count_objects(image, scene) == scene.count
 
 
 def strays(image: np.ndarray, scene: Scene) -> int:

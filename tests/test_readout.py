@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from readout import NODE, readouts
 
-from lib_demofusion.decode import SMALLEST_TILE, decoding_bytes
+from lib_demofusion.decode import SMALLEST_TILE, _side, decoding_bytes
 from lib_demofusion.memory import latents_bytes
 
 pytestmark = pytest.mark.skipif(not NODE, reason="needs node, to run javascript/demofusion.js")
@@ -111,8 +111,7 @@ def test_the_memory_is_what_stable_diffusions_autoencoder_takes_by_its_shapes(we
             layers_per_block=2,
         )
     base, last = (torch.empty(1, 4, *phase.size, device="meta") for phase in (plan_of(form, webui).phases[i] for i in (0, -1)))
-    tile = max(base[0, 0].numel() ** 0.5, SMALLEST_TILE)
-    tile = int(tile) + (tile % 1 > 0)
+    tile = max(_side(base[0, 0].numel()), SMALLEST_TILE)
     before, after = (decoding_bytes(lambda z: vae.decode(z).sample, z, vae.decoder, vae, tile) for z in (base, last))
     more = max(latents_bytes(last.shape[-2:]), after - before)
     assert float(number) * {"MiB": 2**20, "GiB": 2**30}[unit] == pytest.approx(more, rel=0.15)

@@ -32,6 +32,7 @@ BACKGROUNDS = {  # top and bottom of the gradient; pale or dark, so that every c
     "night": ((22, 24, 48), (58, 60, 92)),
 }
 RADII = {1: (95, 150), 2: (72, 108), 3: (56, 84)}  # pixels, by the number of objects
+OBJECT = 0.004  # share of an image from which on a spot of the objects' colour is an object
 SHADE = 0.42  # the texture's dark tone, as a factor on the colour
 
 
@@ -202,6 +203,6 @@ def object_areas(image: np.ndarray, scene: Scene) -> list[float]:
     return areas
 
 
-def count_objects(image: np.ndarray, scene: Scene, least: float = 0.004) -> int:
+def count_objects(image: np.ndarray, scene: Scene, least: float = OBJECT) -> int:
     """How many separate objects an image shows, whatever their shape; an area below `least` of it is none."""
     return sum(area >= least for area in object_areas(image, scene))

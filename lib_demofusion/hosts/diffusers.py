@@ -239,21 +239,26 @@ def plan_for(
     )
 
 
+def unet_inputs(unet: Any, rows: int, size: Size, device: str) -> tuple[Tensor, dict[str, Any]]:
+    """Random inputs as a UNet takes them: latents [rows, C, h, w], and its conditions by name."""
+    config, kind = unet.config, {"dtype": unet.dtype, "device": device}
+    width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else max(config.cross_attention_dim)
+    conditions: dict[str, Any] = {"encoder_hidden_states": torch.randn(rows, 77, width, **kind)}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": torch.randn(rows, pooled, **kind), "time_ids": torch.zeros(rows, 6, **kind)}
+        conditions["added_cond_kwargs"] = added
+    return torch.randn(rows, config.in_channels, *size, **kind), conditions
+
+
 def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1) -> Needs:
     """The memory that a job takes with so many views a call, as foreseen from the shapes of what is computed."""
-    unet, vae, (h, w), size = pipe.unet, pipe.vae, plan.window, plan.phases[-1].size
+    unet, vae, size = pipe.unet, pipe.vae, plan.phases[-1].size
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     weights = sum(x.nbytes for module in modules for x in (*module.parameters(), *module.buffers()))
     latents = images * latents_bytes(size, unet.config.in_channels)
-    rows = images * plan.branches * view_batch
-    widths = unet.config.cross_attention_dim
-    text = torch.empty(rows, 77, widths if isinstance(widths, int) else max(widths), dtype=unet.dtype, device="meta")
-    x = torch.empty(rows, unet.config.in_channels, h, w, dtype=unet.dtype, device="meta")
-    extra = {}
-    if unet.config.addition_embed_type == "text_time":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        extra["added_cond_kwargs"] = {"text_embeds": x.new_empty(rows, pooled), "time_ids": x.new_empty(rows, 6)}
-    call = call_bytes(unet, unet, x, 0, encoder_hidden_states=text, return_dict=False, **extra)
+    x, conditions = unet_inputs(unet, images * plan.branches * view_batch, plan.window, "meta")
+    call = call_bytes(unet, unet, x, 0, return_dict=False, **conditions)
     tile = tiles.tile_for(vae.decoder, pipe.device, plan.window, pipe.vae_scale_factor)
     z = torch.empty(1, vae.config.latent_channels, *size, dtype=torch.float32 if _overflows(vae) else vae.dtype, device="meta")
     decoding = tiles.decoding_bytes(lambda z: vae.decode(z, return_dict=False)[0], z, vae.decoder, vae, tile)

@@ -203,9 +203,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             return
         _check(p)
         plan = plan_for(p, settings.config)
-        channels = getattr(shared.sd_model, "latent_channels", 4)
         last = plan.phases[-1]
-        check_fits(last.size, last.scale, devices.device, channels, p.batch_size, FACTOR, PICTURES)
+        check_fits(last.size, last.scale, devices.device, _latent_channels(), p.batch_size, FACTOR, PICTURES)
         if settings.resume:
             _check_resume(p, _read_saved(settings.resume), plan)
     except ValueError as error:
@@ -213,6 +212,10 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
     else:
         _describe(p, settings.config, plan.phases[-1])
         _warn_of_small_jpegs(p, plan.phases[-1])
+
+
+def _latent_channels() -> int:
+    return getattr(shared.sd_model, "latent_channels", 4)
 
 
 def _check(p: Any) -> None:
@@ -543,9 +546,8 @@ class _Phases:
     def noise(self, phase: Phase) -> Tensor:
         """The images' own noise at the phase's size; the host's generators then also feed samplers that want more."""
         p = self.p
-        channels = getattr(shared.sd_model, "latent_channels", 4)
         p.rng = rng.ImageRNG(
-            (channels, *phase.size),
+            (_latent_channels(), *phase.size),
             p.seeds,
             subseeds=p.subseeds,
             subseed_strength=p.subseed_strength,
