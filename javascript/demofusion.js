@@ -1,14 +1,15 @@
 // The readout beside the checkbox: what will be made, and how many model calls that takes, as the form stands now.
 // It counts as lib_demofusion/phases.py and model_calls in lib_demofusion/hosts/webui.py do; a test compares them.
 
-function demofusionCalls(counts, scheduler, steps) {
+function demofusionCalls(counts, scheduler, steps, skipped) {
+    let run = steps - skipped;
     if (counts === "ddim" || counts === "grid") {
-        const grid = Math.ceil(1000 / Math.max(Math.floor(1000 / steps), 1));
+        const grid = skipped ? run : Math.ceil(1000 / Math.max(Math.floor(1000 / steps), 1));
         return counts === "ddim" ? grid - 1 : grid;
     }
-    if (counts === "fixed") return steps;
-    if (scheduler === "DDIM") steps = Math.ceil(999 / Math.max(Math.floor(1000 / steps), 1));
-    return counts === "second" ? 2 * steps - (scheduler === "KL Optimal" ? 0 : 1) : steps;
+    if (counts === "fixed" && !skipped) return steps;
+    if (scheduler === "DDIM" && counts !== "unknown") run = Math.ceil(999 / Math.max(Math.floor(1000 / steps), 1)) - skipped;
+    return counts === "second" ? 2 * run - (scheduler === "KL Optimal" ? 0 : 1) : run;
 }
 
 // Halves go to the even neighbour, as Python rounds.
@@ -32,15 +33,17 @@ function demofusionMemory(bytes) {
 function demofusionReadout(form) {
     if (form.hires) return "off: Hires. fix is ticked";
     const h = Math.floor(form.height / 8), w = Math.floor(form.width / 8);
-    const stride = form.stride ? [form.stride, form.stride] : [Math.floor(h / 2) || 1, Math.floor(w / 2) || 1];
-    if (form.stride > Math.min(h, w)) return `stride: at most ${Math.min(h, w)} for this size`;
+    const stride = [h, w].map((side) => Math.floor(side * form.stride + 1e-9) || 1);
     const counts = form.table.samplers[form.sampler];
     if (counts === undefined) return `cannot run with ${form.sampler}; Euler works`;
 
     const scales = [];
-    for (let s = 2; s < Math.ceil(form.scale); s++) scales.push(s);
+    for (let s = 2; s < Math.ceil(form.scale); s++) if (!form.doubling || s === 2 || s === 4) scales.push(s);
     scales.push(form.scale);
-    const [base, calls] = [form.steps, form.phaseSteps || form.steps].map((n) => demofusionCalls(counts, form.scheduler, n));
+    const phaseSteps = form.phaseSteps || form.steps;
+    const skipped = phaseSteps - Math.max(demofusionRound(phaseSteps * form.strength), 1);
+    const base = demofusionCalls(counts, form.scheduler, form.steps, 0);
+    const calls = demofusionCalls(counts, form.scheduler, phaseSteps, skipped);
     if (base === 0 || calls === 0) return `steps: ${form.sampler} needs at least 2`;
     const branches = form.cfg === 1 ? 1 : 2;
     let total = 2 * base, height = h, width = w;
@@ -58,6 +61,11 @@ function demofusionReadout(form) {
     return `from ${w * 8}x${h * 8} to ${width * 8}x${height * 8}, ${scales.length + 1} phases, ${made}, +${more} memory`;
 }
 
+// The preset that the form's settings are; null if they are none's. Not in the script: the host's gradio calls it from there.
+function demofusionPreset(presets, shown) {
+    return Object.keys(presets).find((name) => presets[name].every((value, i) => value === shown[i])) ?? null;
+}
+
 if (typeof onUiLoaded === "function") {
     const demofusionUpdate = function() {
         const readout = gradioApp().querySelector(".demofusion-readout");
@@ -73,7 +81,8 @@ if (typeof onUiLoaded === "function") {
                 sampler: chosen("txt2img_sampling"), scheduler: chosen("txt2img_scheduler"),
                 hires: ticked("txt2img_hr-checkbox"),
                 scale: number("script_demofusion_scale"), stride: number("script_demofusion_stride"),
-                phaseSteps: number("script_demofusion_phase_steps"),
+                phaseSteps: number("script_demofusion_phase_steps"), strength: number("script_demofusion_denoising_strength"),
+                doubling: ticked("script_demofusion_doubling"),
                 table: JSON.parse(readout.dataset.table),
             }) : "";
         if (readout.textContent !== text) readout.textContent = text;
@@ -85,4 +94,4 @@ if (typeof onUiLoaded === "function") {
     onAfterUiUpdate(demofusionUpdate); // values that the host sets: pasted parameters, the swap button, ui-config.json
 }
 
-if (typeof module !== "undefined") module.exports = {demofusionReadout};
+if (typeof module !== "undefined") module.exports = {demofusionReadout, demofusionPreset};

@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from lib_demofusion import __version__
-from lib_demofusion.config import DemoFusionConfig, first_line
+from lib_demofusion.config import PRESETS, DemoFusionConfig, first_line
 
 DESCRIPTION = "Make a high-resolution image with DemoFusion, from a prompt or from an image, with any checkpoint."
 
@@ -55,7 +55,8 @@ def build_parser() -> Parser:
     add("--resume", type=Path, metavar="FILE", help="go on after the phase in this file, with the settings it was made with")
     add("--compare", action="store_true", help="also write base and result side by side, with one crop of both enlarged")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    method = parser.add_argument_group("DemoFusion", "the method's settings; the defaults are the paper's")
+    method = parser.add_argument_group("DemoFusion", "the method's settings; the defaults are the paper's, or the preset's")
+    method.add_argument("--preset", default="Paper", help=f"{', '.join(PRESETS)}: fewer model calls (default: %(default)s)")
     for f in fields(DemoFusionConfig):
         flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default: {f.default})"
         if isinstance(f.default, bool):
@@ -73,10 +74,18 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[2]), int(match[1])
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with the preset's settings where none are given. Raises Refused, ValueError."""
+    parser = build_parser()
+    preset = DemoFusionConfig.preset(parser.parse_args(argv).preset)
+    parser.set_defaults(**{f.name: getattr(preset, f.name) for f in fields(preset)})
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C. What was finished is written."""
     try:
-        args = build_parser().parse_args(argv)
+        args = parse(argv)
         return run(*(args, None) if args.resume is None else resumed(args, argv))
     except (Refused, ValueError) as error:
         print(f"demofusion: {' '.join(str(error).split())}", file=sys.stderr)

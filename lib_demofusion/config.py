@@ -9,6 +9,13 @@ from typing import Any
 
 INFOTEXT_PREFIX = "DemoFusion"
 
+# What differs from the paper's settings. docs/evaluation.md has what each costs and gives.
+PRESETS: dict[str, dict[str, Any]] = {
+    "Paper": {},
+    "Fast": {"doubling": True, "phase_steps": 25, "denoising_strength": 0.6, "stride": 0.75},
+    "Turbo": {"doubling": True, "phase_steps": 20, "denoising_strength": 0.4, "stride": 0.75},
+}
+
 
 def _setting(default: Any, label: str, help: str, low: float = 0, high: float = 0, above: bool = False) -> Any:
     """A field with its infotext label, its tooltip and its range (`above`: the lower end itself is excluded)."""
@@ -25,12 +32,22 @@ class DemoFusionConfig:
 
     scale: float = _setting(4.0, "scale", "how many times larger each side becomes", 1, 8, above=True)
     phase_steps: int = _setting(0, "phase steps", "sampling steps of each phase after the base; 0: as the base", 0, 1000)
-    stride: int = _setting(
+    doubling: bool = _setting(False, "doubling", "phases double the sides, 2x, 4x, 8x, instead of 2x, 3x, 4x")
+    denoising_strength: float = _setting(
+        1.0,
+        "denoising strength",
+        "share of a phase's steps that are run, the last ones; less is faster and keeps more of the phase before",
         0,
+        1,
+        above=True,
+    )
+    stride: float = _setting(
+        0.5,
         "stride",
-        "latent pixels from one local window to the next; smaller is smoother and slower; 0: half the window",
+        "from one local window to the next, as a share of the window; smaller is smoother and slower",
         0,
-        1024,
+        1,
+        above=True,
     )
     jitter: bool = _setting(True, "jitter", "shift the local windows at random at every step, against seams")
     alpha1: float = _setting(3.0, "alpha1", "skip residual: more lets go of the previous phase sooner", 0, 20)
@@ -61,6 +78,17 @@ class DemoFusionConfig:
             if not math.isfinite(value) or not low <= value <= high or (above and value == low):
                 bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
                 raise ValueError(f"{meta['label']} must be {bounds}, got {value:g}")
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> DemoFusionConfig:
+        """The settings of one of PRESETS, whatever the case of its name, with others on top.
+
+        Raises ValueError, one line, if there is none of that name.
+        """
+        for known, values in PRESETS.items():
+            if str(name).lower() == known.lower():
+                return cls(**{**values, **settings})
+        raise ValueError(f"no preset called {name!r}; there are: {', '.join(PRESETS)}")
 
     def to_infotext(self) -> dict[str, str]:
         """Labels and values for a picture's parameters: the scale always, the rest where it is not the default."""

@@ -20,13 +20,15 @@ from lib_demofusion.views import Size, dilated_views, local_views
 class Phase:
     """One phase. number: 1 is the base; size: its latent's (H, W); views: looked at for one prediction.
 
-    calls: predictions that the sampler asks for, which is the steps for samplers of first order.
+    steps: of its schedule, of which the first `skipped` are not run. calls: predictions that the sampler asks for in
+    the others, which is one a step for samplers of first order.
     """
 
     number: int
     scale: float
     size: Size
     steps: int
+    skipped: int
     calls: int
     local: int
     dilated: int
@@ -69,7 +71,7 @@ class Plan:
         for p in self.phases:
             image = f"{p.size[1] * factor}x{p.size[0] * factor}"
             views = f"{p.local} + {p.dilated}" if p.dilated else f"{p.local}"
-            rows.append((f"{p.number}", image, f"{p.steps}", views, f"{self.branches * p.evaluations:,}"))
+            rows.append((f"{p.number}", image, f"{p.steps - p.skipped}", views, f"{self.branches * p.evaluations:,}"))
         rows.append(("all", "", "", "", f"{self.evaluations:,}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
@@ -118,9 +120,13 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def phase_scales(scale: float) -> list[float]:
-    """2, 3, ... up to the scale, which comes last also where it is no whole number: 2.5 -> [2, 2.5]."""
-    return [float(s) for s in range(2, math.ceil(scale))] + [float(scale)]
+def phase_scales(scale: float, doubling: bool = False) -> list[float]:
+    """2, 3, ... up to the scale, which comes last also where it is no whole number: 2.5 -> [2, 2.5].
+
+    doubling: 2, 4, 8 instead.
+    """
+    between = [s for s in range(2, math.ceil(scale)) if not doubling or s in (2, 4)]
+    return [float(s) for s in (*between, scale)]
 
 
 def make_plan(
@@ -129,34 +135,33 @@ def make_plan(
     config: DemoFusionConfig,
     *,
     branches: int = 2,
-    calls: Callable[[int], int] | None = None,
+    calls: Callable[[int, int], int] | None = None,
     from_image: bool = False,
 ) -> Plan:
     """What DemoFusion will do for a base latent of `window` (h, w) latent pixels.
 
-    steps: of the base; calls: how many predictions the sampler asks for in a phase of so many steps (as many, unless
-    given); from_image: the base is a real image, so that the first phase costs nothing.
-    Raises ValueError, one line, for a size, step count or stride that cannot work.
+    steps: of the base; calls: how many predictions the sampler asks for in a phase of so many steps of which so many
+    are skipped (one for each other step, unless given); from_image: the base is a real image, so that the first phase
+    costs nothing. Raises ValueError, one line, for a size or step count that cannot work.
     """
     h, w = window
     if h < 1 or w < 1:
         raise ValueError(f"the base must be at least one latent pixel each way, got {w}x{h}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if config.stride > min(window):
-        raise ValueError(f"stride must be at most {min(window)} (the shorter side of the base latent), got {config.stride}")
-    stride = (config.stride, config.stride) if config.stride else (max(h // 2, 1), max(w // 2, 1))
-    calls = calls or (lambda steps: steps)
+    stride = tuple(max(math.floor(side * config.stride + 1e-9), 1) for side in window)  # 0.7 of 10 is 7
+    calls = calls or (lambda steps, skipped: steps - skipped)
     phase_steps = config.phase_steps or steps
+    skipped = phase_steps - max(round(phase_steps * config.denoising_strength), 1)
 
-    base_calls = 0 if from_image else calls(steps)
-    phases = [Phase(1, 1.0, window, 0 if from_image else steps, base_calls, local=1, dilated=0)]
-    for number, scale in enumerate(phase_scales(config.scale), start=2):
+    base_steps, base_calls = (0, 0) if from_image else (steps, calls(steps, 0))
+    phases = [Phase(1, 1.0, window, base_steps, 0, base_calls, local=1, dilated=0)]
+    for number, scale in enumerate(phase_scales(config.scale, config.doubling), start=2):
         size = (round(h * scale), round(w * scale))
         if size == phases[-1].size:
             raise ValueError(f"scale {config.scale:g} adds no latent pixel to a base of {w}x{h}; choose a larger one")
         local, dilated = len(local_views(size, window, stride)), len(dilated_views(window, math.ceil(scale)))
-        phases.append(Phase(number, scale, size, phase_steps, calls(phase_steps), local, dilated))
+        phases.append(Phase(number, scale, size, phase_steps, skipped, calls(phase_steps, skipped), local, dilated))
     return Plan(window, stride, tuple(phases), branches)
 
 

@@ -43,11 +43,22 @@ class DemoFusionScript(scripts.Script):
                     elem_id=self.elem_id("readout"),
                     min_width=0,
                 )
-            controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
+            with gr.Row():
+                controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
+                controls["preset"] = gr.Radio(
+                    list(webui.PRESETS),
+                    value=webui.PRESET,
+                    label="Preset",
+                    elem_id=self.elem_id("preset"),
+                    tooltip="sets what is under Advanced; nothing is chosen where that is no preset",
+                )
             with gr.Accordion("Advanced", open=False, elem_id=self.elem_id("advanced")):
                 with gr.Row():
                     controls["phase_steps"] = self.slider("phase_steps", "Steps per phase", maximum=150, step=1)
-                    controls["stride"] = self.slider("stride", "Stride", maximum=256, step=1)
+                    controls["denoising_strength"] = self.slider(
+                        "denoising_strength", "Denoising strength", minimum=0.05, maximum=1, step=0.05
+                    )
+                    controls["stride"] = self.slider("stride", "Stride", minimum=0.05, maximum=1, step=0.05)
                 with gr.Row():
                     controls["alpha1"] = self.slider("alpha1", "Skip residual α1", maximum=10, step=0.1)
                     controls["alpha2"] = self.slider("alpha2", "Dilated sampling α2", maximum=10, step=0.1)
@@ -56,18 +67,14 @@ class DemoFusionScript(scripts.Script):
                     controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
                     controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
                 with gr.Row():
-                    field = webui.CONFIG_FIELDS["jitter"]
-                    controls["jitter"] = gr.Checkbox(
-                        field.default, label="Jitter", elem_id=self.elem_id("jitter"), tooltip=field.metadata["help"]
-                    )
+                    controls["doubling"] = self.checkbox("doubling", "Doubling")
+                    controls["jitter"] = self.checkbox("jitter", "Jitter")
                     controls["save_phases"] = gr.Checkbox(
                         False,
                         label="Save intermediate phases",
                         elem_id=self.elem_id("save_phases"),
                         tooltip="write the images of the phases before the last beside the output, with a suffix",
                     )
-                    reset = gr.Button("Reset to the paper's", elem_id=self.elem_id("reset"), size="sm")
-
                 controls["resume"] = gr.Textbox(
                     label="Resume from",
                     placeholder="the .safetensors beside a saved phase's image; first send that image here from PNG Info",
@@ -75,12 +82,14 @@ class DemoFusionScript(scripts.Script):
                     max_lines=1,
                 )
 
+        # Choosing a preset sets the controls, and the controls, whoever sets them, say which preset they are.
+        table = json.dumps(webui.presets_table())
+        preset, shown = controls["preset"], [controls[name] for name in webui.PRESET_SETTINGS]
+        preset.input(fn=None, _js=f"(name) => ({table})[name]", inputs=[preset], outputs=shown)
+        for control in shown:
+            control.change(fn=None, _js=f"(...shown) => demofusionPreset({table}, shown)", inputs=shown, outputs=[preset])
+
         settings = [name for name in webui.ARGUMENTS if name in webui.CONFIG_FIELDS]
-        reset.click(
-            fn=lambda: [*(webui.CONFIG_FIELDS[name].default for name in settings), ""],
-            outputs=[controls[name] for name in (*settings, "resume")],
-            show_progress=False,
-        )
         scale = infotext_label(webui.CONFIG_FIELDS["scale"])
         self.infotext_fields = [PasteField(controls["enabled"], lambda d: scale in d)]
         for name in settings:
@@ -89,15 +98,16 @@ class DemoFusionScript(scripts.Script):
         return [controls[name] for name in webui.ARGUMENTS]
 
     def slider(self, name, label, minimum=0, **kwargs):
-        field = webui.CONFIG_FIELDS[name]
-        return gr.Slider(
-            minimum=minimum,
-            value=field.default,
-            label=label,
-            elem_id=self.elem_id(name),
-            tooltip=field.metadata["help"],
-            **kwargs,
-        )
+        return gr.Slider(minimum=minimum, **self.shared(name, label), **kwargs)
+
+    def checkbox(self, name, label):
+        return gr.Checkbox(**self.shared(name, label))
+
+    def shared(self, name, label):
+        """What every control of a setting has."""
+        value = getattr(webui.DemoFusionConfig.preset(webui.PRESET), name)
+        help = webui.CONFIG_FIELDS[name].metadata["help"]
+        return dict(value=value, label=label, elem_id=self.elem_id(name), tooltip=help)
 
     def pasted(self, name):
         """The value of a control for pasted parameters: as written, else the default; none without DemoFusion."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from arguments import script_arguments
 from webui_autoencoder import WebuiNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -417,6 +418,11 @@ class CFGDenoiser(nn.Module):
         return result
 
 
+def setup_img2img_steps(p, steps=None):
+    """The steps of the whole schedule, and the number of the first that is run, counted from the end and from 0."""
+    return int(steps / min(p.denoising_strength, 0.999)), steps - 1
+
+
 class Sampler:
     def __init__(self, funcname):
         self.funcname = self.func = funcname
@@ -443,6 +449,9 @@ class Sampler:
         return {}
 
     def sample(self, p, x, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+        raise NotImplementedError
+
+    def sample_img2img(self, p, x, noise, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
         raise NotImplementedError
 
     def _launch(self, p, x, levels, conditioning, unconditional_conditioning, steps, image_conditioning):
@@ -556,6 +565,12 @@ class KDiffusionSampler(Sampler):
         sigmas = self.get_sigmas(p, steps)
         return self._launch(p, x * sigmas[0], sigmas, conditioning, unconditional_conditioning, steps, image_conditioning)
 
+    def sample_img2img(self, p, x, noise, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+        steps, last = setup_img2img_steps(p, steps)
+        sigmas = self.get_sigmas(p, steps)[steps - last - 1 :]
+        x = x + noise * sigmas[0]
+        return self._launch(p, x, sigmas, conditioning, unconditional_conditioning, last + 1, image_conditioning)
+
 
 class CompVisSampler(Sampler):
     def __init__(self, funcname, sd_model):
@@ -571,6 +586,13 @@ class CompVisSampler(Sampler):
         steps = steps or p.steps
         timesteps = self.get_timesteps(p, steps)
         return self._launch(p, x, timesteps, conditioning, unconditional_conditioning, steps, image_conditioning)
+
+    def sample_img2img(self, p, x, noise, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+        steps, last = setup_img2img_steps(p, steps)
+        timesteps = self.get_timesteps(p, steps)
+        kept = shared.sd_model.alphas_cumprod[timesteps[last]]
+        x = x * kept.sqrt() + noise * (1 - kept).sqrt()
+        return self._launch(p, x, timesteps[:last], conditioning, unconditional_conditioning, last + 1, image_conditioning)
 
 
 all_samplers = [
@@ -615,6 +637,7 @@ class StableDiffusionProcessingTxt2Img:
     tiling: bool = False
     do_not_save_samples: bool = False
     do_not_save_grid: bool = False
+    denoising_strength: float = 0.75
     eta: float = None
     s_churn: float = 0.0
     refiner_checkpoint: str = None
@@ -826,6 +849,13 @@ def parse_generation_parameters(x):
 class _Block:
     def __init__(self, **given):
         self.__dict__.update(given)
+        self._events = {}  # name -> its listeners: (script, inputs, outputs)
+
+    def change(self, fn, inputs=None, outputs=None, *, _js=None):
+        self._events.setdefault("change", []).append((_js, inputs, outputs))
+
+    def input(self, fn, inputs=None, outputs=None, *, _js=None):
+        self._events.setdefault("input", []).append((_js, inputs, outputs))
 
     def __enter__(self):
         return self
@@ -863,19 +893,14 @@ class Slider(_Block):
         super().__init__(minimum=minimum, maximum=maximum, value=value, step=step, label=label, elem_id=elem_id, **kwargs)
 
 
+class Radio(_Block):
+    def __init__(self, choices=None, *, value=None, label=None, elem_id=None, **kwargs):
+        super().__init__(choices=choices, value=value, label=label, elem_id=elem_id, **kwargs)
+
+
 class Textbox(_Block):
     def __init__(self, value="", *, label=None, placeholder=None, max_lines=20, elem_id=None):
         super().__init__(value=value, label=label, placeholder=placeholder, max_lines=max_lines, elem_id=elem_id)
-
-
-class Button(_Block):
-    _clicked = None  # the last one's (fn, outputs)
-
-    def __init__(self, value="Run", *, size=None, elem_id=None):
-        super().__init__(value=value, size=size, elem_id=elem_id)
-
-    def click(self, fn, *, outputs=None, show_progress="full"):
-        Button._clicked = fn, outputs
 
 
 class InputAccordion(Checkbox):
@@ -932,7 +957,11 @@ MODULES = {
         before_ui_callback=before_ui_callback,
     ),
     "modules.sd_samplers_common": dict(
-        InterruptedException=InterruptedException, apply_refiner=apply_refiner, Sampler=Sampler, SamplerData=SamplerData
+        InterruptedException=InterruptedException,
+        apply_refiner=apply_refiner,
+        setup_img2img_steps=setup_img2img_steps,
+        Sampler=Sampler,
+        SamplerData=SamplerData,
     ),
     "modules.sd_samplers_cfg_denoiser": dict(CFGDenoiser=CFGDenoiser),
     "modules.sd_samplers_kdiffusion": dict(CFGDenoiserKDiffusion=CFGDenoiserKDiffusion, KDiffusionSampler=KDiffusionSampler),
@@ -960,7 +989,7 @@ MODULES = {
     "modules.infotext_utils": dict(PasteField=PasteField, quote=quote, parse_generation_parameters=parse_generation_parameters),
     "modules.ui_components": dict(InputAccordion=InputAccordion),
     "gradio": dict(
-        Row=Row, Column=Column, Accordion=Accordion, HTML=HTML, Checkbox=Checkbox, Slider=Slider, Button=Button, Textbox=Textbox
+        Row=Row, Column=Column, Accordion=Accordion, HTML=HTML, Checkbox=Checkbox, Slider=Slider, Radio=Radio, Textbox=Textbox
     ),
 }
 
@@ -1049,7 +1078,7 @@ class Host:
         p = StableDiffusionProcessingTxt2Img(**{"prompt": "a ring", "negative_prompt": "blue", **settings})
         p.scripts = self.runner
         p.script_args = [getattr(control, "value", None) for control in self.runner.inputs]
-        first = self.script.args_from
+        first, args = self.script.args_from, script_arguments(self.webui, args)
         p.script_args[first : first + len(args)] = args
         return p
 

@@ -14,6 +14,13 @@ console.log(JSON.stringify(forms.map(demofusionReadout)));
 """
 
 
+def in_node(script, *arguments):
+    """What a function of the form, written in JavaScript, returns."""
+    code = "Object.assign(globalThis, require(process.argv[1])); console.log(JSON.stringify(%s(...%s)))"
+    command = [NODE, "-e", code % (f"({script})", json.dumps(arguments)), str(SCRIPT)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def readouts(forms):
     """What the form's line says for each form, all in one process."""
     command = [NODE, "-e", RUN, str(SCRIPT)]

@@ -52,17 +52,17 @@ def refused(code, err, says, path):
 
 
 def test_a_prompt_becomes_an_image_with_its_settings_in_it(run):
-    code, out, err, path = run("one red ring", "--scale", "2", "--seed", "7", "--negative-prompt", "star", "--stride", "3")
+    code, out, err, path = run("one red ring", "--scale", "2", "--seed", "7", "--negative-prompt", "star", "--stride", "0.4")
     assert code == 0
     assert "phase 2 of 2" in err
     with Image.open(path) as image:
         assert image.size == (128, 128)
         assert image.info["parameters"] == (
             "one red ring\nNegative prompt: star\nSteps: 3, Sampler: Euler, CFG scale: 7.5, Seed: 7, Size: 64x64, "
-            "Model: tiny-sd15, DemoFusion scale: 2, DemoFusion stride: 3, Version: demofusion " + __version__
+            "Model: tiny-sd15, DemoFusion scale: 2, DemoFusion stride: 0.4, Version: demofusion " + __version__
         )
         values = dict(pair.split(": ") for pair in image.info["parameters"].splitlines()[-1].split(", "))
-    assert DemoFusionConfig.from_infotext(values) == DemoFusionConfig(scale=2.0, stride=3)
+    assert DemoFusionConfig.from_infotext(values) == DemoFusionConfig(scale=2.0, stride=0.4)
     assert [p.name for p in path.parent.iterdir()] == ["out.png"]
 
 
@@ -221,7 +221,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M"])
 def test_a_killed_job_goes_on_from_its_last_phase(run, model, sampler):
     """kill -9 in phase 3; the picture is that of the job that was left alone, and so is what it says of itself."""
-    job = ["one red ring", "--negative-prompt", "star", "--scale", "3", "--seed", "5", "--sampler", sampler, "--stride", "3"]
+    job = ["one red ring", "--negative-prompt", "star", "--scale", "3", "--seed", "5", "--sampler", sampler, "--stride", "0.4"]
     *_, whole = run(*job, "--compare", output="whole.png")
     killed = whole.with_name("killed.png")
     job += ["--model", model, "--steps", "3", "--device", "cpu", "--save-phases", "-o", str(killed)]
@@ -290,7 +290,8 @@ def test_what_cannot_be_resumed(run, tmp_path, capsys):
         (["ring", "--size", "200"], "argument --size: must be like 1024x768, got 200"),
         (["ring", "--size", "128x128", "--scale", "3"], "give --size or --scale, not both"),
         (["ring", "--size", "64x64"], "scale must be above 1"),
-        (["ring", "--stride", "60"], "stride must be at most 8"),
+        (["ring", "--stride", "60"], "stride must be above 0 and at most 1, got 60"),
+        (["ring", "--preset", "slow"], "no preset called 'slow'; there are: Paper, Fast, Turbo"),
         (["red " * 100], "the prompt is too long: 100 tokens, 75 at most"),
         (["ring", "--negative-prompt", "red " * 100], "the negative prompt is too long"),
         (["ring", "--sampler", "Euler b"], "no sampler called 'Euler b'"),

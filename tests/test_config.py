@@ -3,7 +3,7 @@ from dataclasses import fields
 
 import pytest
 
-from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.config import PRESETS, DemoFusionConfig
 
 
 def test_defaults_are_the_papers():
@@ -11,7 +11,10 @@ def test_defaults_are_the_papers():
     assert (config.alpha1, config.alpha2, config.alpha3) == (3, 1, 1)
     assert (config.blur_sigma, config.blur_sigma_end) == (1.0, 0.01)
     assert config.jitter
-    assert config.stride == 0  # half the window
+    assert config.stride == 0.5  # of the window
+    assert config.denoising_strength == 1
+    assert not config.doubling
+    assert DemoFusionConfig.preset("Paper") == config
 
 
 @pytest.mark.parametrize(
@@ -22,8 +25,9 @@ def test_defaults_are_the_papers():
         ("scale", 8.5, "got 8.5"),
         ("scale", math.nan, "got nan"),
         ("scale", "4", "scale must be a number, got '4'"),
-        ("stride", -1, "stride must be from 0 to 1024, got -1"),
-        ("stride", 2.5, "stride must be a whole number, got 2.5"),
+        ("stride", 16, "stride must be above 0 and at most 1, got 16"),
+        ("phase_steps", 2.5, "phase steps must be a whole number, got 2.5"),
+        ("denoising_strength", 0, "denoising strength must be above 0 and at most 1, got 0"),
         ("alpha1", math.inf, "alpha1 must be from 0 to 20, got inf"),
         ("blur_sigma", 0, "blur sigma must be above 0"),
         ("view_batch_size", True, "view batch size must be a whole number, got True"),
@@ -44,21 +48,36 @@ def test_every_setting_has_a_label_of_its_own_and_a_tooltip():
 
 def test_infotext_holds_the_scale_always_and_the_rest_where_it_differs():
     assert DemoFusionConfig().to_infotext() == {"DemoFusion scale": "4"}
-    assert DemoFusionConfig(scale=2.5, stride=8, jitter=False).to_infotext() == {
+    assert DemoFusionConfig(scale=2.5, stride=0.25, jitter=False).to_infotext() == {
         "DemoFusion scale": "2.5",
-        "DemoFusion stride": "8",
+        "DemoFusion stride": "0.25",
         "DemoFusion jitter": "False",
     }
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_in_the_infotext_as_the_settings_it_stands_for(name, monkeypatch):
+    preset = DemoFusionConfig.preset(name.upper(), scale=2.5)
+    infotext = preset.to_infotext()
+    assert set(infotext) == {"DemoFusion scale", *(f"DemoFusion {key.replace('_', ' ')}" for key in PRESETS[name])}
+    monkeypatch.setitem(PRESETS, name, {"stride": 0.125})  # a later version has another idea of it
+    assert DemoFusionConfig.from_infotext(infotext) == preset
+
+
+def test_presets_are_called_by_their_names():
+    assert DemoFusionConfig.preset("Fast", stride=0.1).stride == 0.1
+    with pytest.raises(ValueError, match="^no preset called 'Slow'; there are: Paper, Fast, Turbo$"):
+        DemoFusionConfig.preset("Slow")
+
+
 def test_infotext_restores_every_setting():
-    changed = DemoFusionConfig(3.7, 20, 12, False, 2.5, 0.1, 0.123456789, 0.8, 0.008, 16)
+    changed = DemoFusionConfig(3.7, 20, True, 0.65, 0.3, False, 2.5, 0.1, 0.123456789, 0.8, 0.008, 16)
     assert all(getattr(changed, f.name) != f.default for f in fields(changed))
     assert DemoFusionConfig.from_infotext(changed.to_infotext()) == changed
     assert DemoFusionConfig.from_infotext({"Steps": "20"}) is None
 
 
-@pytest.mark.parametrize(("label", "text"), [("scale", "four"), ("scale", "80"), ("jitter", "yes"), ("stride", "1.5")])
+@pytest.mark.parametrize(("label", "text"), [("scale", "four"), ("scale", "80"), ("jitter", "yes"), ("phase steps", "1.5")])
 def test_infotext_that_cannot_be_read_is_refused(label, text):
     with pytest.raises(ValueError, match=label):
         DemoFusionConfig.from_infotext({"DemoFusion scale": "2", f"DemoFusion {label}": text})

@@ -23,7 +23,7 @@ def run_case(case, arrays):
     sigmas, timesteps = a["sigmas"].tolist(), a["timesteps"].tolist()
     config = DemoFusionConfig(
         scale=float(case["scale"]),
-        stride=case["stride"],
+        stride=case["stride"] / case["window"],
         jitter=case["jitter"],
         **dict(zip(("alpha1", "alpha2", "alpha3"), case["alpha"])),
         blur_sigma=case["blur_sigma"],

@@ -14,10 +14,11 @@ from lib_demofusion.phases import Pace, clock_time, make_plan, phase_scales, ups
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(2, 700), (3, 2400), (4, 5650)])
 def test_the_papers_setting_takes_as_many_evaluations_as_the_paper_says(scale, evaluations):
-    plan = make_plan((128, 128), 50, DemoFusionConfig(scale=float(scale), stride=64), branches=1)
+    plan = make_plan((128, 128), 50, DemoFusionConfig(scale=float(scale)), branches=1)
     assert plan.evaluations == evaluations
     assert [phase.views for phase in plan.phases[1:]] == [13, 34, 65][: scale - 1]
     assert make_plan((128, 128), 50, DemoFusionConfig(scale=float(scale))).evaluations == 2 * evaluations
+    assert plan.stride == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,29 @@ def test_the_papers_setting_takes_as_many_evaluations_as_the_paper_says(scale, e
 )
 def test_phases_go_up_by_one_and_end_at_the_scale(scale, scales):
     assert phase_scales(scale) == scales
+
+
+@pytest.mark.parametrize(
+    ("scale", "scales"), [(2, [2]), (3, [2, 3]), (4, [2, 4]), (2.5, [2, 2.5]), (1.5, [1.5]), (8, [2, 4, 8]), (7.5, [2, 4, 7.5])]
+)
+def test_phases_may_double(scale, scales):
+    assert phase_scales(scale, doubling=True) == scales
+
+
+@pytest.mark.parametrize(
+    ("window", "share", "stride"),
+    [((16, 24), 0.75, (12, 18)), ((10, 10), 0.7, (7, 7)), ((9, 5), 0.5, (4, 2)), ((3, 1), 0.1, (1, 1))],
+)
+def test_the_stride_is_a_share_of_the_window(window, share, stride):
+    assert make_plan(window, 1, DemoFusionConfig(stride=share)).stride == stride
+
+
+@pytest.mark.parametrize(("steps", "strength", "run"), [(50, 0.6, 30), (20, 0.4, 8), (5, 0.5, 2), (1, 0.1, 1), (7, 1, 7)])
+def test_a_phase_may_be_entered_late(steps, strength, run):
+    config = DemoFusionConfig(denoising_strength=strength, phase_steps=steps)
+    base, *phases = make_plan((16, 16), 9, config).phases
+    assert (base.steps, base.skipped, base.calls) == (9, 0, 9)
+    assert [(p.steps, p.skipped, p.calls) for p in phases] == [(steps, steps - run, run)] * 3
 
 
 def test_the_plan_prints_as_a_table():
@@ -40,7 +64,7 @@ def test_the_plan_prints_as_a_table():
 
 
 def test_phases_can_have_steps_of_their_own():
-    plan = make_plan((16, 16), 30, DemoFusionConfig(scale=2.0, phase_steps=10), calls=lambda steps: 2 * steps - 1)
+    plan = make_plan((16, 16), 30, DemoFusionConfig(scale=2.0, phase_steps=10), calls=lambda steps, skipped: 2 * steps - 1)
     assert [(p.steps, p.calls) for p in plan.phases] == [(30, 59), (10, 19)]
 
 
@@ -48,7 +72,6 @@ def test_phases_can_have_steps_of_their_own():
     ("window", "steps", "settings", "says"),
     [
         ((16, 16), 0, {}, "steps must be at least 1"),
-        ((16, 8), 10, {"stride": 9}, "stride must be at most 8"),
         ((4, 4), 10, {"scale": 1.05}, "scale 1.05 adds no latent pixel to a base of 4x4"),
         ((0, 4), 10, {}, "at least one latent pixel"),
     ],

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import fake_webui
 import pytest
 import torch
+from readout import NODE, in_node
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.phases import fusion_for, make_plan, upscale
@@ -18,8 +19,7 @@ from lib_demofusion.saved import read_saved
 
 STEPS = 4
 VIEWS = {2: 9 + 4, 3: 25 + 9}  # of a square base at the default stride: local and dilated ones
-# The arguments for: no jitter, one view per model call.
-PLAIN = (0, 0, False, 3.0, 1.0, 1.0, 1.0, 1)
+PLAIN = {"jitter": False, "view_batch_size": 1}
 SIZES = {1: (8, 8), 2: (16, 16), 3: (24, 24)}
 
 
@@ -200,7 +200,7 @@ def test_phases_may_have_steps_of_their_own(host, calls, monkeypatch):
     monkeypatch.setattr(
         host.processing.StableDiffusionProcessingTxt2Img, "setup_conds", lambda p: (made.append(p.steps), setup(p))
     )
-    reply = host.generate(True, 2, 7)
+    reply = host.generate(True, 2, {"phase_steps": 7})
     assert calls.rows == 2 * (STEPS + 7 * VIEWS[2])
     assert made == [STEPS, 7]  # prompts that change over the steps follow the phase's
     assert reply.p.steps == STEPS
@@ -219,7 +219,7 @@ def test_batch_count(host):
 
 
 def test_the_view_batch_size_changes_nothing(host):
-    one, all_at_once = (host.generate(True, 2, 0, 0, True, 3, 1, 1, 1, n).latents[0] for n in (1, 64))
+    one, all_at_once = (host.generate(True, 2, {"view_batch_size": n}).latents[0] for n in (1, 64))
     assert_same(one, all_at_once)
 
 
@@ -330,6 +330,49 @@ def test_a_step_that_is_asked_for_twice_is_blended_once(host, calls, monkeypatch
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_a_phase_entered_late_runs_the_last_steps_of_its_schedule(host, calls, monkeypatch, sampler):
+    levels, hooks = [], host.webui._PhaseHooks
+    step = hooks.before_step
+
+    def look(self, denoiser, args):
+        levels.append(float(args[1][0]))
+        step(self, denoiser, args)
+
+    monkeypatch.setattr(hooks, "before_step", look)
+    host.generate(True, 2, sampler_name=sampler, steps=8)
+    whole, levels[:], calls.rows = levels[:], [], 0
+    reply = host.generate(True, 2, {"denoising_strength": 0.5}, sampler_name=sampler, steps=8)
+    assert levels == whole[-host.webui.model_calls(sampler, None, 8, 4) :]
+    assert calls.rows == host.webui.plan_for(reply.p, host.webui.DemoFusionConfig(scale=2, denoising_strength=0.5)).evaluations
+    assert reply.p.denoising_strength == 0.75
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_where_the_skip_residual_is_all_the_skipped_steps_change_nothing(host, sampler):
+    whole, late = ({"alpha1": 0, "denoising_strength": share} for share in (1, 0.4))
+    pictures = [host.generate(True, 3, settings, sampler_name=sampler, steps=5).latents[0] for settings in (whole, late)]
+    assert torch.equal(*pictures)
+
+
+def test_the_host_counts_the_skipped_steps_too(host, monkeypatch):
+    """So that a refiner that takes over at a share of the steps, and a prompt that changes, do so at the same noise."""
+    refiner = fake_webui.add_model(fake_webui.ToyModel("refiner", seed=1))
+    counts, hooks = [], host.webui._PhaseHooks
+    on_step = hooks.on_step
+    monkeypatch.setattr(
+        hooks,
+        "on_step",
+        lambda self, params: (counts.append((params.denoiser.step, params.denoiser.total_steps)), on_step(self, params)),
+    )
+    rows = []
+    refiner.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    settings = {"denoising_strength": 0.4}
+    host.generate(True, 2, settings, steps=10, refiner_checkpoint="refiner", refiner_switch_at=0.8)
+    assert counts == [(step, 10) for step in (6, 7, 8, 9)]
+    assert sum(rows) == 2 * 2 * (1 + VIEWS[2])
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
     """With alpha1 = 0 the skip residual is all: each step starts from the noised reference."""
     hooks, errors = host.webui._PhaseHooks, []
@@ -341,7 +384,7 @@ def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
         errors.append((args[0] - self.fusion.noised_reference(noise, signal)).abs().max().item())
 
     monkeypatch.setattr(hooks, "before_step", look)
-    host.generate(True, 2, 0, 0, True, 0, sampler_name=sampler)
+    host.generate(True, 2, {"alpha1": 0}, sampler_name=sampler)
     assert len(errors) == host.webui.model_calls(sampler, None, STEPS)
     assert max(errors) < 1e-4
 
@@ -373,7 +416,7 @@ def test_tiling_rolls_the_plane_and_back(host, calls):
     host.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     hijack = host.sd_hijack.model_hijack
     host.unet.register_forward_pre_hook(lambda module, args: circular.append(hijack.circular_enabled))
-    args = True, 2, 0, 0, True, 3.0, 1.0, 1.0, 0.05  # a blur that keeps every pixel as it is
+    args = True, 2, {"blur_sigma": 0.05}  # a blur that keeps every pixel as it is
     plain = host.generate(*args).latents[0]
     rows, seen[:], circular[:] = seen[:], [], []
 
@@ -400,7 +443,7 @@ def test_sdxl_views_carry_their_size_and_crop(host, keys, sampler):
     host.shared.opts.sdxl_crop_top, host.shared.opts.sdxl_crop_left = 3, 5
     seen = []
     host.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["y"].clone()), with_kwargs=True)
-    host.generate(True, 2, *PLAIN, sampler_name=sampler, batch_size=2)
+    host.generate(True, 2, PLAIN, sampler_name=sampler, batch_size=2)
     predictions = host.webui.model_calls(sampler, None, STEPS)
     assert len(seen) == predictions * (1 + 13)
 
@@ -419,7 +462,7 @@ def test_sdxl_views_carry_their_size_and_crop(host, keys, sampler):
 
 def test_sdxl_views_in_one_call_each_carry_their_own(host):
     fake_webui.add_model(fake_webui.ToyModel(sdxl=SDXL))
-    one, many = (host.generate(True, 2, *PLAIN[:-1], n, batch_size=2).latents[0] for n in (1, 5))
+    one, many = (host.generate(True, 2, {**PLAIN, "view_batch_size": n}, batch_size=2).latents[0] for n in (1, 5))
     assert_same(one, many)
 
 
@@ -428,7 +471,7 @@ def test_conditions_of_the_images_size_are_cropped_like_x(host, scale):
     fake_webui.add_model(fake_webui.ToyModel(inpainting=True))
     seen = []
     host.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 4:]))
-    host.generate(True, scale, *PLAIN, steps=1)
+    host.generate(True, scale, PLAIN, steps=1)
     at_2x = seen[1 : 1 + 13]
     assert all(rows.shape == (2, 5, 8, 8) for rows in seen)
     assert [int(rows[0, 0, 0, 0]) for rows in at_2x] == [100 * y + x for y, x in [*CORNERS[:9], (0, 0), (0, 1), (1, 0), (1, 1)]]
@@ -534,7 +577,7 @@ def small_card(host):
 @pytest.mark.parametrize("most", [7, 3, 1, 0])
 def test_a_card_that_is_too_small(host, small_card, most, since):
     """The same picture with smaller batches, or the last finished phase."""
-    eight = [True, 3, 0, 0, True, 3.0, 1.0, 1.0, 1.0, 8]
+    eight = [True, 3, {"view_batch_size": 8}]
     reached = 3 if most else 1 if since <= 12 else 2
     expected = host.generate(*[[], [True, 2], eight][reached - 1]).latents[0]
     before = snapshot(host)
@@ -683,7 +726,7 @@ def test_nan_keeps_the_last_finished_phase(host, call, images):
 def test_nothing_of_ours_stays_on_the_host(host, monkeypatch):
     host.generate(False)
     before = snapshot(host)
-    reply = host.generate(True, 3, 6)
+    reply = host.generate(True, 3, {"phase_steps": 6})
     assert reply.sizes == [(24, 24)]
     assert_as_before(host, before)
     assert reply.comments == []
@@ -728,12 +771,14 @@ def test_a_stop_in_the_base_is_as_without_us(host, at_call, stop):
         ([True, "4"], "scale must be a number, got '4'"),
         ([True, None], "scale must be a number, got None"),
         ([True, 1.05], "scale 1.05 adds no latent pixel to a base of 8x8; choose a larger one"),
-        ([True, 2, 1.5], "phase steps must be a whole number, got 1.5"),
-        ([True, 2, 0, 99], "stride must be at most 8 (the shorter side of the base latent), got 99"),
-        ([True, 2, 0, 0, "no"], "jitter must be true or false, got 'no'"),
-        ([True, 2, 0, 0, True, -1], "alpha1 must be from 0 to 20, got -1"),
-        ([True, 2, 0, 0, True, 3, 1, 1, 0], "blur sigma must be above 0 and at most 10, got 0"),
-        ([True, 2, 0, 0, True, 3, 1, 1, 1, 4, "yes"], "save phases must be true or false, got 'yes'"),
+        ([True, 2, "Slow"], "no preset called 'Slow'; there are: Paper, Fast, Turbo"),
+        ([True, 2, "Fast", 1.5], "phase steps must be a whole number, got 1.5"),
+        ([True, 2, {"denoising_strength": 0}], "denoising strength must be above 0 and at most 1, got 0"),
+        ([True, 2, {"stride": 99}], "stride must be above 0 and at most 1, got 99"),
+        ([True, 2, {"jitter": "no"}], "jitter must be true or false, got 'no'"),
+        ([True, 2, {"alpha1": -1}], "alpha1 must be from 0 to 20, got -1"),
+        ([True, 2, {"blur_sigma": 0}], "blur sigma must be above 0 and at most 10, got 0"),
+        ([True, 2, {"save_phases": "yes"}], "save phases must be true or false, got 'yes'"),
         (["yes", 2], "enabled must be true or false, got 'yes'"),
     ],
 )
@@ -755,7 +800,8 @@ def assert_refused(host, calls, line, *args, **settings):
 
 
 def test_whole_numbers_may_come_with_a_point(host):
-    assert torch.equal(host.generate(True, 2, 6.0, 3.0).latents[0], host.generate(True, 2.0, 6, 3).latents[0])
+    whole, point = ({"phase_steps": kind(6), "view_batch_size": kind(3)} for kind in (int, float))
+    assert torch.equal(host.generate(True, 2, point).latents[0], host.generate(True, 2.0, whole).latents[0])
 
 
 def test_a_picture_that_memory_cannot_hold_is_refused(host, calls, monkeypatch):
@@ -772,7 +818,7 @@ def test_unknown_samplers_are_refused(host, calls, monkeypatch):
 
 
 def test_steps_without_a_prediction_are_refused(host, calls):
-    reply = host.generate(True, 2, 1, sampler_name="DDIM")  # the host's DDIM asks once less than it has levels
+    reply = host.generate(True, 2, {"phase_steps": 1}, sampler_name="DDIM")  # the host's DDIM asks once less than it has levels
     assert reply.images == []
     assert "DDIM" in reply.comments[0]
     assert calls.rows == 0
@@ -804,7 +850,7 @@ def test_controlnet_that_is_off_does_not_matter(host, unit):
     assert host.generate(True, 2).sizes == [(16, 16)]
 
 
-@pytest.mark.parametrize("args", [(True, 2), (True, 2, 0, 0, True, 3, 1, 1, 1, 4, True)])
+@pytest.mark.parametrize("args", [(True, 2), (True, 2, {"save_phases": True})])
 def test_hires_fix_wins_and_gets_a_comment(host, calls, args):
     reply = host.generate(*args, enable_hr=True)
     assert len(reply.comments) == 1
@@ -827,7 +873,9 @@ def test_decoded_samples_are_left_alone(host):
 # ----------------------------------------------------------------------------------------------------------------- progress
 
 
-@pytest.mark.parametrize(("sampler", "batches", "args"), [("Euler", 1, (3,)), ("Euler", 3, (2, 9)), ("DDIM", 2, (2,))])
+@pytest.mark.parametrize(
+    ("sampler", "batches", "args"), [("Euler", 1, (3,)), ("Euler", 3, (2, {"phase_steps": 9})), ("DDIM", 2, (2,))]
+)
 def test_one_bar_over_phases_and_batches(host, monkeypatch, sampler, batches, args):
     state, shown, rows, jobs, ends = host.shared.state, [], [], [], []
     post_sample = host.script.post_sample
@@ -884,7 +932,7 @@ def test_the_consoles_bar_comes_to_its_end(host, batches):
 # ---------------------------------------------------------------------------------------------------- the form and the infotext
 
 
-FULL = [True, 2.5, 3, 3, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, None, 3, 0.65, True, 0.4, False, 2.5, 1.5, 0.5, 0.75, 2]
 
 
 def pasted(host, text):
@@ -896,32 +944,55 @@ def pasted(host, text):
 def test_the_form_has_every_argument_at_its_default(host):
     names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
     assert names == ["enable", *host.webui.ARGUMENTS[1:]]
-    defaults = DemoFusionConfig()
-    values = [getattr(defaults, name) for name in host.webui.ARGUMENTS[1:-2]]
-    assert [control.value for control in host.script.controls] == [False, *values, False, ""]
+    preset = host.webui.DemoFusionConfig.preset(host.webui.PRESET)
+    values = [getattr(preset, name) for name in host.webui.ARGUMENTS[3:-2]]
+    assert [control.value for control in host.script.controls] == [False, 4.0, host.webui.PRESET, *values, False, ""]
+    for omitted in (2, 3):
+        settings = host.webui.read_settings([True, 2.5, host.webui.PRESET][:omitted])
+        assert settings == host.webui.Settings(host.webui.DemoFusionConfig.preset(host.webui.PRESET, scale=2.5))
 
 
-def test_the_reset_button_puts_the_papers_values_back(host):
-    fn, outputs = host.gradio.Button._clicked
-    assert outputs == [*host.script.controls[1:-2], host.script.controls[-1]]
-    assert fn() == [*(getattr(DemoFusionConfig(), name) for name in host.webui.ARGUMENTS[1:-2]), ""]
+def test_a_preset_is_the_defaults_of_what_is_left_out(host):
+    read, preset = host.webui.read_settings, host.webui.DemoFusionConfig.preset
+    assert read([True, 3, "Turbo"]).config == preset("Turbo", scale=3)
+    assert read([True, 3, "Turbo", 11]).config == preset("Turbo", scale=3, phase_steps=11)
+    assert read([True, 3, "Paper"]).config == host.webui.DemoFusionConfig(scale=3)
+
+
+@pytest.mark.skipif(not NODE, reason="needs node, to run the form's scripts")
+def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
+    controls = dict(zip(host.webui.ARGUMENTS, host.script.controls, strict=True))
+    shown = [controls[name] for name in host.webui.PRESET_SETTINGS]
+    [(script, inputs, outputs)] = controls["preset"]._events["input"]
+    assert (inputs, outputs) == ([controls["preset"]], shown)
+    for name in host.webui.PRESETS:
+        config = host.webui.DemoFusionConfig.preset(name)
+        assert in_node(script, name) == [getattr(config, setting) for setting in host.webui.PRESET_SETTINGS]
+    for control in shown:
+        [(script, inputs, outputs)] = control._events["change"]
+        assert (inputs, outputs) == (shown, [controls["preset"]])
+        for name in host.webui.PRESETS:
+            config = host.webui.DemoFusionConfig.preset(name)
+            values = [getattr(config, setting) for setting in host.webui.PRESET_SETTINGS]
+            assert in_node(script, *values) == name
+        assert in_node(script, *values[:-1], 5.5) is None
 
 
 def test_pasting_restores_the_form_exactly(host):
     reply = host.generate(*FULL)
     values = pasted(host, reply.infotexts[0])[:-2]
-    assert values == FULL
+    assert values == FULL, "the preset's control is set by the others"
     assert list(map(type, values)) == list(map(type, FULL))
     assert torch.equal(host.generate(*values).latents[0], reply.latents[0])
 
 
-def test_pasting_resets_what_is_at_its_default(host):
+def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])[:-2]
-    assert values == [True, 2.0, *[control.value for control in host.script.controls[2:-2]]]
+    assert values == [True, 2.0, None, *(getattr(DemoFusionConfig(), name) for name in host.webui.ARGUMENTS[3:-2])]
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 10, ""]
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 13, ""]
 
 
 def test_img2img_has_no_form(host):
@@ -930,7 +1001,7 @@ def test_img2img_has_no_form(host):
 
 
 def saving(scale, resume=""):
-    return [True, scale, 0, 0, True, 3.0, 1.0, 1.0, 1.0, 4, True, resume]
+    return [True, scale, {"save_phases": True, "resume": resume}]
 
 
 def test_phases_are_saved_beside_the_output(host, tmp_path):
@@ -1014,7 +1085,7 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
     host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
     host.script_callbacks.before_ui_callback()
-    assert len(plot.axis_options) == 9
+    assert len(plot.axis_options) == 12
     axes = {axis.label: axis for axis in plot.axis_options}
 
     p = host.processing_for()
@@ -1022,7 +1093,13 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     axes["[DemoFusion] jitter"].apply(p, "False", [])
     axes["[DemoFusion] phase steps"].apply(p, axes["[DemoFusion] phase steps"].type("3"), [])
     assert axes["[DemoFusion] jitter"].choices() == ["True", "False"]
-    assert p.script_args[1:6] == [True, 2.0, 3, 0, False]
+    values = dict(zip(host.webui.ARGUMENTS, p.script_args[host.script.args_from :]))
+    assert (values["enabled"], values["scale"], values["phase_steps"], values["jitter"]) == (True, 2.0, 3, False)
+
+    axes["[DemoFusion] preset"].apply(p, "Turbo", [])
+    assert axes["[DemoFusion] preset"].choices() == ["Paper", "Fast", "Turbo"]
+    settings = host.webui.read_settings(p.script_args[host.script.args_from :])
+    assert settings.config == host.webui.DemoFusionConfig.preset("Turbo", scale=2.0)
 
 
 def test_other_scripts_hear_of_every_phase(host, monkeypatch):

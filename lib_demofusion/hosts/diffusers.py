@@ -38,14 +38,14 @@ class Sampler:
     """A diffusers scheduler and what the method must know of it.
 
     variance_preserving: its x is sqrt(alphas_cumprod) * z + sqrt(1 - alphas_cumprod) * n, instead of z + sigma * n.
-    fresh_noise: it adds noise of its own. calls: model predictions for so many steps. phase_settings: what the
+    fresh_noise: it adds noise of its own. calls: model predictions for steps, some of them skipped. phase_settings: what the
     scheduler needs besides in the phases after the base.
     """
 
     scheduler: str
     variance_preserving: bool = False
     fresh_noise: bool = False
-    calls: Callable[[int], int] = lambda steps: steps
+    calls: Callable[[int, int], int] = lambda steps, skipped: steps - skipped
     phase_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ SAMPLERS = {
     "Euler a": Sampler("EulerAncestralDiscreteScheduler", fresh_noise=True),
     "DDIM": Sampler("DDIMScheduler", variance_preserving=True),
     "DPM++ 2M": Sampler("DPMSolverMultistepScheduler", variance_preserving=True),
-    "Heun": Sampler("HeunDiscreteScheduler", calls=lambda steps: 2 * steps - 1),
+    "Heun": Sampler("HeunDiscreteScheduler", calls=lambda steps, skipped: 2 * (steps - skipped) - 1),
     "LCM": Sampler("LCMScheduler", variance_preserving=True, fresh_noise=True),
     # UniPC's corrector takes its step again from the state before the skip residual, which would undo it.
     "UniPC": Sampler(
@@ -449,8 +449,9 @@ class _Run:
             fusion.skip_residual_(x, float(t), *levels)
             return fusion.predict(x, float(t), lambda crops, views: self._model(phase, crops, views, t, sigma), levels[0])
 
-        first = self._sigma(self.phase_schedule, 0)
-        return self._sample(self.phase_schedule, fusion.noised_reference(*self._levels(first)), predict)
+        first = phase.skipped * self.phase_schedule.order
+        x = fusion.noised_reference(*self._levels(self._sigma(self.phase_schedule, first)))
+        return self._sample(self.phase_schedule, x, predict, first)
 
     def _levels(self, sigma: float) -> tuple[float, float]:
         """How much noise and how much signal the sampler's x holds at noise level sigma."""
@@ -465,10 +466,13 @@ class _Run:
         kept = float(schedule.alphas_cumprod[int(schedule.timesteps[index])])
         return math.sqrt((1 - kept) / kept) if kept else math.inf
 
-    def _sample(self, template: Any, x: Tensor, predict: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+    def _sample(self, template: Any, x: Tensor, predict: Callable[[Tensor, Tensor, float], Tensor], first: int = 0) -> Tensor:
+        """x from the first of the schedule's timesteps that is not skipped to the end."""
         schedule = copy.deepcopy(template)  # multistep ones keep a history; it ends with the phase
+        if first and hasattr(schedule, "set_begin_index"):  # DDIM's goes by the timesteps alone
+            schedule.set_begin_index(first)
         extra = {"generator": self.generators} if "generator" in inspect.signature(schedule.step).parameters else {}
-        for index, t in enumerate(schedule.timesteps):
+        for index, t in enumerate(schedule.timesteps[first:], start=first):
             schedule.scale_model_input(x, t)  # some warn if they are not asked; _model scales each crop itself
             eps = predict(x, t, self._sigma(schedule, index))
             x = schedule.step(eps, t, x, return_dict=False, **extra)[0]

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from lib_demofusion import decode as tiles
-from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig, first_line
+from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
 from lib_demofusion.memory import OutOfMemory, ViewBatch, check_fits, is_out_of_memory, latents_bytes
 from lib_demofusion.phases import Pace, Phase, Plan, clock_time, fusion_for, make_plan, upscale
@@ -99,21 +99,24 @@ def unsupported() -> str | None:
     return f"it has no {', '.join(missing)}; version 1.10 of the WebUI has" if missing else None
 
 
-def model_calls(sampler: str, scheduler: str | None, steps: int) -> int | None:
-    """How many predictions the host's sampler asks for in so many steps; None if that depends on the picture."""
-    counts = SAMPLERS[sampler].counts
+def model_calls(sampler: str, scheduler: str | None, steps: int, skipped: int = 0) -> int | None:
+    """How many predictions the host's sampler asks for in so many steps; None if that depends on the picture.
+
+    skipped: how many of the first ones are not run.
+    """
+    counts, run = SAMPLERS[sampler].counts, steps - skipped
     if counts in ("ddim", "grid"):
-        grid = math.ceil(1000 / max(1000 // steps, 1))
+        grid = run if skipped else math.ceil(1000 / max(1000 // steps, 1))
         return grid - 1 if counts == "ddim" else grid
-    if counts == "fixed":
-        return steps
     if counts == "unknown":
         return None
+    if counts == "fixed" and not skipped:
+        return steps
     if scheduler == "DDIM":
-        steps = math.ceil(999 / max(1000 // steps, 1))
+        run = math.ceil(999 / max(1000 // steps, 1)) - skipped
     if counts == "second":  # the last step, to sigma 0, needs one; KL Optimal ends above 0
-        return 2 * steps - (scheduler != "KL Optimal")
-    return steps
+        return 2 * run - (scheduler != "KL Optimal")
+    return run
 
 
 def readout_table() -> dict[str, Any]:
@@ -139,7 +142,10 @@ def readout_table() -> dict[str, Any]:
 ARGUMENTS = (
     "enabled",
     "scale",
+    "preset",
     "phase_steps",
+    "denoising_strength",
+    "doubling",
     "stride",
     "jitter",
     "alpha1",
@@ -151,6 +157,8 @@ ARGUMENTS = (
     "resume",
 )
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
+PRESET_SETTINGS = [name for name in ARGUMENTS if name in CONFIG_FIELDS and name not in ("scale", "view_batch_size")]
+PRESET = "Fast"  # what the form shows at first, and the preset of what the API leaves out
 
 
 @dataclass(frozen=True)
@@ -163,12 +171,16 @@ class Settings:
 
 
 def read_settings(args: Sequence[Any]) -> Settings | None:
-    """The script's arguments as settings; None if DemoFusion is off. Raises ValueError, one line, for a wrong value."""
+    """The script's arguments as settings; None if DemoFusion is off. Raises ValueError, one line, for a wrong value.
+
+    The preset gives the settings that are left out; it is None in a form whose settings are no preset's.
+    """
     values = dict(zip(ARGUMENTS, args))
     for name in ("enabled", "save_phases"):
         if not isinstance(values.setdefault(name, False), bool):
             raise ValueError(f"{name.replace('_', ' ')} must be true or false, got {values[name]!r}")
     enabled, save_phases, resume = values.pop("enabled"), values.pop("save_phases"), values.pop("resume", "")
+    preset = values.pop("preset", None) or PRESET
     if not enabled:
         return None
     if not isinstance(resume, str):
@@ -177,17 +189,23 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
         if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
     path = resume.strip().strip('"')  # as file managers copy a path
-    return Settings(DemoFusionConfig(**values), save_phases, Path(path) if path else None)
+    return Settings(DemoFusionConfig.preset(preset, **values), save_phases, Path(path) if path else None)
+
+
+def presets_table() -> dict[str, list]:
+    """What the form's controls for PRESET_SETTINGS show under each preset."""
+    configs = {name: DemoFusionConfig.preset(name) for name in PRESETS}
+    return {name: [getattr(config, setting) for setting in PRESET_SETTINGS] for name, config in configs.items()}
 
 
 def plan_for(p: Any, config: DemoFusionConfig) -> Plan:
     """The plan of one image of the host's processing p. Raises ValueError, one line, if it cannot work."""
 
-    def calls(steps: int) -> int:
-        known = model_calls(p.sampler_name, p.scheduler, steps)
+    def calls(steps: int, skipped: int) -> int:
+        known = model_calls(p.sampler_name, p.scheduler, steps, skipped)
         if known == 0:
-            raise ValueError(f"{p.sampler_name} makes no prediction in {steps} step; it needs at least 2")
-        return steps if known is None else known
+            raise ValueError(f"{p.sampler_name} makes no prediction in {steps - skipped} step; it needs at least 2")
+        return steps - skipped if known is None else known
 
     return make_plan((p.height // FACTOR, p.width // FACTOR), p.steps, config, calls=calls)
 
@@ -587,8 +605,7 @@ class _Phases:
             with _autocast():
                 h, w = phase.size
                 image_conditioning = p.txt2img_image_conditioning(noise, width=w * FACTOR, height=h * FACTOR)
-                # The first x is set by the hook, which knows the first noise level.
-                latents = sampler.sample(p, noise.clone(), p.c, p.uc, steps=phase.steps, image_conditioning=image_conditioning)
+                latents = _sample(p, sampler, phase, noise, image_conditioning)
         finally:
             handle.remove()
             del denoiser.demofusion
@@ -613,6 +630,20 @@ class _Phases:
             p.setup_conds()
 
 
+def _sample(p: Any, sampler: Any, phase: Phase, noise: Tensor, image_conditioning: Tensor) -> Tensor:
+    """The host's sampler over the steps of a phase that are not skipped; its first x is set by the hook, which knows the level."""
+    if not phase.skipped:
+        return sampler.sample(p, noise.clone(), p.c, p.uc, steps=phase.steps, image_conditioning=image_conditioning)
+    run, before = phase.steps - phase.skipped, p.denoising_strength
+    if SAMPLERS[p.sampler_name].timesteps:
+        run += 1  # the host drops one
+    p.denoising_strength = run / (phase.steps + 0.5)  # from which, and from run, the host works out the phase's steps
+    try:
+        return sampler.sample_img2img(p, noise, noise, p.c, p.uc, steps=run, image_conditioning=image_conditioning)
+    finally:
+        p.denoising_strength = before
+
+
 def _adds_noise(p: Any, sampler: Any) -> bool:
     kind = SAMPLERS[p.sampler_name].noise
     if kind == "eta":
@@ -623,7 +654,7 @@ def _adds_noise(p: Any, sampler: Any) -> bool:
     return kind == "always"
 
 
-def _unipc_without_corrector(model, x, timesteps, extra_args=None, callback=None, disable=None):
+def _unipc_without_corrector(model, x, timesteps, extra_args=None, callback=None, disable=None, is_img2img=False):
     """The host's UniPC by its predictor alone.
 
     Its corrector takes every step again from the state before the skip residual, which would undo it.
@@ -640,6 +671,7 @@ def _unipc_without_corrector(model, x, timesteps, extra_args=None, callback=None
     return solver.sample(
         x,
         steps=len(timesteps),
+        t_start=timesteps[-1] / 1000 + 1 / 1000 if is_img2img else None,
         skip_type=opts.uni_pc_skip_type,
         method="multistep",
         order=opts.uni_pc_order,
@@ -675,6 +707,10 @@ class _PhaseHooks:
         t, noise, signal = self.levels(level)
         if self.blended is None:  # the phase begins
             x.copy_(self.fusion.noised_reference(noise, signal))
+            if self.phase.skipped:  # prompts that change on the way, and the refiner, go by the host's count of its calls
+                skipped = denoiser.sampler.config.total_steps(self.phase.skipped)
+                denoiser.step += skipped
+                denoiser.total_steps += skipped
         elif self.blended[0] is x and self.blended[1] == level:
             return  # a sampler with adaptive steps tries a step again
         self.fusion.skip_residual_(x, t, noise, signal)
@@ -816,11 +852,13 @@ def add_plot_axes() -> None:
     for data in scripts.scripts_data:
         if data.script_class.__module__ != "xyz_grid.py":
             continue
+        axis = data.module.AxisOptionTxt2Img
+        data.module.axis_options.append(axis(f"[{NAME}] preset", str, _set_preset, choices=lambda: list(PRESETS)))
         for name in filter(CONFIG_FIELDS.get, ARGUMENTS):
             field = CONFIG_FIELDS[name]
             flag = isinstance(field.default, bool)
             data.module.axis_options.append(
-                data.module.AxisOptionTxt2Img(
+                axis(
                     f"[{NAME}] {field.metadata['label']}",
                     str if flag else type(field.default),
                     functools.partial(_set_argument, name),
@@ -831,9 +869,17 @@ def add_plot_axes() -> None:
 
 
 def _set_argument(name: str, p: Any, value: Any, values: Any) -> None:
+    _set_arguments(p, {name: {"True": True, "False": False}.get(value, value)})
+
+
+def _set_preset(p: Any, value: str, values: Any) -> None:
+    config = DemoFusionConfig.preset(value)
+    _set_arguments(p, {name: getattr(config, name) for name in PRESET_SETTINGS})
+
+
+def _set_arguments(p: Any, values: dict[str, Any]) -> None:
     script = next(script for script in p.scripts.alwayson_scripts if script.name == NAME.lower())
-    value = {"True": True, "False": False}.get(value, value)
     args = list(p.script_args)
-    args[script.args_from] = True
-    args[script.args_from + ARGUMENTS.index(name)] = value
+    for name, value in {"enabled": True, **values}.items():
+        args[script.args_from + ARGUMENTS.index(name)] = value
     p.script_args = args

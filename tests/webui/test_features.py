@@ -173,9 +173,8 @@ def test_defaults_of_the_form_from_the_hosts_file(host):
             if key.startswith("customscript/demofusion.py/")}  # fmt: skip
     assert ours["DemoFusion/value"] is False
     assert ours["Scale/value"] == 4
-    assert not any("Reset" in key and key.endswith("value") for key in ours)
     scripts = host.scripts.scripts_txt2img, host.scripts.scripts_img2img
-    changed = {"DemoFusion/value": True, "Scale/value": 2.5, "Stride/value": 3, "Jitter/value": False, "Scale/maximum": 5}
+    changed = {"DemoFusion/value": True, "Scale/value": 2.5, "Stride/value": 0.3, "Jitter/value": False, "Scale/maximum": 5}
     try:
         texts = {**json.loads(before), **{f"customscript/demofusion.py/txt2img/{k}": v for k, v in changed.items()}}
         file.write_text(json.dumps(texts))
@@ -187,7 +186,7 @@ def test_defaults_of_the_form_from_the_hosts_file(host):
         file.write_text(before)
         host.ui.create_ui()
     assert {name: values[name] for name in ("enabled", "scale", "stride", "jitter")} == dict(
-        enabled=True, scale=2.5, stride=3, jitter=False
+        enabled=True, scale=2.5, stride=0.3, jitter=False
     )
     assert values["alpha1"] == 3
     assert host.scripts.scripts_txt2img is scripts[0]

@@ -102,7 +102,7 @@ def test_what_the_phases_change_on_p_is_put_back(host, monkeypatch):
         kept.append([name for name in vars(p) if name not in before and name not in ("extra_generation_params", "comments")])
 
     monkeypatch.setattr(host.scripts.ScriptRunner, "post_sample", look)
-    host.generate(True, 2, 2, prompt="one [red:blue:0.5] ring")
+    host.generate(True, 2, {"phase_steps": 2}, prompt="one [red:blue:0.5] ring")
     changed, new = kept
     # Set anew by the host's own functions that the phases call, to what they were or to what the host sets before each use.
     assert set(changed) <= {"cached_c", "cached_uc", "is_using_inpainting_conditioning", "firstpass_steps", "hr_c", "hr_uc"}
@@ -150,7 +150,7 @@ def test_an_exception_from_the_model(host, at_call, seed):
 @pytest.mark.parametrize("most", [7, 3, 1, 0])
 def test_a_card_that_is_too_small(host, most, since):
     """From the since-th call on more than `most` views run out of memory: smaller calls, or the last finished phase."""
-    eight = [True, SCALE, 0, 0, True, 3, 1, 1, 1, 8]
+    eight = [True, SCALE, {"view_batch_size": 8}]
     reached = 3 if most else 1 if since <= 12 else 2
     expected = host.latents(*[[], [True, 2], eight][reached - 1], steps=STEPS)
     before, seen = snapshot(host), [0]
@@ -271,7 +271,7 @@ def test_nan_keeps_the_last_good_phase(host, monkeypatch):
 # ------------------------------------------------------------------------------------------------- settings and infotext
 
 
-FULL = [True, 2.5, 3, 3, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, None, 3, 0.65, True, 0.4, False, 2.5, 1.5, 0.5, 0.75, 2]
 
 
 def test_the_infotext_makes_the_same_picture_again(host):
@@ -289,19 +289,21 @@ def pasted(host, text):
 
 def test_pasting_restores_the_form_exactly(host):
     values = pasted(host, host.generate(*FULL).infotexts[0])
-    assert [values[control] for control in host.script.controls[:-2]] == FULL
-    assert list(map(type, (values[c] for c in host.script.controls[:-2]))) == [type(v) for v in FULL]
+    values = [values.get(control) for control in host.script.controls[:-2]]  # the preset's control is set by the others
+    assert values == FULL
+    assert list(map(type, values)) == list(map(type, FULL))
 
 
-def test_pasting_what_is_at_its_default_resets_it(host):
+def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])
-    assert [values[control] for control in host.script.controls[:-2]] == [True, 2.0, 0, 0, True, 3.0, 1.0, 1.0, 1.0, 0]
+    values = [values.get(control) for control in host.script.controls[:-2]]
+    assert values == [True, 2.0, None, 0, 1.0, False, 0.5, True, 3.0, 1.0, 1.0, 1.0, 0]
 
 
 def test_an_image_made_without_unticks_it(host):
     values = pasted(host, host.generate().infotexts[0])
     assert values[host.script.controls[0]] is False
-    assert list(values.values())[1:] == [*[None] * 9, ""]
+    assert list(values.values())[1:] == [*[None] * 11, ""]
 
 
 def test_script_info_shows_names_and_ranges(host):
@@ -309,7 +311,7 @@ def test_script_info_shows_names_and_ranges(host):
     args = {a["label"]: a for a in info["args"]}
     assert [*args][:2] == ["DemoFusion", "Scale"]
     assert (args["Scale"]["minimum"], args["Scale"]["maximum"], args["Scale"]["value"]) == (1.05, 8, 4.0)
-    assert len(args) == 12
+    assert len(args) == 15
 
 
 @pytest.mark.parametrize(
@@ -318,9 +320,10 @@ def test_script_info_shows_names_and_ranges(host):
         ([True, 9], "scale must be above 1 and at most 8, got 9"),
         ([True, "4"], "scale must be a number, got '4'"),
         ([True, None], "scale must be a number, got None"),
-        ([True, 2, 0, 99], "stride must be at most 8"),
-        ([True, 2, 1.5], "phase steps must be a whole number, got 1.5"),
-        ([True, 2, 0, 0, "no"], "jitter must be true or false, got 'no'"),
+        ([True, 2, "Slow"], "no preset called 'Slow'; there are: Paper, Fast, Turbo"),
+        ([True, 2, "Fast", 1.5], "phase steps must be a whole number, got 1.5"),
+        ([True, 2, {"stride": 99}], "stride must be above 0 and at most 1, got 99"),
+        ([True, 2, {"jitter": "no"}], "jitter must be true or false, got 'no'"),
         (["yes", 2], "enabled must be true or false, got 'yes'"),
     ],
 )
@@ -401,7 +404,7 @@ def test_previews_have_the_pictures_proportions(host, options, kind, content, sa
 def test_xyz_plot_over_our_settings(host, calls):
     plot = host.scripts.scripts_txt2img.script("x/y/z plot")
     labels = [option.label for option in plot.current_axis_options]
-    assert sum(label.startswith("[DemoFusion]") for label in labels) == 9
+    assert sum(label.startswith("[DemoFusion]") for label in labels) == 12
     x, y = labels.index("[DemoFusion] scale"), labels.index("[DemoFusion] jitter")
     args = [x, "2,3", [], y, "", ["True", "False"], 0, "", [], False, True, False, False, False, False, False, 0, False]
     reply = host.generate(script_name="x/y/z plot", script_args=args)

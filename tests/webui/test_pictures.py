@@ -81,7 +81,7 @@ def test_schedulers(host, calls, sampler):
 @pytest.mark.parametrize("scale", [2, 3, 4, 2.5])
 def test_the_calls_are_the_number_in_the_form(host, calls, scale, cfg):
     form = dict(width=64, height=96, steps=4, cfg=cfg, sampler="Euler", scheduler="Automatic", hires=False, scale=scale)
-    [line] = readouts([form | dict(stride=0, phaseSteps=0, table=host.webui.readout_table())])
+    [line] = readouts([form | dict(stride=0.5, phaseSteps=0, doubling=False, strength=1, table=host.webui.readout_table())])
     host.generate(True, scale, width=64, height=96, cfg_scale=cfg)
     assert f", {calls.rows:,} model calls, " in line
 
@@ -105,7 +105,7 @@ def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
         return result
 
     monkeypatch.setattr(webui._PhaseHooks, "before_step", look)
-    host.generate(True, 2, 0, 0, True, 0, sampler_name=sampler, steps=5)  # alpha1 = 0: c1 is 1 at every t
+    host.generate(True, 2, {"alpha1": 0}, sampler_name=sampler, steps=5)  # alpha1 = 0: c1 is 1 at every t
     assert seen
     assert all(error < 1e-3 for _, error in seen)
 
@@ -181,13 +181,12 @@ def test_without_guidance_the_negative_prompt_costs_nothing_in_the_phases(host, 
 
 
 def test_views_do_not_depend_on_the_view_batch_size(host):
-    names = [True, 2, 0, 0, True, 3, 1, 1, 1]
-    one, many = host.latents(*names, 1), host.latents(*names, 64)
+    one, many = (host.latents(True, 2, {"view_batch_size": n}) for n in (1, 64))
     assert same_but_for_rounding(one, many)
 
 
 def test_steps_of_their_own_for_the_phases(host, calls):
-    host.generate(True, 2, 2, prompt="one [red:blue:0.5] ring")
+    host.generate(True, 2, {"phase_steps": 2}, prompt="one [red:blue:0.5] ring")
     assert calls.rows == 2 * (4 + 2 * 13)
 
 
@@ -214,7 +213,7 @@ def test_inpainting_checkpoints_get_their_condition_cropped_like_x(host, checkpo
     unet = model.model.diffusion_model
     handle = unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 4:]))
     try:
-        host.generate(True, 2, 0, 0, False, 3, 1, 1, 1, 1)
+        host.generate(True, 2, {"jitter": False, "view_batch_size": 1})
     finally:
         handle.remove()
     assert made[1].shape[-2:] == (16, 16)
@@ -264,7 +263,7 @@ def test_hires_fix_wins_and_says_so(host):
 def test_intermediate_phases_are_saved_beside_the_output(host):
     from PIL import Image
 
-    host.generate(True, 3, 0, 0, True, 3, 1, 1, 1, 4, True, save_images=True, seed=77)
+    host.generate(True, 3, {"save_phases": True}, save_images=True, seed=77)
     files = sorted((host.data / "outputs").rglob("*77*.png"))
     sizes = {}
     for path in files:
@@ -284,10 +283,10 @@ def test_intermediate_phases_are_saved_beside_the_output(host):
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M"])
 def test_a_saved_phase_is_resumed(host, calls, sampler):
     job = dict(sampler_name=sampler, seed=88)
-    whole = host.latents(True, 3, 0, 0, True, 3, 1, 1, 1, 4, True, save_images=True, **job)
+    whole = host.latents(True, 3, {"save_phases": True}, save_images=True, **job)
     [saved] = (host.data / "outputs").rglob("*88-demofusion-phase2.safetensors")
     calls.rows = 0
-    assert torch.equal(host.latents(True, 3, 0, 0, True, 3, 1, 1, 1, 4, False, str(saved), **job), whole)
+    assert torch.equal(host.latents(True, 3, {"resume": str(saved)}, **job), whole)
     assert calls.rows == 2 * 4 * (1 + 25 + 9)
     saved.unlink()
 
@@ -318,8 +317,8 @@ def test_sdxl_views_carry_their_size_and_crop(host, sdxl, options, sampler):
     seen = []
     handle = sdxl.model.diffusion_model.register_forward_pre_hook(lambda m, a, k: seen.append(k["y"]), with_kwargs=True)
     try:
-        # jitter off, one view per call
-        latents = host.latents(True, 2, 0, 0, False, 3, 1, 1, 1, 1, width=128, height=64, steps=2, sampler_name=sampler)
+        plain = {"jitter": False, "view_batch_size": 1}
+        latents = host.latents(True, 2, plain, width=128, height=64, steps=2, sampler_name=sampler)
     finally:
         handle.remove()
     assert latents.shape == (1, 4, 16, 32)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from arguments import script_arguments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WEBUI_DIR = os.environ.get("WEBUI_DIR")
@@ -67,7 +68,7 @@ class Host:
     def generate(self, *args, **payload):
         """Images with DemoFusion's arguments; none: without it."""
         if args:
-            payload["alwayson_scripts"] = {"DemoFusion": {"args": list(args)}}
+            payload["alwayson_scripts"] = {"DemoFusion": {"args": script_arguments(self.webui, args)}}
         self.comments = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.processing.StableDiffusionProcessing, "comment", lambda p, text: self.comments.append(text))

@@ -1,0 +1,12 @@
+"""The script's arguments for tests, which name the settings that they change; the others are the paper's."""
+
+from dataclasses import fields
+
+
+def script_arguments(webui, args):
+    """(enabled, scale) or (enabled, scale, {name: value}) as all the arguments in their order; anything else as it is."""
+    if len(args) != 2 and not (len(args) == 3 and isinstance(args[2], dict)):
+        return list(args)
+    paper = {f.name: f.default for f in fields(webui.DemoFusionConfig)}
+    given = {"preset": "Paper", "save_phases": False, "resume": "", **dict(zip(("enabled", "scale"), args)), **dict(*args[2:])}
+    return [{**paper, **given}[name] for name in webui.ARGUMENTS]
