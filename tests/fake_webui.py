@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from arguments import script_arguments
+from torch import nn
 from webui_autoencoder import WebuiNetwork
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -631,7 +631,7 @@ class _Phases:
 
 
 def _sample(p: Any, sampler: Any, phase: Phase, noise: Tensor, image_conditioning: Tensor) -> Tensor:
-    """The host's sampler over the steps of a phase that are not skipped; its first x is set by the hook, which knows the level."""
+    """The host's sampler over the steps of a phase that are not skipped; the hook, which knows the level, sets its first x."""
     if not phase.skipped:
         return sampler.sample(p, noise.clone(), p.c, p.uc, steps=phase.steps, image_conditioning=image_conditioning)
     run, before = phase.steps - phase.skipped, p.denoising_strength
