@@ -1,159 +1,218 @@
-"""Methods against each other on the embedded checkpoint: `make evaluate` writes docs/evaluation.md.
+"""DemoFusion against other ways to a large picture, its presets and its parts: `make evaluate` writes docs/evaluation.md.
 
 Pictures are kept in the build folder, so that a run that was cut short goes on. `--quick` is for development: few
-prompts and few steps, whose intervals are wide.
+prompts and few steps, whose intervals are wide. With --inception, --clip, --captions and --real, and a real checkpoint
+as --model, the metrics are those of the paper's table 1, by the networks that it uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import warnings
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
-from evaluation import metrics, readers
-from evaluation.methods import ABLATION, METHODS, Method, Picture, make, make_job
+from evaluation import readers, report
+from evaluation.judges import PhotoJudge, SceneJudge, Set
+from evaluation.methods import ABLATION, METHODS, PRESETS, Method, Picture, make_job
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, load_pipeline
-from training.scenes import CROP, Scene, shrink
-from training.train import to_unit
+from training.scenes import Scene
 
-SCENES_SEED, REAL_SEED = 4242, 4243
-STRIDE = CROP // 2  # pixels between DemoFusion's windows before their jitter
-SIDE = 256  # pixels of a picture on the sheet
-
-
-def pictures(
-    pipe, methods: dict[str, Method], scenes: list[Scene], scale: int, steps: int, build: Path
-) -> dict[str, list[Picture]]:
-    """Every method's picture of every scene, made now or in an earlier run; under "base" the base images."""
-    kept = build / f"{scale}x-{steps}-{zlib.crc32(str(pipe.config.get('_name_or_path')).encode()):08x}"
-    made: dict[str, list[Picture]] = {name: [] for name in ("base", *methods)}
-    for index, scene in enumerate(tqdm(scenes, "pictures", dynamic_ncols=True)):
-        folder = kept / f"{index:04}"
-        folder.mkdir(parents=True, exist_ok=True)
-        job = None
-        for name in made:
-            file = folder / f"{name}.png"
-            if not file.with_suffix(".json").exists():
-                job = job or make_job(pipe, scene.caption, index, scale, steps)
-                base = Picture(np.asarray(job.base), 2 * steps, job.seconds)
-                picture = base if name == "base" else make(methods[name], job)
-                Image.fromarray(picture.image).save(file)
-                file.with_suffix(".json").write_text(json.dumps([picture.evaluations, picture.seconds]))
-            made[name].append(Picture(np.asarray(Image.open(file)), *json.loads(file.with_suffix(".json").read_text())))
-    return made
+SCENES_SEED = 4242
+SHOWN = 6  # rows of a sheet
+TRUE_RENDERS = 1000  # that pictures are compared with
 
 
-class Judge:
-    """All metrics of a set of pictures; the true renders that they are compared with are of the same size."""
+@dataclass(frozen=True)
+class Size:
+    """A size of the paper's table 1: the base's (height, width) as shares of the model's own, and the scale."""
 
-    def __init__(self, reader: readers.Reader, scenes: list[Scene], scale: int, real: int):
-        self.reader, self.scenes = reader, scenes
-        self.classes = torch.tensor([readers.labels(scene) for scene in scenes])
-        true = [readers.true_render(REAL_SEED, index) for index in tqdm(range(real), "true renders", dynamic_ncols=True)]
-        true = [(scene, shrink(image.astype(np.float32), 4 // scale).round().astype(np.uint8)) for scene, image in true]
-        self.whole, self.close = self.read(*zip(*true))
-        self.detail = np.mean([metrics.detail(image) for _, image in true])
-
-    @torch.no_grad()
-    def read(self, scenes: list[Scene], images: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of the whole images and of close-ups of them."""
-        crops = [readers.close_up(x, s, np.random.default_rng(i)) for i, (s, x) in enumerate(zip(scenes, images))]
-        return tuple(self.reader(to_unit(np.stack(x))) for x in ([readers.small(x) for x in images], crops))
-
-    @torch.no_grad()
-    def __call__(self, made: list[Picture], bases: list[Picture]) -> dict[str, tuple[float, float, float]]:
-        """Metric -> its value and the ends of its interval."""
-        images = [picture.image for picture in made]
-        features, near = self.read(self.scenes, images)
-        chances, near_chances = self.reader.chances(features), self.reader.chances(near)
-        names = list(readers.CLASSES)
-        right = [(chances[name].argmax(-1) == self.classes[:, names.index(name)]).float().numpy() for name in readers.WHOLE]
-        texture = (near_chances["texture"].argmax(-1) == self.classes[:, names.index("texture")]).float().numpy()
-        cosine = (torch.nn.functional.normalize(features, dim=-1) * self.reader.captions(self.classes)).sum(-1).numpy()
-        means = {
-            "count right": [metrics.count_is_right(x, s) for x, s in zip(images, self.scenes)],
-            "caption right": np.mean(right, 0),
-            "texture right": texture,
-            "strays": [metrics.strays(x, s) for x, s in zip(images, self.scenes)],
-            "off the base": [metrics.difference_from_base(x, b.image) for x, b in zip(images, bases)],
-            "detail": [metrics.detail(x) / self.detail for x in images],
-            "seams": [metrics.seams(x, STRIDE) for x in images],
-            "CLIP": cosine,
-        }
-        rows = {name: (float(np.mean(v)), *metrics.interval(np.asarray(v, float))) for name, v in means.items()}
-        for prefix, own, real, seen in (("", features, self.whole, chances), ("crop ", near, self.close, near_chances)):
-            names = readers.WHOLE if not prefix else readers.CLOSE
-            fid = lambda x, real=real: metrics.frechet_distance(x, real.numpy())  # noqa: E731
-            rows[f"{prefix}FID"] = (fid(own.numpy()), *metrics.interval(own.numpy(), fid, 200))
-            joint = [seen[name].numpy() for name in names]
-            score = lambda index, joint=joint: float(np.prod([metrics.inception_score(c[index]) for c in joint]))  # noqa: E731
-            everyone = np.arange(len(made))
-            rows[f"{prefix}IS"] = (score(everyone), *metrics.interval(everyone, score, 200))
-        return rows
+    base: tuple[float, float]
+    scale: int
 
 
-def table(rows: dict[str, dict], costs: dict[str, tuple[float, float]]) -> str:
-    """rows: method -> metric -> value and interval; costs: method -> evaluations, and time over the base's."""
-    names = list(next(iter(rows.values())))
-    lines = ["| method | evaluations | time | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 3)]
-    for method, row in rows.items():
-        cells = [f"{value:.3g} ({low:.3g}-{high:.3g})" for value, low, high in row.values()]
-        evaluations, seconds = costs[method]
-        lines.append(f"| {method} | {evaluations:,.0f} | {seconds:.1f}x | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+SIZES = {"4x": Size((1, 1), 2), "8x, 1:2": Size((0.5, 1), 4), "16x": Size((1, 1), 4), "9x": Size((1, 1), 3)}
+# What a report holds: title -> methods, the method that the others are judged by, sizes, and what it is about.
+TABLES = {
+    "Methods": (METHODS, "DemoFusion", ("4x", "8x, 1:2", "16x"), "The paper's table 1, and what users of the WebUI do today."),
+    "Presets": (PRESETS, "DemoFusion", ("4x", "8x, 1:2", "16x"), "The settings that cost less, against the paper's."),
+    "Parts": (
+        ABLATION,
+        "PU + SR + DS",
+        ("9x",),
+        "The paper's figure 5: PU progressive upscaling, SR skip residual, DS dilated sampling.",
+    ),
+}
 
 
-def sheet(made: dict[str, list[Picture]], scenes: list[Scene], count: int) -> Image.Image:
-    """A row for each of the first scenes, a column for each method."""
-    page = Image.new("RGB", (SIDE * len(made), (SIDE + 16) * min(count, len(scenes)) + 16), "white")
-    draw = ImageDraw.Draw(page)
-    for column, (name, own) in enumerate(made.items()):
-        draw.text((column * SIDE + 4, 2), name, fill="black")
-        for row, (picture, scene) in enumerate(zip(own[:count], scenes)):
-            image = Image.fromarray(picture.image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            page.paste(image, (column * SIDE, 16 + row * (SIDE + 16)))
-            if column == 0:
-                draw.text((4, 16 + row * (SIDE + 16) + SIDE + 1), scene.caption, fill="black")
-    return page
+@dataclass(frozen=True)
+class Task:
+    """One caption at one size: the pictures that are to be in the folder `kept`, one for each method."""
+
+    kept: Path
+    index: int
+    caption: str
+    size: Size
+    steps: int
+    methods: tuple[str, ...]
+
+    def file(self, name: str) -> Path:
+        """name: a method's, or "base"."""
+        tag = all_methods()[name].tag if name != "base" else ""
+        return self.kept / f"{self.index:04}" / f"{name}{tag}.png"
+
+    def missing(self) -> list[str]:
+        return [name for name in ("base", *self.methods) if not self.file(name).with_suffix(".json").exists()]
+
+
+def all_methods() -> dict[str, Method]:
+    return {name: method for methods, *_ in TABLES.values() for name, method in methods.items()}
+
+
+_pipe = None  # of a worker
+
+
+def start(model: str, device: str, dtype: str) -> None:
+    """A worker begins: one thread each on a CPU, since the views of a small model keep no more busy."""
+    global _pipe
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    _pipe = load_pipeline(model, device, getattr(torch, dtype))
+
+
+def draw(task: Task) -> int:
+    """Make a task's missing pictures; returns how many."""
+    missing = task.missing()
+    if not missing:
+        return 0
+    own = _pipe.unet.config.sample_size * _pipe.vae_scale_factor
+    shape = tuple(int(own * share) for share in task.size.base)
+    job = make_job(_pipe, task.caption, task.index, task.size.scale, task.steps, shape)
+    for name in missing:
+        base = Picture(np.asarray(job.base), 2 * task.steps, job.seconds)
+        picture = base if name == "base" else all_methods()[name](job)
+        file = task.file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.image).save(file)
+        file.with_suffix(".json").write_text(json.dumps([picture.evaluations, picture.seconds]))
+    return len(missing)
+
+
+def read(task: Task, name: str) -> Picture:
+    file = task.file(name)
+    with Image.open(file) as image:
+        return Picture(np.asarray(image), *json.loads(file.with_suffix(".json").read_text()))
+
+
+def section(title: str, size: str, tasks: list[Task], judge, out: Path) -> Iterator[str]:
+    """The report's lines on one table at one size, and its plot and sheet beside it."""
+    methods, against, _, about = TABLES[title]
+    bases = [read(task, "base") for task in tasks]
+    base_seconds = np.mean([picture.seconds for picture in bases])
+    rows, shown = {}, {"base": [picture.image for picture in bases[:SHOWN]]}
+    for name, method in tqdm(methods.items(), f"{title}, {size}", dynamic_ncols=True):
+        made = [read(task, name) for task in tasks]
+        statistics = judge(Set([p.image for p in made], [p.image for p in bases], method.stride))
+        seconds = np.mean([picture.seconds for picture in made]) / base_seconds
+        rows[name] = report.Row(np.mean([picture.evaluations for picture in made]), seconds, statistics)
+        shown[name] = [picture.image for picture in made[:SHOWN]]
+    stem = f"{title}-{size.split(',')[0]}".lower()
+    report.sheet(shown, [task.caption for task in tasks[:SHOWN]]).save(out / f"{stem}.jpg", quality=85)
+    report.plot(rows, len(tasks), judge.draws, out / f"{stem}.svg")
+    yield f"## {title}, {size}\n\n{about} {len(tasks)} prompts, {tasks[0].steps} steps.\n"
+    yield report.table(rows, len(tasks), judge.draws, against) + "\n"
+    yield f"![Quality against evaluations]({out.name}/{stem}.svg)\n\n![Pictures]({out.name}/{stem}.jpg)\n"
+
+
+INTRODUCTION = """# Evaluation
+
+Written by `make evaluate`. Evaluations of the model are counted at the base image's size (a pass at k times the area
+counts as k), beside those of the base; time is over the base's, on the machine that wrote this. In brackets: 95 %
+intervals by bootstrap over the prompts. **worse** and **better**: the interval of the paired difference from the
+reference, {against}, leaves zero out. Captions, seeds and bases are the same for all.
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="12 prompts, 12 steps")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--scale", type=int, choices=(2, 4), default=4)
-    parser.add_argument("--ablation", action="store_true", help="the parts of DemoFusion instead of the methods")
-    parser.add_argument("--model", default=EMBEDDED_CHECKPOINT)
-    parser.add_argument("--build", type=Path, default=Path("build/evaluation"))
-    parser.add_argument("-o", type=Path, default=Path("docs/evaluation.md"))
+    add = parser.add_argument
+    add("--quick", action="store_true", help="methods and presets at 16x, 12 prompts, 12 steps, into the build folder")
+    add("--prompts", type=int, default=200, help="of each table (default: %(default)s)")
+    add("--steps", type=int, default=50, help="of the base and of each phase (default: %(default)s)")
+    add("--sizes", nargs="+", choices=SIZES, help="default: all")
+    add("--tables", nargs="+", choices=TABLES, help="default: all")
+    add("--model", default=str(EMBEDDED_CHECKPOINT), help="default: the embedded checkpoint")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    add("--workers", type=int, default=0, help="default: one for each CPU core; one on a GPU")
+    add("--build", type=Path, default=Path("build/evaluation"))
+    add("-o", type=Path, default=Path("docs/evaluation.md"))
+    photo = parser.add_argument_group("the paper's own metrics", "all four, together with a real checkpoint as --model")
+    photo.add_argument("--inception", type=Path, help="Inception v3 in TorchScript: inception-2015-12-05.pt")
+    photo.add_argument("--clip", type=Path, help="folder of a CLIP model, as transformers saves it")
+    photo.add_argument("--captions", type=Path, help="text file, a caption a line; the paper: 1,000 of LAION-5B")
+    photo.add_argument("--real", type=Path, help="folder of real images")
     args = parser.parse_args()
-    prompts, steps = (12, 12) if args.quick else (args.prompts, args.steps)
+    given = [args.inception, args.clip, args.captions, args.real]
+    if any(given) and not all(given):
+        parser.error("--inception, --clip, --captions and --real belong together")
+    run(args)
 
+
+def run(args: argparse.Namespace) -> None:
+    prompts, steps, out = args.prompts, args.steps, args.o
+    titles, sizes = args.tables or list(TABLES), args.sizes or list(SIZES)
+    if args.quick:
+        prompts, steps, out = 12, 12, args.build / "quick.md"
+        titles, sizes = args.tables or ["Methods", "Presets"], args.sizes or ["16x"]
     rng = np.random.default_rng(SCENES_SEED)
     scenes = [Scene.draw(rng) for _ in range(prompts)]
-    reader = readers.load()
-    methods = ABLATION if args.ablation else METHODS
-    made = pictures(load_pipeline(args.model), methods, scenes, args.scale, steps, args.build)
-    judge = Judge(reader, scenes, args.scale, 200 if args.quick else 1000)
-    bases = made["base"]
-    rows = {name: judge(own, bases) for name, own in made.items() if name != "base"}
-    base_seconds = np.mean([picture.seconds for picture in bases])
-    costs = {
-        name: (np.mean([p.evaluations for p in own]), np.mean([p.seconds for p in own]) / base_seconds)
-        for name, own in made.items()
+    captions = args.captions.read_text().splitlines()[:prompts] if args.captions else [scene.caption for scene in scenes]
+    jobs = [(title, size) for title in titles for size in TABLES[title][2] if size in sizes]
+
+    kept = args.build / f"{zlib.crc32(str(args.model).encode()):08x}-{steps}"
+    tasks = {
+        job: [
+            Task(kept / job[1], i, caption, SIZES[job[1]], steps, tuple(TABLES[job[0]][0]))
+            for i, caption in enumerate(captions)
+        ]
+        for job in jobs
     }
-    title = "parts of DemoFusion" if args.ablation else "methods"
-    text = f"# Evaluation: {title}, {args.scale}x, {prompts} prompts, {steps} steps\n\n{table(rows, costs)}\n"
-    args.o.write_text(text)
-    sheet(made, scenes, 8).save(args.o.with_suffix(".jpg"), quality=88)
-    print(text)
+    todo = [task for job in jobs for task in tasks[job] if task.missing()]
+    workers = args.workers or (os.cpu_count() or 1 if args.device == "cpu" else 1)
+    starting = partial(start, args.model, args.device, args.dtype)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), starting) as pool:
+        list(tqdm(pool.map(draw, todo), "pictures", len(todo), dynamic_ncols=True))
+
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [INTRODUCTION.format(against=" or ".join(dict.fromkeys(TABLES[title][1] for title, _ in jobs)))]
+    judges = {}
+    for job in jobs:
+        _, size = job
+        picture, base = (read(tasks[job][0], name).image for name in (tasks[job][0].methods[0], "base"))
+        if size not in judges:
+            if args.inception:
+                judges[size] = PhotoJudge(args.inception, args.clip, captions, args.real, base.shape[:2], args.device)
+            else:
+                judges[size] = SceneJudge(readers.load(), scenes, picture.shape[:2], 200 if args.quick else TRUE_RENDERS)
+        text += section(*job, tasks[job], judges[size], folder)
+    out.write_text("\n".join(text))
+    print(out)
 
 
 if __name__ == "__main__":

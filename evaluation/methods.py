@@ -5,7 +5,9 @@ Costs are counted in evaluations of the UNet at the base's size: a pass at k tim
 
 from __future__ import annotations
 
+import functools
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,10 +16,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
 from benchmarks.measure import base_alone
+from evaluation import upscaler
 from lib_demofusion import schedule
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import generate
@@ -54,20 +57,29 @@ class Picture:
     seconds: float
 
 
-Method = Callable[[Job], "tuple[Image.Image, float]"]
+@dataclass(frozen=True)
+class Method:
+    """run: makes a job's image and says its evaluations. stride: between its windows, as a share of the base's side.
+
+    tag: in the names of its kept pictures, so that those of other settings are not taken for its own.
+    """
+
+    run: Callable[[Job], tuple[Image.Image, float]]
+    stride: float = 0.5
+    tag: str = ""
+
+    def __call__(self, job: Job) -> Picture:
+        begun = time.perf_counter()
+        image, evaluations = self.run(job)
+        return Picture(np.asarray(image), evaluations, time.perf_counter() - begun)
 
 
-def make_job(pipe, caption: str, seed: int, scale: int, steps: int) -> Job:
-    begun = time.perf_counter()
-    result = base_alone(pipe, caption, seed=seed, steps=steps, cfg_scale=CFG_SCALE)
+def make_job(pipe, caption: str, seed: int, scale: int, steps: int, size: tuple[int, int] | None = None) -> Job:
+    """size: (height, width) of the base in pixels; the model's own unless given."""
+    begun, shape = time.perf_counter(), dict(zip(("height", "width"), size or ()))
+    result = base_alone(pipe, caption, seed=seed, steps=steps, cfg_scale=CFG_SCALE, **shape)
     image = result.images(0)[0]
     return Job(pipe, caption, seed, scale, steps, image, result.phases[0][1], time.perf_counter() - begun)
-
-
-def make(method: Method, job: Job) -> Picture:
-    begun = time.perf_counter()
-    image, evaluations = method(job)
-    return Picture(np.asarray(image), evaluations, time.perf_counter() - begun)
 
 
 @contextmanager
@@ -84,23 +96,37 @@ def only(progressive: bool, skip_residual: bool, dilated: bool) -> Iterator[None
             stack.enter_context(patch("lib_demofusion.fusion.dilated_views", lambda window, dilation: []))
             stack.enter_context(patch("lib_demofusion.phases.dilated_views", lambda window, dilation: []))
         if not progressive:
-            stack.enter_context(patch("lib_demofusion.phases.phase_scales", lambda scale: [float(scale)]))
+            stack.enter_context(patch("lib_demofusion.phases.phase_scales", lambda scale, doubling: [float(scale)]))
         yield
 
 
-def demofusion(progressive: bool = True, skip_residual: bool = True, dilated: bool = True, **settings) -> Method:
+def demofusion(
+    progressive: bool = True, skip_residual: bool = True, dilated: bool = True, preset: str = "Paper", **settings
+) -> Method:
+    config = DemoFusionConfig.preset(preset, view_batch_size=16, **settings)
+    changed = {key: value for key, value in config.to_infotext().items() if not key.endswith(("scale", "batch size"))}
+    tag = f"-{zlib.crc32(str(changed).encode()):08x}" if changed else ""
+
     def run(job: Job) -> tuple[Image.Image, float]:
-        config = DemoFusionConfig(scale=float(job.scale), **settings)
+        own, shape = replace(config, scale=float(job.scale)), dict(height=job.base.height, width=job.base.width)
         with only(progressive, skip_residual, dilated):
-            result = generate(job.pipe, job.caption, config=config, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE)
+            result = generate(job.pipe, job.caption, config=own, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE, **shape)
         return result.images()[0], result.evaluations - 2 * job.steps
 
-    return run
+    return Method(run, config.stride, tag)
 
 
 def lanczos(job: Job) -> tuple[Image.Image, float]:
     """The base image, enlarged."""
     return job.base.resize(job.size, Image.Resampling.LANCZOS), 0
+
+
+def learned_upscaler(job: Job) -> tuple[Image.Image, float]:
+    """The base image, enlarged by a network that was trained to."""
+    return upscaler.enlarge(_upscaler(), job.base).resize(job.size, Image.Resampling.LANCZOS), 0
+
+
+_upscaler = functools.cache(upscaler.load)
 
 
 def direct(job: Job) -> tuple[Image.Image, float]:
@@ -109,41 +135,75 @@ def direct(job: Job) -> tuple[Image.Image, float]:
     return _drawn(job, job.pipe, height=height, width=width), 2 * job.steps * job.scale**2
 
 
-def hires_fix(upscaler: str, denoise: float) -> Method:
+def scalecrafter(job: Job) -> tuple[Image.Image, float]:
+    """ScaleCrafter (arXiv 2310.07702), its re-dilated convolutions: the model at the target size sees as far as at its own.
+
+    The kernels of the deepest level are dilated by the scale, those of each level above by one less, for the first 60 %
+    of the steps at twice the side and 70 % above that, as the authors set it for Stable Diffusion.
+    """
+    unet, last = job.pipe.unet, round((0.6 if job.scale <= 2 else 0.7) * job.steps)
+    levels = len(unet.down_blocks)
+    depths = [(unet.mid_block, levels - 1)]
+    depths += [(block, depth) for depth, block in enumerate(unet.down_blocks)]
+    depths += [(block, levels - 1 - depth) for depth, block in enumerate(unet.up_blocks)]
+    convolutions = [
+        (module, max(job.scale - (levels - 1 - depth), 1))
+        for block, depth in depths
+        for module in block.modules()
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3)
+    ]
+
+    def dilate(on: bool) -> None:
+        for module, dilation in convolutions:
+            module.dilation = module.padding = (dilation if on else 1,) * 2
+
+    def after_step(pipe, step, t, tensors):
+        if step + 1 == last:
+            dilate(False)
+        return tensors
+
+    width, height = job.size
+    dilate(True)
+    try:
+        image = _drawn(job, job.pipe, height=height, width=width, callback_on_step_end=after_step)
+    finally:
+        dilate(False)
+    return image, 2 * job.steps * job.scale**2
+
+
+def hires_fix(enlarged: str, denoise: float) -> Method:
     """The WebUI's Hires. fix: the base enlarged, as latents or as an image by Lanczos, and denoised whole at full size."""
 
     def run(job: Job) -> tuple[Image.Image, float]:
-        if upscaler == "latent":
-            start = F.interpolate(job.latents, scale_factor=job.scale, mode="bilinear")
-        else:
-            start = job.base.resize(job.size, Image.Resampling.LANCZOS)
+        latent = enlarged == "latent"
+        start = F.interpolate(job.latents, scale_factor=job.scale, mode="bilinear") if latent else lanczos(job)[0]
         return _redrawn(job, start, denoise), 2 * int(job.steps * denoise) * job.scale**2
 
-    return run
+    return Method(run)
 
 
-def tiles(denoise: float = 0.35, overlap: int = 32) -> Method:
+def tiles(denoise: float = 0.35, overlap: float = 0.25) -> Method:
     """As the SD upscale script and its kin: the base enlarged by Lanczos, redrawn tile by tile, the tiles pasted together."""
 
     def run(job: Job) -> tuple[Image.Image, float]:
-        start, side = np.asarray(job.base.resize(job.size, Image.Resampling.LANCZOS)), job.base.width
+        start, window = np.asarray(lanczos(job)[0]), (job.base.height, job.base.width)
         height, width = start.shape[:2]
-        views = local_views((height, width), (side, side), (side - overlap, side - overlap))
-        ramp = np.minimum(np.arange(side) + 0.5, overlap) / overlap
-        weight = np.outer(*[np.minimum(ramp, ramp[::-1])] * 2)[..., None]
+        views = local_views((height, width), window, tuple(int(side * (1 - overlap)) for side in window))
+        ramps = [np.minimum(np.arange(side) + 0.5, side * overlap) / (side * overlap) for side in window]
+        weight = np.outer(*(np.minimum(ramp, ramp[::-1]) for ramp in ramps))[..., None]
         total, shares = np.zeros((height, width, 3)), np.zeros((height, width, 1))
         for view in views:
-            box = np.s_[view.top : view.top + side, view.left : view.left + side]
+            box = np.s_[view.top : view.top + view.h, view.left : view.left + view.w]
             total[box] += weight * np.asarray(_redrawn(job, Image.fromarray(start[box]), denoise))
             shares[box] += weight
         image = Image.fromarray((total / shares).round().astype(np.uint8))
         return image, 2 * int(job.steps * denoise) * len(views)
 
-    return run
+    return Method(run, 1 - overlap)
 
 
 def _redrawn(job: Job, start, denoise: float) -> Image.Image:
-    pipe = StableDiffusionImg2ImgPipeline(**job.pipe.components, requires_safety_checker=False)
+    pipe = AutoPipelineForImage2Image.from_pipe(job.pipe)
     pipe.set_progress_bar_config(disable=True)
     return _drawn(job, pipe, image=start, strength=denoise)
 
@@ -159,15 +219,24 @@ def _drawn(job: Job, pipe, **settings) -> Image.Image:
     ).images[0]
 
 
-# The paper's table 1, without ScaleCrafter, and what users of the WebUI do today.
+# The paper's table 1, and what users of the WebUI do today.
 METHODS: dict[str, Method] = {
-    "Lanczos": lanczos,
-    "direct": direct,
+    "Lanczos": Method(lanczos),
+    "learned upscaler": Method(learned_upscaler),
+    "direct": Method(direct),
     "MultiDiffusion": demofusion(False, False, False),
+    "ScaleCrafter": Method(scalecrafter),
+    "Hires. fix, latent 0.5": hires_fix("latent", 0.5),
     "Hires. fix, latent 0.7": hires_fix("latent", 0.7),
     "Hires. fix, Lanczos 0.5": hires_fix("Lanczos", 0.5),
+    "Hires. fix, Lanczos 0.7": hires_fix("Lanczos", 0.7),
     "tiles 0.35": tiles(),
     "DemoFusion": demofusion(),
+}
+PRESETS: dict[str, Method] = {
+    "DemoFusion": METHODS["DemoFusion"],
+    "Fast": demofusion(preset="Fast"),
+    "Turbo": demofusion(preset="Turbo"),
 }
 # Figure 5: progressive upscaling, skip residual, dilated sampling.
 ABLATION: dict[str, Method] = {

@@ -9,18 +9,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from training.scenes import OBJECT, Scene, count_objects, object_areas, shrink
+from training.scenes import OBJECT, Scene, object_areas, shrink
 
 SPECK = 0.0003  # share of an image up to which a spot of the objects' colour is nothing; between that and OBJECT it is a stray
 
 
-def count_is_right(image: np.ndarray, scene: Scene) -> bool:
-    return count_objects(image, scene) == scene.count
-
-
-def strays(image: np.ndarray, scene: Scene) -> int:
-    """Small repeated objects on the background (figure 7 b of the paper)."""
-    return sum(SPECK < area < OBJECT for area in object_areas(image, scene))
+def objects_and_strays(image: np.ndarray, scene: Scene) -> tuple[int, int]:
+    """How many objects an image shows, and how many small repeated ones on the background (figure 7 b of the paper)."""
+    areas = object_areas(image, scene)
+    return sum(area >= OBJECT for area in areas), sum(SPECK < area < OBJECT for area in areas)
 
 
 def difference_from_base(image: np.ndarray, base: np.ndarray) -> float:
@@ -36,15 +33,15 @@ def detail(image: np.ndarray) -> float:
     return float(np.square(grey - coarse).mean())
 
 
-def seams(image: np.ndarray, step: int) -> float:
-    """Mean absolute step between neighbouring pixels across the borders of windows, every `step` pixels, over that elsewhere.
+def seams(image: np.ndarray, borders: tuple[Sequence[int], Sequence[int]]) -> float:
+    """Mean absolute step between neighbouring pixels across the borders of windows, over that elsewhere.
 
-    1 where nothing is to be seen of them.
+    borders: the first pixels after them, in rows and in columns. 1 where nothing is to be seen of them.
     """
     at, elsewhere = [], []
     for axis in (0, 1):
         steps = np.abs(np.diff(image.astype(np.float32), axis=axis)).mean(axis=(1 - axis, 2))
-        border = np.arange(1, len(steps) + 1) % step == 0
+        border = np.isin(np.arange(1, len(steps) + 1), borders[axis])
         at.append(steps[border])
         elsewhere.append(steps[~border])
     return float(np.concatenate(at).mean() / np.concatenate(elsewhere).mean())
@@ -65,11 +62,20 @@ def inception_score(chances: np.ndarray) -> float:
     return float(np.exp((chances * logs).sum(1).mean()))
 
 
-def interval(
-    values: Sequence, statistic: Callable[[np.ndarray], float] = np.mean, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """The middle 95 % of a statistic over bootstrap samples of the values' first axis."""
-    values, rng = np.asarray(values), np.random.default_rng(seed)
-    found = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(draws)]
-    low, high = np.percentile(found, (2.5, 97.5))
+Statistic = Callable[[np.ndarray], float]  # of the pictures with these numbers
+
+
+def mean_of(values: Sequence[float]) -> Statistic:
+    values = np.asarray(values, float)
+    return lambda index: float(values[index].mean())
+
+
+def interval(statistic: Statistic, count: int, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The middle 95 % of a statistic of `count` pictures over bootstrap samples of them, less the samples' bias.
+
+    Distances between distributions grow where pictures are drawn twice; the bias is how far the samples' mean is off.
+    """
+    rng = np.random.default_rng(seed)
+    found = np.array([statistic(rng.integers(0, count, count)) for _ in range(draws)])
+    low, high = np.percentile(found, (2.5, 97.5)) + statistic(np.arange(count)) - found.mean()
     return float(low), float(high)

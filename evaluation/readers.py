@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.scenes import BACKGROUNDS, COLOURS, COUNTS, CROP, SHAPES, TEXTURES, Scene, object_mask, render, shrink
+from training.scenes import BACKGROUNDS, COLOURS, COUNTS, CROP, SHAPES, TEXTURES, Scene, object_mask, render
 from training.train import cosine_lr, to_unit
 
 CLASSES = {
@@ -48,8 +49,8 @@ def close_up(image: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.nd
 
 
 def small(image: np.ndarray) -> np.ndarray:
-    """The whole image at 128 x 128."""
-    return shrink(image.astype(np.float32), image.shape[0] // CROP).round().astype(np.uint8)
+    """The whole image at 128 x 128, whatever its shape."""
+    return np.asarray(Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BOX))
 
 
 def true_render(seed: int, index: int) -> tuple[Scene, np.ndarray]:

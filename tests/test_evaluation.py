@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
+from PIL import Image
+from stand_ins import make_stand_ins
 from tiny import tiny_pipeline
 
-from evaluation.methods import ABLATION, METHODS, make, make_job, only
+import evaluation.__main__
+from evaluation import report
+from evaluation.methods import ABLATION, METHODS, PRESETS, make_job, only
+from evaluation.metrics import mean_of
+from evaluation.readers import small, true_render
+from evaluation.upscaler import enlarge
+from evaluation.upscaler import load as load_upscaler
 from lib_demofusion import fusion, phases
 from lib_demofusion.config import DemoFusionConfig
 
@@ -16,19 +24,28 @@ def job():
     return make_job(tiny_pipeline("sd15", 16), "one red ring", 3, SCALE, STEPS)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_makes_a_picture_of_the_size(job, name):
-    picture = make(METHODS[name], job)
+@pytest.fixture(scope="module")
+def wide():
+    return make_job(tiny_pipeline("sdxl", 16), "one red ring", 3, SCALE, STEPS, size=(64, 128))
+
+
+@pytest.mark.parametrize("name", [*METHODS, "Fast", "Turbo"])
+def test_every_method_makes_a_picture_of_the_size(job, wide, name):
+    method = {**METHODS, **PRESETS}[name]
+    picture = method(job)
     assert picture.image.shape == (256, 256, 3)
     assert picture.image.dtype == np.uint8
-    assert np.array_equal(make(METHODS[name], job).image, picture.image), "the same seed, another picture"
+    assert np.array_equal(method(job).image, picture.image), "the same seed, another picture"
+    assert method(wide).image.shape == (128, 256, 3), "of another shape, with a model of another kind"
 
 
 @pytest.mark.parametrize(
     ("name", "evaluations"),
     [
         ("Lanczos", 0),
+        ("learned upscaler", 0),
         ("direct", 2 * 4 * 4),
+        ("ScaleCrafter", 2 * 4 * 4),
         ("MultiDiffusion", 2 * 4 * 9),
         ("Hires. fix, latent 0.7", 2 * 2 * 4),  # 70 % of four steps, rounded down, at four times the area
         ("Hires. fix, Lanczos 0.5", 2 * 2 * 4),
@@ -39,12 +56,36 @@ def test_every_method_makes_a_picture_of_the_size(job, name):
 def test_costs_are_counted_at_the_bases_size(job, name, evaluations):
     seen = []
     handle = job.pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    picture = make(METHODS[name], job)
+    picture = METHODS[name](job)
     handle.remove()
     counted = sum(shape[0] * shape[2] * shape[3] / 256 for shape in seen) - (
         2 * STEPS if "Fusion" in name or "Diff" in name else 0
     )
     assert picture.evaluations == counted == evaluations
+
+
+def test_scalecrafter_dilates_the_deep_kernels_for_the_first_steps(job):
+    unet, seen = job.pipe.unet, []
+    names = ("down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv1", "up_blocks.0.resnets.1.conv2")
+    modules = [unet.get_submodule(name) for name in names]
+    handle = unet.register_forward_pre_hook(lambda *_: seen.append([module.dilation[0] for module in modules]))
+    before = [(module.dilation, module.padding) for module in modules]
+    METHODS["ScaleCrafter"](job)
+    handle.remove()
+    assert seen == [[1, 2, 2]] * 2 + [[1, 1, 1]] * 2
+    assert [(module.dilation, module.padding) for module in modules] == before
+
+
+def test_the_learned_upscaler_is_sharper_and_nearer_than_interpolation():
+    losses = []
+    for index in range(6):
+        _, image = true_render(21, index)
+        base = Image.fromarray(small(image))
+        learned = enlarge(load_upscaler(), base)
+        assert learned.size == (512, 512)
+        plain = base.resize((512, 512), Image.Resampling.BICUBIC)
+        losses.append([np.square(np.asarray(x, float) - image).mean() for x in (learned, plain)])
+    assert np.mean(losses, 0)[0] < 0.9 * np.mean(losses, 0)[1]
 
 
 def test_the_parts_of_demofusion():
@@ -68,3 +109,73 @@ def test_the_base_is_the_first_phase_of_demofusion(job):
 
     result = generate(job.pipe, job.caption, config=DemoFusionConfig(scale=2.0), seed=3, steps=STEPS)
     assert np.array_equal(np.asarray(result.images(0)[0]), np.asarray(job.base))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_pipeline("sd15", 16).save_pretrained(folder)
+    return folder
+
+
+def evaluate(checkpoint, folder, monkeypatch, *options):
+    out = folder / "report.md"
+    command = ["evaluation", "--model", str(checkpoint), "--steps", "2", "--prompts", "4", "--workers", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "--build", str(folder / "build"), "-o", str(out), *options])
+    monkeypatch.setattr("evaluation.judges.SceneJudge.draws", 10)
+    evaluation.__main__.main()
+    return out.read_text()
+
+
+def test_the_report(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.__main__.TRUE_RENDERS", 40)
+    text = evaluate(checkpoint, tmp_path, monkeypatch, "--tables", "Presets", "--sizes", "8x, 1:2", "4x")
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Evaluation", "## Presets, 4x", "## Presets, 8x, 1:2"
+    ]  # fmt: skip
+    rows = [line for line in text.splitlines() if line.startswith(("| DemoFusion", "| Fast", "| Turbo"))]
+    assert len(rows) == 6
+    assert rows[0].startswith(f"| DemoFusion | {2 * 2 * 13} | "), "evaluations besides the base's"
+    for stem in ("presets-4x", "presets-8x"):
+        assert f"report/{stem}.svg" in text
+        with Image.open(tmp_path / "report" / f"{stem}.jpg") as sheet:
+            assert sheet.width == 4 * 224
+
+    pictures = sorted((tmp_path / "build").rglob("*.png"))
+    assert len(pictures) == 2 * 4 * 4
+    assert {Image.open(path).size for path in pictures} == {(128, 128), (256, 256), (128, 64), (512, 256)}
+    lost, before = pictures[0], {path: path.stat().st_mtime_ns for path in pictures}
+    lost.with_suffix(".json").unlink()
+    assert evaluate(checkpoint, tmp_path, monkeypatch, "--tables", "Presets").startswith("# Evaluation")
+    assert [path for path in pictures if path.stat().st_mtime_ns != before[path]] == [lost], "only what was missing"
+
+
+def test_the_papers_own_metrics_in_the_report(checkpoint, tmp_path, monkeypatch):
+    make_stand_ins(tmp_path)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("one red ring\ntwo blue stars\none green disc\nthree plain hearts\n")
+    options = ["--tables", "Presets", "--sizes", "4x", "--captions", str(captions), "--real", str(tmp_path / "real")]
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path, monkeypatch, *options)
+    options += ["--inception", str(tmp_path / "inception.pt"), "--clip", str(tmp_path / "clip")]
+    text = evaluate(checkpoint, tmp_path, monkeypatch, *options)
+    [head] = [line for line in text.splitlines() if line.startswith("| | ")]
+    assert head == "| | evaluations | time | FID ↓ | IS ↑ | crop FID ↓ | crop IS ↑ | CLIP ↑ |"
+
+
+def test_a_difference_is_said_where_its_interval_leaves_zero_out():
+    rng = np.random.default_rng(0)
+    own = rng.normal(5, 2, 60)
+    rows = {
+        "reference": report.Row(1, 1, {"strays": mean_of(own), "seams": mean_of(own), "IS": mean_of(own)}),
+        "more": report.Row(1, 1, {"strays": mean_of(own + 1), "seams": mean_of(own + 1), "IS": mean_of(own + 1)}),
+        "nearer": report.Row(1, 1, {"strays": mean_of(own - 1), "seams": mean_of(own * 0 + 1), "IS": mean_of(own - 1)}),
+        "other": report.Row(1, 1, {name: mean_of(rng.permutation(own)) for name in ("strays", "seams", "IS")}),
+    }
+    said = report.verdicts(rows, "reference", 60, 200)
+    assert said["reference"] == said["other"] == dict.fromkeys(("strays", "seams", "IS"), "")
+    assert said["more"] == {"strays": "worse", "seams": "worse", "IS": "better"}
+    assert said["nearer"] == {"strays": "better", "seams": "better", "IS": "worse"}
+    table = report.table(rows, 60, 200, "reference").splitlines()
+    assert table[0] == "| | evaluations | time | strays ↓ | seams → 1 | IS ↑ |"
+    assert table[3].count("**worse**") == 2

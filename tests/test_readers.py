@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from evaluation.__main__ import Judge
-from evaluation.methods import Picture
+from evaluation.judges import SceneJudge, Set
 from evaluation.readers import CLASSES, CLOSE, WHOLE, Reader, close_up, labels, load, small, train, true_render
 from training.scenes import Scene, object_mask
 from training.train import to_unit
@@ -17,7 +16,7 @@ COUNT = 40
 @pytest.fixture(scope="module")
 def judge():
     scenes = [true_render(11, index)[0] for index in range(COUNT)]
-    return Judge(load(), scenes, scale=4, real=COUNT)
+    return SceneJudge(load(), scenes, (512, 512), real=COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +30,9 @@ def true(judge, renders):
 
 
 def scores(judge, images):
-    made = [Picture(np.asarray(image), 0, 0) for image in images]
-    return {name: value for name, (value, _, _) in judge(made, [Picture(small(np.asarray(x)), 0, 0) for x in images]).items()}
+    images = [np.asarray(image) for image in images]
+    statistics = judge(Set(images, [small(image) for image in images], stride=0.5))
+    return {name: statistic(np.arange(COUNT)) for name, statistic in statistics.items()}
 
 
 def test_what_it_reads():
@@ -64,7 +64,7 @@ def test_a_close_up_is_of_an_object():
 
 
 def test_true_renders_score_as_they_should(true):
-    assert true["count right"] == 1
+    assert true["count right"] == true["count kept"] == 1
     assert true["strays"] == 0
     assert true["off the base"] < 0.5
     assert true["detail"] == pytest.approx(1, abs=0.3)

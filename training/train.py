@@ -62,7 +62,7 @@ def make_scenes(build: Path) -> None:
 
 def to_unit(pixels: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, 3] -> float [N, 3, H, W] in -1...1."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.tensor(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int = 100) -> float:

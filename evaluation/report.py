@@ -1,0 +1,120 @@
+"""The report's parts: tables in Markdown, plots of quality against evaluations, sheets of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from evaluation.metrics import Statistic, interval
+
+# Metric -> whether more is better; None: 1 is best.
+BETTER = {
+    "count right": True,
+    "count kept": True,
+    "caption right": True,
+    "texture right": True,
+    "strays": False,
+    "off the base": False,
+    "detail": None,
+    "seams": None,
+    "CLIP": True,
+    "FID": False,
+    "IS": True,
+    "crop FID": False,
+    "crop IS": True,
+}
+PLOTTED = ("count right", "texture right", "strays", "crop FID")
+SIDE = 224  # pixels of a picture on a sheet
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one method: evaluations of the model and time over the base's, and the metrics."""
+
+    evaluations: float
+    time: float
+    statistics: dict[str, Statistic]
+
+
+def loss(metric: str, value: float) -> float:
+    """The same on a scale where less is better."""
+    more = BETTER[metric]
+    return abs(value - 1) if more is None else -value if more else value
+
+
+def verdicts(rows: dict[str, Row], against: str, count: int, draws: int) -> dict[str, dict[str, str]]:
+    """method -> metric -> "worse", "better" or "": whether the interval of the difference from `against` leaves 0 out.
+
+    The pictures are paired: the same captions, seeds and bases.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, row in rows.items():
+        found[name] = {}
+        for metric, own in row.statistics.items():
+            other = rows[against].statistics[metric]
+            difference = lambda i, m=metric, a=own, b=other: loss(m, a(i)) - loss(m, b(i))  # noqa: E731
+            low, high = interval(difference, count, draws)
+            found[name][metric] = "worse" if low > 0 else "better" if high < 0 else ""
+    return found
+
+
+def table(rows: dict[str, Row], count: int, draws: int, against: str | None = None) -> str:
+    """A line for each method: its costs, and each metric with its interval; against: what the others are judged by."""
+    metrics = list(next(iter(rows.values())).statistics)
+    arrow = {True: " ↑", False: " ↓", None: " → 1"}
+    lines = ["| | evaluations | time | " + " | ".join(m + arrow[BETTER[m]] for m in metrics) + " |"]
+    lines.append("|---|" + "---|" * (len(metrics) + 2))
+    said = verdicts(rows, against, count, draws) if against else {}
+    for name, row in rows.items():
+        cells = []
+        for metric in metrics:
+            low, high = interval(row.statistics[metric], count, draws)
+            verdict = said.get(name, {}).get(metric, "")
+            text = f"{row.statistics[metric](np.arange(count)):.3g} ({low:.3g} to {high:.3g})"
+            cells.append(f"{text} **{verdict}**" if verdict else text)
+        lines.append(f"| {name} | {row.evaluations:,.0f} | {row.time:.1f}x | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[str, Row], count: int, draws: int, path: Path) -> None:
+    """Quality against evaluations, one panel for each of PLOTTED that there is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = [metric for metric in PLOTTED if metric in next(iter(rows.values())).statistics]
+    figure, axes = pyplot.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 4.2), layout="constrained", squeeze=False)
+    for axis, metric in zip(axes[0], metrics):
+        for name, row in rows.items():
+            value = row.statistics[metric](np.arange(count))
+            low, high = interval(row.statistics[metric], count, draws)
+            x = max(row.evaluations, 30)  # those that ask the model nothing stand at the left edge
+            error = [[max(value - low, 0)], [max(high - value, 0)]]
+            axis.errorbar(x, value, error, fmt="o", capsize=2, color="tab:red" if name.startswith("Demo") else "tab:blue")
+            axis.annotate(name, (x, value), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.set_xscale("log")
+        axis.set_xlabel("model evaluations")
+        axis.set_title(f"{metric} ({'higher' if BETTER[metric] else 'lower'} is better)", fontsize=10)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def sheet(columns: dict[str, Sequence[np.ndarray]], captions: Sequence[str]) -> Image.Image:
+    """A row for each caption, a column for each method."""
+    shape = next(iter(columns.values()))[0].shape
+    width, height = SIDE, round(SIDE * shape[0] / shape[1])
+    page = Image.new("RGB", (width * len(columns), (height + 16) * len(captions) + 16), "white")
+    draw = ImageDraw.Draw(page)
+    for column, (name, images) in enumerate(columns.items()):
+        draw.text((column * width + 4, 2), name, fill="black")
+        for row, (image, caption) in enumerate(zip(images, captions)):
+            small = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+            page.paste(small, (column * width, 16 + row * (height + 16)))
+            if column == 0:
+                draw.text((4, 16 + row * (height + 16) + height + 1), caption, fill="black")
+    return page

@@ -1,0 +1,43 @@
+"""Stand-ins for the networks and images of the paper's own metrics, in the formats that these have."""
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from evaluation.readers import true_render
+from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
+
+
+class Inception(nn.Module):
+    """Answers as the published TorchScript file does, from colours alone."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
+        assert x.dtype == torch.uint8
+        coarse = nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
+        if return_features:
+            return coarse
+        return (20 * coarse[:, :3]).softmax(-1)
+
+
+def make_stand_ins(folder):
+    """inception.pt, clip/ and real/, a dozen images of 200 x 160, in the folder."""
+    torch.jit.script(Inception()).save(str(folder / "inception.pt"))
+    _clip(folder / "clip")
+    (folder / "real").mkdir()
+    for index in range(12):
+        Image.fromarray(true_render(5, index)[1]).resize((200, 160)).save(folder / "real" / f"{index}.png")
+
+
+def _clip(folder):
+    """A tiny random CLIP, as transformers saves one, with the embedded checkpoint's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_CHECKPOINT / "tokenizer")
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    words = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
+    config = CLIPConfig(
+        text_config={**tower, **words}, vision_config={**tower, "image_size": 32, "patch_size": 16}, projection_dim=8
+    )
+    CLIPModel(config).save_pretrained(folder)
+    size = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)

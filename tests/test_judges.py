@@ -1,0 +1,61 @@
+"""The judges: windows' borders, and the paper's own metrics with stand-ins for the networks that it uses."""
+
+import numpy as np
+import pytest
+from stand_ins import make_stand_ins
+
+from evaluation.judges import PhotoJudge, Set
+from evaluation.readers import true_render
+
+
+def test_borders_are_where_windows_begin_and_end():
+    made = Set([np.zeros((256, 512, 3), np.uint8)], [np.zeros((64, 128, 3), np.uint8)], stride=0.75)
+    rows, columns = made.borders
+    assert rows == [0, 48, 64, 96, 112, 144, 160, 192, 208, 256]
+    assert columns == [0, 96, 128, 192, 224, 288, 320, 384, 416, 512]
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("networks")
+    make_stand_ins(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(networks):
+    return PhotoJudge(networks / "inception.pt", networks / "clip", ["one red ring"] * 8, networks / "real", (128, 128))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [true_render(6, index)[1] for index in range(8)]
+
+
+def test_the_papers_metrics(judge, images):
+    index, bases = np.arange(8), [image[::4, ::4] for image in images]
+    good = judge(Set(images, bases, 0.5))
+    assert set(good) == {"FID", "IS", "crop FID", "crop IS", "CLIP"}
+    assert all(np.isfinite(statistic(index)) for statistic in good.values())
+    tinted = judge(Set([(image * (1, 0.1, 0.1)).astype(np.uint8) for image in images], bases, 0.5))
+    same = judge(Set([images[0]] * 8, bases, 0.5))
+    for prefix in ("", "crop "):
+        assert tinted[f"{prefix}FID"](index) > 1.5 * good[f"{prefix}FID"](index)
+        assert same[f"{prefix}IS"](index) < good[f"{prefix}IS"](index)
+    assert same["IS"](index) == pytest.approx(1, abs=1e-6)
+
+
+def test_crops_are_of_the_bases_size_side_by_side(judge):
+    image = np.arange(300 * 256 * 3, dtype=np.uint32).reshape(300, 256, 3).astype(np.uint8)
+    crops = judge.crops(image)
+    assert [crop.shape for crop in crops] == [(128, 128, 3)] * 4
+    assert np.array_equal(crops[3], image[128:256, 128:256])
+
+
+def test_real_images_smaller_than_a_crop_are_enlarged(judge):
+    assert len(judge.close) == 12  # of 200 x 160, one crop each
+
+
+def test_a_folder_without_images_is_refused(networks, tmp_path):
+    with pytest.raises(ValueError, match="no real images"):
+        PhotoJudge(networks / "inception.pt", networks / "clip", [], tmp_path, (128, 128))
