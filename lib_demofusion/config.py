@@ -41,6 +41,11 @@ class DemoFusionConfig:
         1,
         above=True,
     )
+    pixel_upsampling: bool = _setting(
+        False,
+        "pixel upsampling",
+        "enlarge each phase as an image, through the VAE, instead of as latents: sharper, which a late start needs",
+    )
     stride: float = _setting(
         0.5,
         "stride",

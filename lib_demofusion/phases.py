@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -179,22 +180,44 @@ def fusion_for(plan: Plan, phase: Phase, config: DemoFusionConfig, reference: Te
     )
 
 
+def enlarge_latents(latents: Tensor, size: Size) -> Tensor:
+    """[B, C, h, w] -> [B, C, *size]."""
+    return F.interpolate(latents, size=size, mode="bicubic", align_corners=False)
+
+
+def enlarge_images(
+    decode: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tensor], latents: Tensor, size: Size, factor: int = 8
+) -> Tensor:
+    """[B, C, h, w] -> [B, C, *size], by way of images, one after the other.
+
+    decode: latents [1, C, h, w] -> an image [1, 3, factor * h, factor * w] in -1..1; encode: the way back.
+    """
+    enlarged = []
+    for z in latents.split(1):
+        image = F.interpolate(decode(z), size=[factor * side for side in size], mode="bicubic", align_corners=False)
+        enlarged.append(encode(image.clamp_(-1, 1)).to(latents))
+    return torch.cat(enlarged)
+
+
 def upscale(
     plan: Plan,
     base: Tensor,
     noise: Callable[[Phase], Tensor],
     denoise: Callable[[Phase, Tensor, Tensor], Tensor],
     finished: tuple[int, Tensor] | None = None,
+    enlarge: Callable[[Tensor, Size], Tensor] | None = None,
 ) -> Iterator[tuple[Phase, Tensor]]:
     """The "upsample, diffuse, denoise" loop of Eq. 3: yields each phase after the base with its finished latents.
 
     base: [B, C, h, w], of the model or of a real image. noise: a phase's Gaussian noise, [B, C, H, W].
     denoise: the host's sampler over one phase; gets the phase, the upsampled latents (Fusion's reference) and the
     noise, returns the denoised latents. finished: the number of a phase and its latents, to go on after it.
+    enlarge: the upsampling of a phase's latents to the next one's size, the paper's bicubic one unless given.
     What was yielded is finished and stays so, whatever happens later.
     """
     number, latents = finished or (1, base)
+    enlarge = enlarge or enlarge_latents
     for phase in plan.phases[number:]:
-        reference = F.interpolate(latents, size=phase.size, mode="bicubic", align_corners=False)
+        reference = enlarge(latents, phase.size)
         latents = match_moments(denoise(phase, reference, noise(phase)), base)
         yield phase, latents

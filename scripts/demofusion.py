@@ -68,6 +68,7 @@ class DemoFusionScript(scripts.Script):
                     controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
                 with gr.Row():
                     controls["doubling"] = self.checkbox("doubling", "Doubling")
+                    controls["pixel_upsampling"] = self.checkbox("pixel_upsampling", "Pixel upsampling")
                     controls["jitter"] = self.checkbox("jitter", "Jitter")
                     controls["save_phases"] = gr.Checkbox(
                         False,

@@ -78,7 +78,8 @@ class TotalTQDM:
 class Options:
     def __init__(self):
         self.sd_model_checkpoint = "main"
-        self.samples_save, self.samples_format, self.sd_vae_decode_method = False, "png", "Full"
+        self.samples_save, self.samples_format = False, "png"
+        self.sd_vae_decode_method = self.sd_vae_encode_method = "Full"
         self.export_for_4chan, self.target_side_length = True, 4000
         self.batch_cond_uncond = True
         self.sdxl_crop_top = self.sdxl_crop_left = 0
@@ -181,6 +182,7 @@ class ToyModel(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.first_stage_model.decoder = WebuiNetwork(CHANNELS, 3, decoder=True, width=4)
+            self.first_stage_model.encoder = WebuiNetwork(3, CHANNELS, decoder=False, width=4)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0).float())
         if sdxl:
@@ -215,6 +217,12 @@ class ToyModel(nn.Module):
 
     def decode_first_stage(self, z):
         return torch.tanh(self.first_stage_model.decoder(z))
+
+    def encode_first_stage(self, x):
+        return self.first_stage_model.encoder(x)
+
+    def get_first_stage_encoding(self, encoder_posterior):
+        return encoder_posterior + 0.01 * torch.randn(encoder_posterior.shape)
 
     def apply_model(self, x_noisy, t, cond):
         context = cond["crossattn"] if self.is_sdxl else torch.cat(cond["c_crossattn"], 1)
@@ -416,6 +424,12 @@ class CFGDenoiser(nn.Module):
         self.sampler.last_latent = self.get_pred_x0(x, result, sigma)
         self.step += 1
         return result
+
+
+def images_tensor_to_samples(image, approximation=None, model=None):
+    """[1, 3, H, W] in 0..1 -> latents."""
+    model = model or shared.sd_model
+    return model.get_first_stage_encoding(model.encode_first_stage(2 * image - 1))
 
 
 def setup_img2img_steps(p, steps=None):
@@ -959,6 +973,7 @@ MODULES = {
     "modules.sd_samplers_common": dict(
         InterruptedException=InterruptedException,
         apply_refiner=apply_refiner,
+        images_tensor_to_samples=images_tensor_to_samples,
         setup_img2img_steps=setup_img2img_steps,
         Sampler=Sampler,
         SamplerData=SamplerData,

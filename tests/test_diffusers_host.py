@@ -80,6 +80,20 @@ def test_where_the_skip_residual_is_all_the_skipped_steps_change_nothing(sd15, s
     assert torch.equal(*pictures)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_phases_enlarged_as_images(pipes, kind, monkeypatch):
+    seen, predict = [], Fusion.predict
+    monkeypatch.setattr(Fusion, "predict", lambda self, *args: seen.append(self.reference.clone()) or predict(self, *args))
+    pipe, config = pipes[kind], DemoFusionConfig(scale=2.0, pixel_upsampling=True)
+    result = generate(pipe, "one red ring", config=config, steps=1, seed=[1, 2])
+    vae, base = pipe.vae, result.phases[0][1]
+    with torch.inference_mode():
+        images = vae.decode(base / vae.config.scaling_factor).sample
+        images = torch.nn.functional.interpolate(images, size=(128, 128), mode="bicubic", align_corners=False)
+        expected = vae.encode(images.clamp(-1, 1)).latent_dist.mode() * vae.config.scaling_factor
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_n_equals_n_singles_at_any_view_batch_size(pipes, kind, sampler):

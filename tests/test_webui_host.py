@@ -628,6 +628,60 @@ def test_jpegs_that_the_host_would_reduce_are_told(host, tmp_path, settings, tol
     )
 
 
+# ---------------------------------------------------------------------------------------------------------- pixel upsampling
+
+
+def test_phases_enlarged_as_images(host, monkeypatch):
+    """By way of the host's own decoding and encoding, and the same alone as in a batch."""
+    seen, model, predict = [], host.shared.sd_model, host.webui.Fusion.predict
+    monkeypatch.setattr(
+        host.webui.Fusion, "predict", lambda self, *args: seen.append(self.reference.clone()) or predict(self, *args)
+    )
+    before, state = snapshot(host), torch.get_rng_state()
+    reply = host.generate(True, 3, {"pixel_upsampling": True}, batch_size=2)
+    assert torch.equal(torch.get_rng_state(), state), "the noise of all programs is left alone"
+    assert_as_before(host, before)
+    for row, base in enumerate(host.generate(batch_size=2).latents[0].split(1)):
+        image = model.decode_first_stage(base)
+        image = torch.nn.functional.interpolate(image, size=(128, 128), mode="bicubic", align_corners=False)
+        expected = model.encode_first_stage(image.clamp(-1, 1))[0]
+        assert (seen[0][row] - expected).abs().max() < 0.06, "the noise that the host draws latents with"
+    last = reply.latents[-1]
+    assert torch.equal(last, host.generate(True, 3, {"pixel_upsampling": True}, batch_size=2).latents[-1])
+    assert_same(last[1:], host.generate(True, 3, {"pixel_upsampling": True}, seed=2).latents[-1])
+
+
+def test_large_phases_are_encoded_in_tiles(host, decoder):
+    """4x is 32 latent pixels, of which a tile holds 24."""
+    sizes, encoder = [], host.shared.sd_model.first_stage_model.encoder
+    handle = encoder.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[-2:])))
+    host.generate(True, 4, {"pixel_upsampling": True})
+    assert sizes[:2] == [(128, 128), (192, 192)]
+    assert max(sizes[2:]) <= (192, 192)
+    sizes.clear()
+    own = encoder.forward
+    encoder.forward = lambda x: own(x)  # as Tiled VAE, which has tiles of its own
+    host.generate(True, 4, {"pixel_upsampling": True})
+    handle.remove()
+    assert sizes == [(128, 128), (192, 192), (256, 256)]
+
+
+def test_a_phase_that_cannot_be_encoded_leaves_the_one_before(host, monkeypatch):
+    encode, before = host.shared.sd_model.encode_first_stage, snapshot(host)
+
+    def small(model, x):
+        if x.shape[-1] > 128:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return encode(x)
+
+    monkeypatch.setattr(type(host.shared.sd_model), "encode_first_stage", small)
+    reply = host.generate(True, 3, {"pixel_upsampling": True})
+    assert reply.sizes[-1] == SIZES[2]
+    assert [tuple(image.shape[-2:]) for image in reply.images] == [(128, 128)]
+    assert "out of memory" in reply.comments[0]
+    assert_as_before(host, before)
+
+
 # ------------------------------------------------------------------------------------------------------------------- decoding
 
 
@@ -932,7 +986,7 @@ def test_the_consoles_bar_comes_to_its_end(host, batches):
 # ---------------------------------------------------------------------------------------------------- the form and the infotext
 
 
-FULL = [True, 2.5, None, 3, 0.65, True, 0.4, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, None, 3, 0.65, True, True, 0.4, False, 2.5, 1.5, 0.5, 0.75, 2]
 
 
 def pasted(host, text):
@@ -992,7 +1046,7 @@ def test_pasting_resets_what_is_the_papers(host):
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 13, ""]
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 14, ""]
 
 
 def test_img2img_has_no_form(host):
@@ -1085,7 +1139,7 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
     host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
     host.script_callbacks.before_ui_callback()
-    assert len(plot.axis_options) == 12
+    assert len(plot.axis_options) == 13
     axes = {axis.label: axis for axis in plot.axis_options}
 
     p = host.processing_for()

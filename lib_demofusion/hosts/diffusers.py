@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +27,7 @@ from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
 from lib_demofusion.memory import Needs, OutOfMemory, ViewBatch, call_bytes, check_fits, latents_bytes, picture_bytes
-from lib_demofusion.phases import Phase, Plan, fusion_for, make_plan, upscale
+from lib_demofusion.phases import Phase, Plan, enlarge_images, enlarge_latents, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size, View
 
@@ -193,7 +194,7 @@ def generate(
             else:
                 base, done = run.base() if image is None else run.encode_image(image), None
                 run.finish(plan.phases[0], base)
-            for phase, latents in upscale(plan, base, run.noise, run.denoise, done):
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
                 run.finish(phase, latents)
     except (Cancelled, KeyboardInterrupt) as error:
         raise Incomplete("stopped", run.result, cancelled=True) from error
@@ -297,17 +298,33 @@ def decode_latents(pipe: Any, latents: Tensor, base: Size) -> list:
     """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder; in tiles, if they are larger than the base."""
     from PIL import Image
 
-    vae, images = pipe.vae, []
-    with torch.inference_mode(), _enough_precision(vae):
+    images = []
+    with torch.inference_mode():
         for z in latents.split(1):
-            z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor
-            pixels = _in_tiles(tiles.decode, pipe, vae.decoder, lambda z: vae.decode(z).sample, z, base)
-            if not torch.isfinite(pixels).all():
-                raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
             # As the pipeline's own postprocess, in place: it would make several copies of what may be a huge image.
-            pixels = pixels.cpu().float().div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+            pixels = _decode(pipe, z, base).div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
             images.append(Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy()))
     return images
+
+
+def _decode(pipe: Any, latents: Tensor, base: Size) -> Tensor:
+    """Latents [1, C, h, w] as an image [1, 3, H, W] in about -1..1, float32 on the CPU."""
+    vae = pipe.vae
+    with _enough_precision(vae):
+        z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        pixels = _in_tiles(tiles.decode, pipe, vae.decoder, lambda z: vae.decode(z).sample, z, base)
+    if not torch.isfinite(pixels).all():
+        raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
+    return pixels.cpu().float()
+
+
+def _encode(pipe: Any, image: Tensor, base: Size) -> Tensor:
+    """An image [1, 3, H, W] in -1..1 as latents [1, C, h, w], float32, on the autoencoder's device."""
+    vae = pipe.vae
+    with _enough_precision(vae):
+        pixels = image.to(vae.device, vae.dtype)
+        latents = _in_tiles(tiles.encode, pipe, vae.encoder, lambda x: vae.encode(x).latent_dist.mode(), pixels, base)
+    return (latents * vae.config.scaling_factor).float()
 
 
 def _in_tiles(tiled: Callable, pipe: Any, network: Any, function: Callable[[Tensor], Tensor], x: Tensor, base: Size) -> Tensor:
@@ -327,13 +344,14 @@ def _overflows(vae: Any) -> bool:
 @contextmanager
 def _enough_precision(vae: Any) -> Iterator[None]:
     """Run an autoencoder that overflows in half precision in single precision."""
-    dtype = vae.dtype
-    if _overflows(vae):
-        vae.to(torch.float32)
+    if not _overflows(vae):
+        yield
+        return
+    vae.to(torch.float32)
     try:
         yield
     finally:
-        vae.to(dtype)
+        vae.to(torch.float16)
 
 
 class _Run:
@@ -405,13 +423,15 @@ class _Run:
 
         h, w = self.plan.window
         image = image.resize((w * self.factor, h * self.factor), resample=Image.Resampling.LANCZOS)
-        vae = self.pipe.vae
-        with _enough_precision(vae):
-            pixels = self.pipe.image_processor.preprocess(image).to(self.device, vae.dtype)
-            latents = _in_tiles(
-                tiles.encode, self.pipe, vae.encoder, lambda x: vae.encode(x).latent_dist.mode(), pixels, (h, w)
-            )
-        return (latents * vae.config.scaling_factor).float().repeat(len(self.generators), 1, 1, 1)
+        latents = _encode(self.pipe, self.pipe.image_processor.preprocess(image), (h, w))
+        return latents.repeat(len(self.generators), 1, 1, 1)
+
+    def enlarge(self, latents: Tensor, size: Size) -> Tensor:
+        """A phase's latents at the next one's size, as the settings say."""
+        if not self.config.pixel_upsampling:
+            return enlarge_latents(latents, size)
+        decode, encode = (partial(code, self.pipe, base=self.plan.window) for code in (_decode, _encode))
+        return enlarge_images(decode, encode, latents, size, self.factor)
 
     def noise(self, phase: Phase) -> Tensor:
         shape = (1, self.pipe.unet.config.in_channels, *phase.size)

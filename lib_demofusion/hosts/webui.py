@@ -32,9 +32,9 @@ from lib_demofusion import decode as tiles
 from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
 from lib_demofusion.memory import OutOfMemory, ViewBatch, check_fits, is_out_of_memory, latents_bytes
-from lib_demofusion.phases import Pace, Phase, Plan, clock_time, fusion_for, make_plan, upscale
+from lib_demofusion.phases import Pace, Phase, Plan, clock_time, enlarge_images, enlarge_latents, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase, read_saved
-from lib_demofusion.views import View, jitter_generator
+from lib_demofusion.views import Size, View, jitter_generator
 
 FACTOR = 8  # image pixels per latent pixel, as the host has it
 WIDTHS = (512, 128)  # channels of Stable Diffusion's decoder, at the latents' resolution and at the image's
@@ -146,6 +146,7 @@ ARGUMENTS = (
     "phase_steps",
     "denoising_strength",
     "doubling",
+    "pixel_upsampling",
     "stride",
     "jitter",
     "alpha1",
@@ -398,7 +399,7 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
                 finished.append((plan.phases[done[0] - 1], done[1]))
             elif settings.save_phases:
                 _save(p, settings.config, plan, plan.phases[0], base, base)
-            for phase, latents in upscale(plan, base, run.noise, run.denoise, done):
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
                 finished.append((phase, latents))
                 if settings.save_phases and phase is not plan.phases[-1]:
                     _save(p, settings.config, plan, phase, latents, base)
@@ -493,15 +494,15 @@ def _save(p: Any, config: DemoFusionConfig, plan: Plan, phase: Phase, latents: T
         p.comment(f"{NAME}: phase {phase.number} was not saved: {first_line(error)}")
 
 
-def _may_use_tiles(model: Any) -> bool:
-    """Whether the host would decode with the whole of a decoder that we can run in tiles, and nobody else does that."""
-    decoder = getattr(model.first_stage_model, "decoder", None)
-    if decoder is None or shared.opts.sd_vae_decode_method != "Full":
+def _may_use_tiles(model: Any, kind: str = "decode") -> bool:
+    """Whether the host would decode, or encode, with the whole of a network that we can run in tiles, and nobody else does."""
+    network = getattr(model.first_stage_model, f"{kind}r", None)
+    if network is None or getattr(shared.opts, f"sd_vae_{kind}_method") != "Full":
         return False
-    if getattr(decoder.forward, "__func__", None) is not type(decoder).forward:  # Tiled VAE, for one, has taken its place
+    if getattr(network.forward, "__func__", None) is not type(network).forward:  # Tiled VAE, for one, has taken its place
         return False
     try:
-        tiles.resamplers(decoder)
+        tiles.resamplers(network)
     except ValueError:
         return False
     return True
@@ -509,20 +510,39 @@ def _may_use_tiles(model: Any) -> bool:
 
 def _decode(model: Any, latents: Tensor, plan: Plan) -> Any:
     """latents [B, C, h, w] as the host decodes them, images [3, H, W] in -1..1 on the CPU; large ones in tiles."""
-    whole, before = model.decode_first_stage, vars(model).get("decode_first_stage")
-
-    def decode(z: Tensor) -> Tensor:
-        decoder = model.first_stage_model.decoder
-        return tiles.decode(whole, z, decoder, tile=tiles.tile_for(decoder, z.device, plan.window))
-
-    if _may_use_tiles(model):
-        model.decode_first_stage = decode  # on this one model, shadowing its class's, until the end of this function
-    try:
+    with _in_tiles(model, plan, "decode", tiles.decode):
         return processing.decode_latent_batch(model, latents, devices.cpu, check_for_nans=True)
+
+
+def _encode(model: Any, image: Tensor, plan: Plan) -> Tensor:
+    """An image [1, 3, H, W] in -1..1 as latents, as the host encodes it; a large one in tiles.
+
+    The host draws them from a distribution, whose spread is next to nothing, with the noise of all programs; here always
+    the same noise, so that a seed gives one picture.
+    """
+    with _in_tiles(model, plan, "encode", tiles.encode), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return sd_samplers_common.images_tensor_to_samples(image / 2 + 0.5, model=model)
+
+
+@contextmanager
+def _in_tiles(model: Any, plan: Plan, kind: str, tiled: Callable) -> Iterator[None]:
+    """The model decodes, or encodes, in tiles, where that may be: its method is shadowed on this one object."""
+    name = f"{kind}_first_stage"
+    whole, before = getattr(model, name), vars(model).get(name)
+
+    def code(x: Tensor) -> Any:
+        network = getattr(model.first_stage_model, f"{kind}r")
+        return tiled(whole, x, network, tile=tiles.tile_for(network, x.device, plan.window))
+
+    if _may_use_tiles(model, kind):
+        setattr(model, name, code)
+    try:
+        yield
     finally:
-        vars(model).pop("decode_first_stage", None)
+        vars(model).pop(name, None)
         if before is not None:
-            model.decode_first_stage = before
+            setattr(model, name, before)
 
 
 def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
@@ -573,6 +593,18 @@ class _Phases:
             seed_resize_from_w=p.seed_resize_from_w,
         )
         return p.rng.next()
+
+    def enlarge(self, latents: Tensor, size: Size) -> Tensor:
+        """A phase's latents at the next one's size, as the settings say."""
+        if not self.config.pixel_upsampling:
+            return enlarge_latents(latents, size)
+        model = self.p.sd_model
+
+        def decode(z: Tensor) -> Tensor:
+            return _decode(model, z, self.plan)[0].float()[None]
+
+        with _autocast():
+            return enlarge_images(decode, lambda image: _encode(model, image, self.plan), latents, size, FACTOR)
 
     def denoise(self, phase: Phase, reference: Tensor, noise: Tensor) -> Tensor:
         """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
