@@ -63,10 +63,14 @@ class Task:
 
     kept: Path
     index: int
-    caption: str
+    subject: Scene | str
     size: Size
     steps: int
     methods: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        return self.subject if isinstance(self.subject, str) else self.subject.caption
 
     def file(self, name: str) -> Path:
         """name: a method's, or "base"."""
@@ -126,7 +130,8 @@ def section(title: str, size: str, tasks: list[Task], judge, out: Path) -> Itera
     rows, shown = {}, {"base": [picture.image for picture in bases[:SHOWN]]}
     for name, method in tqdm(methods.items(), f"{title}, {size}", dynamic_ncols=True):
         made = [read(task, name) for task in tasks]
-        statistics = judge(Set([p.image for p in made], [p.image for p in bases], method.stride))
+        subjects = [task.subject for task in tasks]
+        statistics = judge(Set(subjects, [p.image for p in made], [p.image for p in bases], method.stride))
         seconds = np.mean([picture.seconds for picture in made]) / base_seconds
         rows[name] = report.Row(np.mean([picture.evaluations for picture in made]), seconds, statistics)
         shown[name] = [picture.image for picture in made[:SHOWN]]
@@ -155,7 +160,8 @@ def main() -> None:
     add("--steps", type=int, default=50, help="of the base and of each phase (default: %(default)s)")
     add("--sizes", nargs="+", choices=SIZES, help="default: all")
     add("--tables", nargs="+", choices=TABLES, help="default: all")
-    add("--model", default=str(EMBEDDED_CHECKPOINT), help="default: the embedded checkpoint")
+    add("--no-draw", action="store_true", help="report on the pictures that are there, however many prompts they are of")
+    add("--model", help="folder, file or hub name, as of the command (default: the embedded checkpoint)")
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     add("--workers", type=int, default=0, help="default: one for each CPU core; one on a GPU")
@@ -180,36 +186,42 @@ def run(args: argparse.Namespace) -> None:
         prompts, steps, out = 12, 12, args.build / "quick.md"
         titles, sizes = args.tables or ["Methods", "Presets"], args.sizes or ["16x"]
     rng = np.random.default_rng(SCENES_SEED)
-    scenes = [Scene.draw(rng) for _ in range(prompts)]
-    captions = args.captions.read_text().splitlines()[:prompts] if args.captions else [scene.caption for scene in scenes]
+    subjects = [Scene.draw(rng) for _ in range(prompts)]
+    if args.captions:
+        subjects = args.captions.read_text().splitlines()[:prompts]
     jobs = [(title, size) for title in titles for size in TABLES[title][2] if size in sizes]
 
-    kept = args.build / f"{zlib.crc32(str(args.model).encode()):08x}-{steps}"
+    model = args.model or str(EMBEDDED_CHECKPOINT)
+    name = f"{Path(model).name}-{zlib.crc32(model.encode()):08x}" if args.model else "embedded"
+    kept = args.build / f"{name}-{steps}"
     tasks = {
-        job: [
-            Task(kept / job[1], i, caption, SIZES[job[1]], steps, tuple(TABLES[job[0]][0]))
-            for i, caption in enumerate(captions)
+        (title, size): [
+            Task(kept / size, i, subject, SIZES[size], steps, tuple(TABLES[title][0])) for i, subject in enumerate(subjects)
         ]
-        for job in jobs
+        for title, size in jobs
     }
-    todo = [task for job in jobs for task in tasks[job] if task.missing()]
-    workers = args.workers or (os.cpu_count() or 1 if args.device == "cpu" else 1)
-    starting = partial(start, args.model, args.device, args.dtype)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), starting) as pool:
-        list(tqdm(pool.map(draw, todo), "pictures", len(todo), dynamic_ncols=True))
+    if args.no_draw:
+        tasks = {job: [task for task in own if not task.missing()] for job, own in tasks.items()}
+        jobs = [job for job in jobs if tasks[job]]
+    else:
+        todo = [task for row in zip(*tasks.values()) for task in row if task.missing()]
+        workers = args.workers or (os.cpu_count() or 1 if args.device == "cpu" else 1)
+        starting = partial(start, model, args.device, args.dtype)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), starting) as pool:
+            list(tqdm(pool.map(draw, todo), "pictures", len(todo), dynamic_ncols=True))
 
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     text = [INTRODUCTION.format(against=" or ".join(dict.fromkeys(TABLES[title][1] for title, _ in jobs)))]
     judges = {}
     for job in jobs:
-        _, size = job
+        size = job[1]
         picture, base = (read(tasks[job][0], name).image for name in (tasks[job][0].methods[0], "base"))
         if size not in judges:
             if args.inception:
-                judges[size] = PhotoJudge(args.inception, args.clip, captions, args.real, base.shape[:2], args.device)
+                judges[size] = PhotoJudge(args.inception, args.clip, args.real, base.shape[:2], args.device)
             else:
-                judges[size] = SceneJudge(readers.load(), scenes, picture.shape[:2], 200 if args.quick else TRUE_RENDERS)
+                judges[size] = SceneJudge(readers.load(), picture.shape[:2], 200 if args.quick else TRUE_RENDERS)
         text += section(*job, tasks[job], judges[size], folder)
     out.write_text("\n".join(text))
     print(out)

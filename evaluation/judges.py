@@ -24,8 +24,12 @@ REAL_SEED = 4243
 
 @dataclass(frozen=True)
 class Set:
-    """Pictures of one method, uint8 [H, W, 3] each, the base images that they were made from, and the method's stride."""
+    """Pictures of one method, uint8 [H, W, 3] each, the base images that they were made from, and the method's stride.
 
+    subjects: what they are to show, scenes or captions, as the judge takes them.
+    """
+
+    subjects: Sequence[Scene | str]
     images: Sequence[np.ndarray]
     bases: Sequence[np.ndarray]
     stride: float
@@ -47,9 +51,8 @@ class SceneJudge:
 
     draws = 300  # of the bootstrap
 
-    def __init__(self, reader: readers.Reader, scenes: list[Scene], size: Size, real: int):
-        self.reader, self.scenes = reader, scenes
-        self.classes = torch.tensor([readers.labels(scene) for scene in scenes])
+    def __init__(self, reader: readers.Reader, size: Size, real: int):
+        self.reader = reader
         true = [readers.true_render(REAL_SEED, index) for index in tqdm(range(real), "true renders", dynamic_ncols=True)]
         true = [(scene, _at_size(image, size)) for scene, image in true]
         self.whole, self.close = (x.numpy() for x in self.read(*zip(*true)))
@@ -63,18 +66,20 @@ class SceneJudge:
 
     @torch.no_grad()
     def __call__(self, made: Set) -> dict[str, Statistic]:
-        features, near = self.read(self.scenes, made.images)
+        scenes = made.subjects
+        classes = torch.tensor([readers.labels(scene) for scene in scenes])
+        features, near = self.read(scenes, made.images)
         chances, near_chances = self.reader.chances(features), self.reader.chances(near)
         names = list(readers.CLASSES)
 
         def right(seen: dict[str, Tensor], name: str) -> np.ndarray:
-            return (seen[name].argmax(-1) == self.classes[:, names.index(name)]).float().numpy()
+            return (seen[name].argmax(-1) == classes[:, names.index(name)]).float().numpy()
 
-        found = np.array([metrics.objects_and_strays(x, s) for x, s in zip(made.images, self.scenes)])
-        before = np.array([metrics.objects_and_strays(x, s)[0] for x, s in zip(made.bases, self.scenes)])
-        cosine = (F.normalize(features, dim=-1) * self.reader.captions(self.classes)).sum(-1).numpy()
+        found = np.array([metrics.objects_and_strays(x, s) for x, s in zip(made.images, scenes)])
+        before = np.array([metrics.objects_and_strays(x, s)[0] for x, s in zip(made.bases, scenes)])
+        cosine = (F.normalize(features, dim=-1) * self.reader.captions(classes)).sum(-1).numpy()
         means = {
-            "count right": found[:, 0] == [scene.count for scene in self.scenes],
+            "count right": found[:, 0] == [scene.count for scene in scenes],
             "count kept": found[:, 0] == before,
             "caption right": np.mean([right(chances, name) for name in readers.WHOLE], 0),
             "texture right": right(near_chances, "texture"),
@@ -120,10 +125,10 @@ class PhotoJudge:
 
     draws = 20  # an FID of 2048 features takes seconds
 
-    def __init__(self, inception: Path, clip: Path, captions: list[str], real: Path, base: Size, device: str = "cpu"):
+    def __init__(self, inception: Path, clip: Path, real: Path, base: Size, device: str = "cpu"):
         from transformers import CLIPModel, CLIPProcessor
 
-        self.device, self.captions, self.base = device, captions, base
+        self.device, self.base = device, base
         self.inception = torch.jit.load(str(inception), map_location=device).eval()
         self.clip, self.processor = CLIPModel.from_pretrained(clip).eval().to(device), CLIPProcessor.from_pretrained(clip)
         files = sorted(path for path in real.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
@@ -166,7 +171,7 @@ class PhotoJudge:
             "IS": _score([chances]),
             "crop FID": lambda index: metrics.frechet_distance(near[index].reshape(-1, near.shape[-1]), self.close),
             "crop IS": lambda index: metrics.inception_score(near_chances[index].reshape(-1, near_chances.shape[-1])),
-            "CLIP": mean_of([self.cosine(x, caption) for x, caption in zip(made.images, self.captions)]),
+            "CLIP": mean_of([self.cosine(x, caption) for x, caption in zip(made.images, made.subjects)]),
         }
 
 

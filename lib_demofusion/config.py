@@ -12,8 +12,8 @@ INFOTEXT_PREFIX = "DemoFusion"
 # What differs from the paper's settings. docs/evaluation.md has what each costs and gives.
 PRESETS: dict[str, dict[str, Any]] = {
     "Paper": {},
-    "Fast": {"doubling": True, "phase_steps": 25, "denoising_strength": 0.6, "stride": 0.75},
-    "Turbo": {"doubling": True, "phase_steps": 20, "denoising_strength": 0.4, "stride": 0.75},
+    "Fast": {"denoising_strength": 0.4, "doubling": True, "pixel_upsampling": True, "stride": 0.75},
+    "Turbo": {"phase_steps": 20, "denoising_strength": 0.4, "doubling": True, "pixel_upsampling": True, "stride": 0.75},
 }
 
 

@@ -149,6 +149,11 @@ def test_the_report(checkpoint, tmp_path, monkeypatch):
     assert evaluate(checkpoint, tmp_path, monkeypatch, "--tables", "Presets").startswith("# Evaluation")
     assert [path for path in pictures if path.stat().st_mtime_ns != before[path]] == [lost], "only what was missing"
 
+    for path in (tmp_path / "build").rglob("0003/Turbo*.json"):
+        path.unlink()
+    text = evaluate(checkpoint, tmp_path, monkeypatch, "--no-draw")
+    assert text.count("\n## Presets, ") == text.count(" 3 prompts, 2 steps.") == 3, "those that every method has a picture of"
+
 
 def test_the_papers_own_metrics_in_the_report(checkpoint, tmp_path, monkeypatch):
     make_stand_ins(tmp_path)

@@ -7,9 +7,11 @@ from stand_ins import make_stand_ins
 from evaluation.judges import PhotoJudge, Set
 from evaluation.readers import true_render
 
+CAPTIONS = ["one red ring"] * 8
+
 
 def test_borders_are_where_windows_begin_and_end():
-    made = Set([np.zeros((256, 512, 3), np.uint8)], [np.zeros((64, 128, 3), np.uint8)], stride=0.75)
+    made = Set([], [np.zeros((256, 512, 3), np.uint8)], [np.zeros((64, 128, 3), np.uint8)], stride=0.75)
     rows, columns = made.borders
     assert rows == [0, 48, 64, 96, 112, 144, 160, 192, 208, 256]
     assert columns == [0, 96, 128, 192, 224, 288, 320, 384, 416, 512]
@@ -24,7 +26,7 @@ def networks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(networks):
-    return PhotoJudge(networks / "inception.pt", networks / "clip", ["one red ring"] * 8, networks / "real", (128, 128))
+    return PhotoJudge(networks / "inception.pt", networks / "clip", networks / "real", (128, 128))
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +36,11 @@ def images():
 
 def test_the_papers_metrics(judge, images):
     index, bases = np.arange(8), [image[::4, ::4] for image in images]
-    good = judge(Set(images, bases, 0.5))
+    good = judge(Set(CAPTIONS, images, bases, 0.5))
     assert set(good) == {"FID", "IS", "crop FID", "crop IS", "CLIP"}
     assert all(np.isfinite(statistic(index)) for statistic in good.values())
-    tinted = judge(Set([(image * (1, 0.1, 0.1)).astype(np.uint8) for image in images], bases, 0.5))
-    same = judge(Set([images[0]] * 8, bases, 0.5))
+    tinted = judge(Set(CAPTIONS, [(image * (1, 0.1, 0.1)).astype(np.uint8) for image in images], bases, 0.5))
+    same = judge(Set(CAPTIONS, [images[0]] * 8, bases, 0.5))
     for prefix in ("", "crop "):
         assert tinted[f"{prefix}FID"](index) > 1.5 * good[f"{prefix}FID"](index)
         assert same[f"{prefix}IS"](index) < good[f"{prefix}IS"](index)
@@ -58,4 +60,4 @@ def test_real_images_smaller_than_a_crop_are_enlarged(judge):
 
 def test_a_folder_without_images_is_refused(networks, tmp_path):
     with pytest.raises(ValueError, match="no real images"):
-        PhotoJudge(networks / "inception.pt", networks / "clip", [], tmp_path, (128, 128))
+        PhotoJudge(networks / "inception.pt", networks / "clip", tmp_path, (128, 128))

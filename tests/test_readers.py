@@ -15,8 +15,7 @@ COUNT = 40
 
 @pytest.fixture(scope="module")
 def judge():
-    scenes = [true_render(11, index)[0] for index in range(COUNT)]
-    return SceneJudge(load(), scenes, (512, 512), real=COUNT)
+    return SceneJudge(load(), (512, 512), real=COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,8 @@ def true(judge, renders):
 
 def scores(judge, images):
     images = [np.asarray(image) for image in images]
-    statistics = judge(Set(images, [small(image) for image in images], stride=0.5))
+    scenes = [true_render(11, index)[0] for index in range(COUNT)]
+    statistics = judge(Set(scenes, images, [small(image) for image in images], stride=0.5))
     return {name: statistic(np.arange(COUNT)) for name, statistic in statistics.items()}
 
 
