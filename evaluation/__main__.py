@@ -8,118 +8,26 @@ as --model, the metrics are those of the paper's table 1, by the networks that i
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 from tqdm import tqdm
 
 from evaluation import readers, report
+from evaluation.drawing import SIZES, TABLES, Task, draw, read, start
 from evaluation.judges import PhotoJudge, SceneJudge, Set
-from evaluation.methods import ABLATION, METHODS, PRESETS, Method, Picture, make_job
-from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, load_pipeline
+from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
 from training.scenes import Scene
 
 SCENES_SEED = 4242
 SHOWN = 6  # rows of a sheet
 TRUE_RENDERS = 1000  # that pictures are compared with
-
-
-@dataclass(frozen=True)
-class Size:
-    """A size of the paper's table 1: the base's (height, width) as shares of the model's own, and the scale."""
-
-    base: tuple[float, float]
-    scale: int
-
-
-SIZES = {"4x": Size((1, 1), 2), "8x, 1:2": Size((0.5, 1), 4), "16x": Size((1, 1), 4), "9x": Size((1, 1), 3)}
-# What a report holds: title -> methods, the method that the others are judged by, sizes, and what it is about.
-TABLES = {
-    "Methods": (METHODS, "DemoFusion", ("4x", "8x, 1:2", "16x"), "The paper's table 1, and what users of the WebUI do today."),
-    "Presets": (PRESETS, "DemoFusion", ("4x", "8x, 1:2", "16x"), "The settings that cost less, against the paper's."),
-    "Parts": (
-        ABLATION,
-        "PU + SR + DS",
-        ("9x",),
-        "The paper's figure 5: PU progressive upscaling, SR skip residual, DS dilated sampling.",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """One caption at one size: the pictures that are to be in the folder `kept`, one for each method."""
-
-    kept: Path
-    index: int
-    subject: Scene | str
-    size: Size
-    steps: int
-    methods: tuple[str, ...]
-
-    @property
-    def caption(self) -> str:
-        return self.subject if isinstance(self.subject, str) else self.subject.caption
-
-    def file(self, name: str) -> Path:
-        """name: a method's, or "base"."""
-        tag = all_methods()[name].tag if name != "base" else ""
-        return self.kept / f"{self.index:04}" / f"{name}{tag}.png"
-
-    def missing(self) -> list[str]:
-        return [name for name in ("base", *self.methods) if not self.file(name).with_suffix(".json").exists()]
-
-
-def all_methods() -> dict[str, Method]:
-    return {name: method for methods, *_ in TABLES.values() for name, method in methods.items()}
-
-
-_pipe = None  # of a worker
-
-
-def start(model: str, device: str, dtype: str) -> None:
-    """A worker begins: one thread each on a CPU, since the views of a small model keep no more busy."""
-    global _pipe
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    warnings.simplefilter("ignore", FutureWarning)
-    if device == "cpu":
-        torch.set_num_threads(1)
-    _pipe = load_pipeline(model, device, getattr(torch, dtype))
-
-
-def draw(task: Task) -> int:
-    """Make a task's missing pictures; returns how many."""
-    missing = task.missing()
-    if not missing:
-        return 0
-    own = _pipe.unet.config.sample_size * _pipe.vae_scale_factor
-    shape = tuple(int(own * share) for share in task.size.base)
-    job = make_job(_pipe, task.caption, task.index, task.size.scale, task.steps, shape)
-    for name in missing:
-        base = Picture(np.asarray(job.base), 2 * task.steps, job.seconds)
-        picture = base if name == "base" else all_methods()[name](job)
-        file = task.file(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.image).save(file)
-        file.with_suffix(".json").write_text(json.dumps([picture.evaluations, picture.seconds]))
-    return len(missing)
-
-
-def read(task: Task, name: str) -> Picture:
-    file = task.file(name)
-    with Image.open(file) as image:
-        return Picture(np.asarray(image), *json.loads(file.with_suffix(".json").read_text()))
 
 
 def section(title: str, size: str, tasks: list[Task], judge, out: Path) -> Iterator[str]:

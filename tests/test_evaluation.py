@@ -8,6 +8,7 @@ from tiny import tiny_pipeline
 
 import evaluation.__main__
 from evaluation import report
+from evaluation.drawing import draw, start
 from evaluation.methods import ABLATION, METHODS, PRESETS, make_job, only
 from evaluation.metrics import mean_of
 from evaluation.readers import small, true_render
@@ -125,6 +126,11 @@ def evaluate(checkpoint, folder, monkeypatch, *options):
     monkeypatch.setattr("evaluation.judges.SceneJudge.draws", 10)
     evaluation.__main__.main()
     return out.read_text()
+
+
+def test_workers_find_what_they_are_to_do():
+    """A process that is spawned knows no function of a package's __main__."""
+    assert {draw.__module__, start.__module__} == {"evaluation.drawing"}
 
 
 def test_the_report(checkpoint, tmp_path, monkeypatch):
