@@ -1,14 +1,16 @@
 // The readout beside the checkbox: what will be made, and how many model calls that takes, as the form stands now.
 // It counts as lib_demofusion/phases.py and model_calls in lib_demofusion/hosts/webui.py do; a test compares them.
 
-function demofusionCalls(counts, scheduler, steps, skipped) {
+function demofusionCalls([counts, levels, discards], scheduler, steps, skipped) {
     let run = steps - skipped;
     if (counts === "ddim" || counts === "grid") {
         const grid = skipped ? run : Math.ceil(1000 / Math.max(Math.floor(1000 / steps), 1));
         return counts === "ddim" ? grid - 1 : grid;
     }
     if (counts === "fixed" && !skipped) return steps;
-    if (scheduler === "DDIM" && counts !== "unknown") run = Math.ceil(999 / Math.max(Math.floor(1000 / steps), 1)) - skipped;
+    if (scheduler === "DDIM" && counts !== "unknown") {
+        run = Math.ceil((levels - 1) / Math.max(Math.floor(levels / (steps + discards)), 1)) - discards - skipped;
+    }
     return counts === "second" ? 2 * run - (scheduler === "KL Optimal" ? 0 : 1) : run;
 }
 
@@ -34,17 +36,17 @@ function demofusionReadout(form) {
     if (form.hires) return "off: Hires. fix is ticked";
     const h = Math.floor(form.height / 8), w = Math.floor(form.width / 8);
     const stride = [h, w].map((side) => Math.floor(side * form.stride + 1e-9) || 1);
-    const counts = form.table.samplers[form.sampler];
-    if (counts === undefined) return `cannot run with ${form.sampler}; Euler works`;
+    const sampler = form.table.samplers[form.sampler];
+    if (sampler === undefined) return `cannot run with ${form.sampler}; Euler works`;
 
     const scales = [];
     for (let s = 2; s < Math.ceil(form.scale); s++) if (!form.doubling || s === 2 || s === 4) scales.push(s);
     scales.push(form.scale);
     const phaseSteps = form.phaseSteps || form.steps;
     const skipped = phaseSteps - Math.max(demofusionRound(phaseSteps * form.strength), 1);
-    const base = demofusionCalls(counts, form.scheduler, form.steps, 0);
-    const calls = demofusionCalls(counts, form.scheduler, phaseSteps, skipped);
-    if (base === 0 || calls === 0) return `steps: ${form.sampler} needs at least 2`;
+    const base = demofusionCalls(sampler, form.scheduler, form.steps, 0);
+    const calls = demofusionCalls(sampler, form.scheduler, phaseSteps, skipped);
+    if (base < 1 || calls < 1) return `steps: ${form.sampler} needs at least 2`;
     const branches = form.cfg === 1 ? 1 : 2;
     let total = 2 * base, height = h, width = w;
     for (const scale of scales) {
@@ -55,7 +57,7 @@ function demofusionReadout(form) {
         const rows = Math.ceil((height - h) / stride[0]) + 1, columns = Math.ceil((width - w) / stride[1]) + 1;
         total += branches * calls * (rows * columns + Math.ceil(scale) ** 2);
     }
-    const made = counts === "unknown" ? "as many model calls as it takes" : `${total.toLocaleString("en-US")} model calls`;
+    const made = sampler[0] === "unknown" ? "as many model calls as it takes" : `${total.toLocaleString("en-US")} model calls`;
     const decoding = [height * width, h * w].map((area) => demofusionDecoding(form.table, area, h * w));
     const more = demofusionMemory(Math.max(form.table.latents * height * width, decoding[0] - decoding[1]));
     return `from ${w * 8}x${h * 8} to ${width * 8}x${height * 8}, ${scales.length + 1} phases, ${made}, +${more} memory`;

@@ -45,7 +45,7 @@ class DemoFusionScript(scripts.Script):
                 )
             with gr.Row():
                 controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
-                controls["preset"] = gr.Radio(
+                preset = gr.Radio(
                     list(webui.PRESETS),
                     value=webui.PRESET,
                     label="Preset",
@@ -85,7 +85,7 @@ class DemoFusionScript(scripts.Script):
 
         # Choosing a preset sets the controls, and the controls, whoever sets them, say which preset they are.
         table = json.dumps(webui.presets_table())
-        preset, shown = controls["preset"], [controls[name] for name in webui.PRESET_SETTINGS]
+        shown = [controls[name] for name in webui.PRESET_SETTINGS]
         preset.input(fn=None, _js=f"(name) => ({table})[name]", inputs=[preset], outputs=shown)
         for control in shown:
             control.change(fn=None, _js=f"(...shown) => demofusionPreset({table}, shown)", inputs=shown, outputs=[preset])

@@ -8,5 +8,5 @@ def script_arguments(webui, args):
     if len(args) != 2 and not (len(args) == 3 and isinstance(args[2], dict)):
         return list(args)
     paper = {f.name: f.default for f in fields(webui.DemoFusionConfig)}
-    given = {"preset": "Paper", "save_phases": False, "resume": "", **dict(zip(("enabled", "scale"), args)), **dict(*args[2:])}
+    given = {"save_phases": False, "resume": "", **dict(zip(("enabled", "scale"), args)), **dict(*args[2:])}
     return [{**paper, **given}[name] for name in webui.ARGUMENTS]

@@ -908,8 +908,11 @@ class Slider(_Block):
 
 
 class Radio(_Block):
+    _made = None  # the last one
+
     def __init__(self, choices=None, *, value=None, label=None, elem_id=None, **kwargs):
         super().__init__(choices=choices, value=value, label=label, elem_id=elem_id, **kwargs)
+        Radio._made = self
 
 
 class Textbox(_Block):

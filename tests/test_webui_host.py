@@ -825,8 +825,7 @@ def test_a_stop_in_the_base_is_as_without_us(host, at_call, stop):
         ([True, "4"], "scale must be a number, got '4'"),
         ([True, None], "scale must be a number, got None"),
         ([True, 1.05], "scale 1.05 adds no latent pixel to a base of 8x8; choose a larger one"),
-        ([True, 2, "Slow"], "no preset called 'Slow'; there are: Paper, Fast, Turbo"),
-        ([True, 2, "Fast", 1.5], "phase steps must be a whole number, got 1.5"),
+        ([True, 2, 1.5], "phase steps must be a whole number, got 1.5"),
         ([True, 2, {"denoising_strength": 0}], "denoising strength must be above 0 and at most 1, got 0"),
         ([True, 2, {"stride": 99}], "stride must be above 0 and at most 1, got 99"),
         ([True, 2, {"jitter": "no"}], "jitter must be true or false, got 'no'"),
@@ -986,7 +985,7 @@ def test_the_consoles_bar_comes_to_its_end(host, batches):
 # ---------------------------------------------------------------------------------------------------- the form and the infotext
 
 
-FULL = [True, 2.5, None, 3, 0.65, True, True, 0.4, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, 3, 0.65, True, True, 0.4, False, 2.5, 1.5, 0.5, 0.75, 2]
 
 
 def pasted(host, text):
@@ -999,32 +998,25 @@ def test_the_form_has_every_argument_at_its_default(host):
     names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
     assert names == ["enable", *host.webui.ARGUMENTS[1:]]
     preset = host.webui.DemoFusionConfig.preset(host.webui.PRESET)
-    values = [getattr(preset, name) for name in host.webui.ARGUMENTS[3:-2]]
-    assert [control.value for control in host.script.controls] == [False, 4.0, host.webui.PRESET, *values, False, ""]
-    for omitted in (2, 3):
-        settings = host.webui.read_settings([True, 2.5, host.webui.PRESET][:omitted])
-        assert settings == host.webui.Settings(host.webui.DemoFusionConfig.preset(host.webui.PRESET, scale=2.5))
-
-
-def test_a_preset_is_the_defaults_of_what_is_left_out(host):
-    read, preset = host.webui.read_settings, host.webui.DemoFusionConfig.preset
-    assert read([True, 3, "Turbo"]).config == preset("Turbo", scale=3)
-    assert read([True, 3, "Turbo", 11]).config == preset("Turbo", scale=3, phase_steps=11)
-    assert read([True, 3, "Paper"]).config == host.webui.DemoFusionConfig(scale=3)
+    values = [getattr(preset, name) for name in host.webui.ARGUMENTS[1:-2]]
+    assert [control.value for control in host.script.controls] == [False, *values, False, ""]
+    assert host.gradio.Radio._made.value == host.webui.PRESET
+    assert host.webui.read_settings([True]) == host.webui.Settings(preset)
 
 
 @pytest.mark.skipif(not NODE, reason="needs node, to run the form's scripts")
 def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
     controls = dict(zip(host.webui.ARGUMENTS, host.script.controls, strict=True))
     shown = [controls[name] for name in host.webui.PRESET_SETTINGS]
-    [(script, inputs, outputs)] = controls["preset"]._events["input"]
-    assert (inputs, outputs) == ([controls["preset"]], shown)
+    radio = host.gradio.Radio._made
+    [(script, inputs, outputs)] = radio._events["input"]
+    assert (inputs, outputs) == ([radio], shown)
     for name in host.webui.PRESETS:
         config = host.webui.DemoFusionConfig.preset(name)
         assert in_node(script, name) == [getattr(config, setting) for setting in host.webui.PRESET_SETTINGS]
     for control in shown:
         [(script, inputs, outputs)] = control._events["change"]
-        assert (inputs, outputs) == (shown, [controls["preset"]])
+        assert (inputs, outputs) == (shown, [radio])
         for name in host.webui.PRESETS:
             config = host.webui.DemoFusionConfig.preset(name)
             values = [getattr(config, setting) for setting in host.webui.PRESET_SETTINGS]
@@ -1035,18 +1027,18 @@ def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
 def test_pasting_restores_the_form_exactly(host):
     reply = host.generate(*FULL)
     values = pasted(host, reply.infotexts[0])[:-2]
-    assert values == FULL, "the preset's control is set by the others"
+    assert values == FULL
     assert list(map(type, values)) == list(map(type, FULL))
     assert torch.equal(host.generate(*values).latents[0], reply.latents[0])
 
 
 def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])[:-2]
-    assert values == [True, 2.0, None, *(getattr(DemoFusionConfig(), name) for name in host.webui.ARGUMENTS[3:-2])]
+    assert values == [True, 2.0, *(getattr(DemoFusionConfig(), name) for name in host.webui.ARGUMENTS[2:-2])]
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 14, ""]
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 13, ""]
 
 
 def test_img2img_has_no_form(host):

@@ -51,12 +51,15 @@ class Sampler:
 
     counts: how the model calls follow from the steps (`model_calls`). noise: whether it adds noise of its own: "never",
     "always", or if its "eta" or its "churn" is above 0. timesteps: its x is sqrt(alphas_cumprod) * z +
-    sqrt(1 - alphas_cumprod) * n and its sigma a timestep, instead of z + sigma * n.
+    sqrt(1 - alphas_cumprod) * n and its sigma a timestep, instead of z + sigma * n. levels: how many noise levels its
+    model has. discards: the last level but one of its schedule is left out.
     """
 
     counts: str
     noise: str = "never"
     timesteps: bool = False
+    levels: int = 1000
+    discards: bool = False
 
 
 SAMPLERS = {
@@ -65,13 +68,13 @@ SAMPLERS = {
     "DPM++ 2M SDE": Sampler("first", "eta"),
     "DPM++ 2M SDE Heun": Sampler("first", "eta"),
     "DPM++ 2S a": Sampler("second", "eta"),
-    "DPM++ 3M SDE": Sampler("first", "eta"),
+    "DPM++ 3M SDE": Sampler("first", "eta", discards=True),
     "Euler a": Sampler("first", "eta"),
     "Euler": Sampler("first", "churn"),
     "LMS": Sampler("first"),
     "Heun": Sampler("second", "churn"),
-    "DPM2": Sampler("second", "churn"),
-    "DPM2 a": Sampler("second", "eta"),
+    "DPM2": Sampler("second", "churn", discards=True),
+    "DPM2 a": Sampler("second", "eta", discards=True),
     "DPM fast": Sampler("fixed", "eta"),
     "DPM adaptive": Sampler("unknown", "eta"),
     "Restart": Sampler("second", "always"),
@@ -79,7 +82,7 @@ SAMPLERS = {
     "DDIM CFG++": Sampler("ddim", "eta", timesteps=True),
     "PLMS": Sampler("grid", timesteps=True),
     "UniPC": Sampler("grid", timesteps=True),
-    "LCM": Sampler("first", "always"),
+    "LCM": Sampler("first", "always", levels=50),
 }
 
 
@@ -104,7 +107,8 @@ def model_calls(sampler: str, scheduler: str | None, steps: int, skipped: int = 
 
     skipped: how many of the first ones are not run.
     """
-    counts, run = SAMPLERS[sampler].counts, steps - skipped
+    known, run = SAMPLERS[sampler], steps - skipped
+    counts = known.counts
     if counts in ("ddim", "grid"):
         grid = run if skipped else math.ceil(1000 / max(1000 // steps, 1))
         return grid - 1 if counts == "ddim" else grid
@@ -113,7 +117,8 @@ def model_calls(sampler: str, scheduler: str | None, steps: int, skipped: int = 
     if counts == "fixed" and not skipped:
         return steps
     if scheduler == "DDIM":
-        run = math.ceil(999 / max(1000 // steps, 1)) - skipped
+        stride = max(known.levels // (steps + known.discards), 1)
+        run = math.ceil((known.levels - 1) / stride) - known.discards - skipped
     if counts == "second":  # the last step, to sigma 0, needs one; KL Optimal ends above 0
         return 2 * run - (scheduler != "KL Optimal")
     return run
@@ -126,7 +131,7 @@ def readout_table() -> dict[str, Any]:
     """
     itemsize = devices.dtype_vae.itemsize
     return {
-        "samplers": {name: sampler.counts for name, sampler in SAMPLERS.items()},
+        "samplers": {name: [known.counts, known.levels, int(known.discards)] for name, known in SAMPLERS.items()},
         "latents": latents_bytes((1, 1)),
         "whole": tiles.LIVE * WIDTHS[1] * FACTOR**2 * itemsize,
         "features": int(tiles.LIVE_FEATURES * WIDTHS[0] * itemsize),
@@ -142,7 +147,6 @@ def readout_table() -> dict[str, Any]:
 ARGUMENTS = (
     "enabled",
     "scale",
-    "preset",
     "phase_steps",
     "denoising_strength",
     "doubling",
@@ -159,7 +163,7 @@ ARGUMENTS = (
 )
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
 PRESET_SETTINGS = [name for name in ARGUMENTS if name in CONFIG_FIELDS and name not in ("scale", "view_batch_size")]
-PRESET = "Fast"  # what the form shows at first, and the preset of what the API leaves out
+PRESET = "Fast"  # what the form shows at first; the API has the form's values for what is left out
 
 
 @dataclass(frozen=True)
@@ -172,16 +176,12 @@ class Settings:
 
 
 def read_settings(args: Sequence[Any]) -> Settings | None:
-    """The script's arguments as settings; None if DemoFusion is off. Raises ValueError, one line, for a wrong value.
-
-    The preset gives the settings that are left out; it is None in a form whose settings are no preset's.
-    """
+    """The script's arguments as settings; None if DemoFusion is off. Raises ValueError, one line, for a wrong value."""
     values = dict(zip(ARGUMENTS, args))
     for name in ("enabled", "save_phases"):
         if not isinstance(values.setdefault(name, False), bool):
             raise ValueError(f"{name.replace('_', ' ')} must be true or false, got {values[name]!r}")
     enabled, save_phases, resume = values.pop("enabled"), values.pop("save_phases"), values.pop("resume", "")
-    preset = values.pop("preset", None) or PRESET
     if not enabled:
         return None
     if not isinstance(resume, str):
@@ -190,7 +190,7 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
         if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
     path = resume.strip().strip('"')  # as file managers copy a path
-    return Settings(DemoFusionConfig.preset(preset, **values), save_phases, Path(path) if path else None)
+    return Settings(DemoFusionConfig.preset(PRESET, **values), save_phases, Path(path) if path else None)
 
 
 def presets_table() -> dict[str, list]:
@@ -204,7 +204,7 @@ def plan_for(p: Any, config: DemoFusionConfig) -> Plan:
 
     def calls(steps: int, skipped: int) -> int:
         known = model_calls(p.sampler_name, p.scheduler, steps, skipped)
-        if known == 0:
+        if known is not None and known < 1:
             raise ValueError(f"{p.sampler_name} makes no prediction in {steps - skipped} step; it needs at least 2")
         return steps - skipped if known is None else known
 

@@ -1,5 +1,7 @@
 """What comes out of the real host: pictures, the same ones for the same settings, with everything users combine."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,86 @@ def test_samplers(host, calls, sampler):
 
 def test_the_adaptive_sampler(host):
     assert host.latents(True, 2, sampler_name="DPM adaptive").shape == (1, 4, 16, 16)
+
+
+@pytest.fixture
+def levels(host, monkeypatch):
+    """The noise levels at which the phases' samplers ask for a prediction."""
+    seen, hooks = [], host.webui._PhaseHooks
+    step = hooks.before_step
+
+    def look(self, denoiser, args):
+        seen.append(float(args[1][0]))
+        return step(self, denoiser, args)
+
+    monkeypatch.setattr(hooks, "before_step", look)
+    return seen
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "DPM adaptive"])
+def test_a_phase_entered_late_runs_the_last_steps_of_its_schedule(host, levels, sampler):
+    host.generate(True, 2, sampler_name=sampler, steps=6)
+    whole, levels[:] = levels[:], []
+    latents = host.latents(True, 2, {"denoising_strength": 0.5}, sampler_name=sampler, steps=6)
+    assert torch.isfinite(latents).all()
+    assert max(levels) < 0.7 * max(whole)
+    if sampler not in ("DPM adaptive", "DPM fast", "UniPC"):  # these space the levels anew between their ends
+        late = sorted(set(levels))
+        assert late == pytest.approx(sorted(set(whole))[: len(late)], rel=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", ["Automatic", "DDIM", "KL Optimal"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_calls_of_a_late_phase_are_the_plans(host, calls, sampler, scheduler):
+    """The schedule DDIM has more steps than are asked for."""
+    host.generate(True, 2, {"denoising_strength": 0.5}, sampler_name=sampler, scheduler=scheduler, steps=7)
+    full, late = (host.webui.model_calls(sampler, scheduler, 7, skipped) for skipped in (0, 3))
+    assert calls.rows == 2 * (full + 13 * late)
+
+
+def test_prompts_that_change_do_so_at_the_same_noise(host, monkeypatch):
+    """What decides is the count of steps that the host has; a phase of 40 % begins at the 7th of 10."""
+    steps, parser = [], host.sd_samplers_cfg_denoiser.prompt_parser
+    reconstruct = parser.reconstruct_multicond_batch
+    monkeypatch.setattr(parser, "reconstruct_multicond_batch", lambda cond, step: steps.append(step) or reconstruct(cond, step))
+    host.generate(True, 2, {"denoising_strength": 0.4}, prompt="one [red:blue:0.5] ring", steps=10)
+    assert steps == [*range(10), 6, 7, 8, 9]
+
+
+def test_phases_enlarged_as_images(host):
+    settings = {"pixel_upsampling": True}
+    batch = host.latents(True, 3, settings, batch_size=2)
+    singles = [host.latents(True, 3, settings, seed=seed) for seed in (1, 2)]
+    assert same_but_for_rounding(batch, torch.cat(singles))
+    assert torch.equal(host.latents(True, 3, settings, seed=2), singles[1])
+    assert not torch.allclose(host.latents(True, 3, seed=2), singles[1], atol=1e-2)
+
+
+def test_large_phases_are_encoded_in_tiles(host, monkeypatch):
+    settings, job = {"pixel_upsampling": True}, dict(width=128, height=128, steps=2)
+    whole = host.latents(True, 3, settings, **job)
+    sizes, encoder = [], host.shared.sd_model.first_stage_model.encoder
+    handle = encoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
+    monkeypatch.setattr(host.webui.tiles, "tile_for", lambda network, device, base: 32)
+    tiled = host.latents(True, 3, settings, **job)
+    handle.remove()
+    assert max(sizes) == 8 * 32
+    assert (tiled - whole).std() < 0.05 * whole.std()
+    assert "encode_first_stage" not in vars(host.shared.sd_model)
+
+
+@pytest.mark.parametrize("preset", ["Fast", "Turbo"])
+def test_presets(host, calls, preset):
+    """Fast is what the API makes of a scale alone."""
+    webui = host.webui
+    config = webui.DemoFusionConfig.preset(preset, scale=3.0)
+    named = {f: getattr(config, f) for f in webui.PRESET_SETTINGS}
+    reply = host.generate(*([True, 3.0, named] if preset == "Turbo" else [True, 3.0, 0]), steps=8)
+    p = SimpleNamespace(sampler_name="Euler", scheduler="Automatic", width=64, height=64, steps=8)
+    assert calls.rows == webui.plan_for(p, config).evaluations
+    assert reply.images[0].size == (192, 192)
+    written = host.infotext_utils.parse_generation_parameters(reply.infotexts[0])
+    assert webui.DemoFusionConfig.from_infotext(written) == config
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "Heun"])
