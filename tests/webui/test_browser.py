@@ -105,6 +105,20 @@ def readout(page):
     return page.locator(".demofusion-readout").inner_text()
 
 
+def says(page, text):
+    page.wait_for_function("text => document.querySelector('.demofusion-readout').innerText.includes(text)", arg=text)
+
+
+def preset(page):
+    """The preset that is chosen; None if none is."""
+    page.wait_for_timeout(500)
+    return page.evaluate("document.querySelector('#script_demofusion_preset input:checked')?.value ?? null")
+
+
+def choose_preset(page, name):
+    page.locator("#script_demofusion_preset label", has_text=name).click()
+
+
 def generate(page, data):
     before = set((data / "outputs").rglob("*.png")) if (data / "outputs").exists() else set()
     page.click("#txt2img_generate")
@@ -147,23 +161,34 @@ def test_a_new_user(page, server, tmp_path_factory):
     shot(page, "closed")
 
     page.locator("#script_demofusion_enable > .label-wrap").click()  # opens the form and ticks the box
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('from 128x128 to 512x512')")
-    assert "4 phases" in readout(page)
+    says(page, "from 128x128 to 512x512")
+    assert "3 phases" in readout(page), "Fast, which doubles"
     for element in ("txt2img_width", "txt2img_height"):
         number(page, element, 1024)
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('from 1024x1024 to 4096x4096')")
+    says(page, "from 1024x1024 to 4096x4096")
     form, column = (page.locator(where).bounding_box() for where in ("#script_demofusion_enable", "#txt2img_settings"))
     assert form["x"] + form["width"] <= column["x"] + column["width"], "a long line makes the form wider than its column"
     for element in ("txt2img_width", "txt2img_height"):
         number(page, element, 128)
     number(page, "script_demofusion_scale", 2)
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('560 model calls')")
+    says(page, "248 model calls")  # 40 of the base, and 8 steps of 9 + 4 views
+    choose_preset(page, "Paper")
+    says(page, "560 model calls")
     assert readout(page).startswith("from 128x128 to 256x256, 2 phases, 560 model calls, +")
+    number(page, "script_demofusion_denoising_strength", 0.4)
+    says(page, "248 model calls")
+    assert preset(page) is None, "late, and otherwise the paper's"
+    choose_preset(page, "Turbo")
+    assert page.locator("#script_demofusion_phase_steps input[type=number]").input_value() == "20"
+    number(page, "script_demofusion_phase_steps", 0)
+    page.wait_for_function("document.querySelector('#script_demofusion_preset input:checked')?.value === 'Fast'")
+    choose_preset(page, "Paper")
+    says(page, "560 model calls")
     number(page, "txt2img_cfg_scale", 1)
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('300 model calls')")
+    says(page, "300 model calls")
     number(page, "txt2img_cfg_scale", 7)
     page.click("#txt2img_hr-visible-checkbox")
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('Hires. fix is ticked')")
+    says(page, "Hires. fix is ticked")
     page.click("#txt2img_hr-visible-checkbox")
     page.locator("#script_demofusion_advanced .label-wrap").click()
     page.wait_for_timeout(500)
@@ -179,6 +204,7 @@ def test_a_new_user(page, server, tmp_path_factory):
     number(page, "script_demofusion_scale", 4)
     page.locator("#script_demofusion_advanced .label-wrap").click()
     number(page, "script_demofusion_alpha1", 1)
+    assert preset(page) is None
     page.locator("#script_demofusion_enable > .label-wrap").click()
     assert not page.locator("#script_demofusion_enable-visible-checkbox").is_checked()
     tab(page, "PNG Info")
@@ -186,8 +212,9 @@ def test_a_new_user(page, server, tmp_path_factory):
     page.wait_for_function("document.querySelector('#tab_pnginfo').innerText.includes('DemoFusion scale')")
     page.locator("#tab_pnginfo button", has_text="txt2img").click()
     page.wait_for_function("document.querySelector('#script_demofusion_enable-visible-checkbox').checked")
-    page.wait_for_function("document.querySelector('.demofusion-readout').innerText.includes('560 model calls')")
+    says(page, "560 model calls")
     assert page.locator("#script_demofusion_alpha1 input[type=number]").input_value() == "3"
+    assert preset(page) == "Paper", "as the pasted settings say"
     second = generate(page, data)
     with Image.open(first) as a, Image.open(second) as b:
         assert np.array_equal(np.asarray(a), np.asarray(b))
