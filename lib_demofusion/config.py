@@ -12,8 +12,21 @@ INFOTEXT_PREFIX = "DemoFusion"
 # What differs from the paper's settings. docs/evaluation.md has what each costs and gives.
 PRESETS: dict[str, dict[str, Any]] = {
     "Paper": {},
-    "Fast": {"denoising_strength": 0.4, "doubling": True, "pixel_upsampling": True, "stride": 0.75},
-    "Turbo": {"phase_steps": 20, "denoising_strength": 0.4, "doubling": True, "pixel_upsampling": True, "stride": 0.75},
+    "Fast": {
+        "denoising_strength": 0.4,
+        "doubling": True,
+        "pixel_upsampling": True,
+        "stride": 0.75,
+        "feather": True,
+    },
+    "Turbo": {
+        "phase_steps": 20,
+        "denoising_strength": 0.4,
+        "doubling": True,
+        "pixel_upsampling": True,
+        "stride": 0.75,
+        "feather": True,
+    },
 }
 
 
@@ -54,6 +67,7 @@ class DemoFusionConfig:
         1,
         above=True,
     )
+    feather: bool = _setting(False, "feather", "local windows count less towards their edges, against seams")
     jitter: bool = _setting(True, "jitter", "shift the local windows at random at every step, against seams")
     alpha1: float = _setting(3.0, "alpha1", "skip residual: more lets go of the previous phase sooner", 0, 20)
     alpha2: float = _setting(1.0, "alpha2", "dilated sampling: more hands over to the local windows sooner", 0, 20)

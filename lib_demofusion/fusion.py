@@ -11,6 +11,7 @@ Life of one denoising step, from the host's side:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,6 +59,15 @@ def pad_edges(x: Tensor, size: Size) -> tuple[Tensor, Size]:
     top, left = (size[0] - h) // 2, (size[1] - w) // 2
     padding = (left, size[1] - w - left, top, size[0] - h - top)
     return (F.pad(x, padding, mode="replicate") if any(padding) else x), (top, left)
+
+
+def hann_weights(window: Size, device: torch.device | None = None) -> Tensor:
+    """How much each pixel of a window counts, [h, w]: 1 in its middle, next to nothing at its edges (Hann, squared sine).
+
+    After the Mixture of Diffusers (arXiv 2302.02412), whose windows' weights are Gaussian.
+    """
+    h, w = (torch.sin((torch.arange(n, device=device) + 0.5) * (math.pi / n)).square() for n in window)
+    return h[:, None] * w
 
 
 def skip_residual_(
@@ -124,6 +134,7 @@ class Fusion:
         self.view_batch = view_batch or ViewBatch(config.view_batch_size, reference.device)
         self.blur_taps = blur_taps if blur_taps is not None else 4 * dilation - 3
         self.t_max = t_max
+        self.weights = hann_weights(window, reference.device) if config.feather else 1.0  # of a local window's pixels
 
     def noised_reference(self, sigma: float, signal: float = 1.0) -> Tensor:
         """signal * reference + sigma * noise: what the phase starts from, at the sampler's first noise level."""
@@ -165,9 +176,10 @@ class Fusion:
 
         for batch, eps in self.view_batch.run(self.views(t), call):
             for view, noise in zip(batch, eps.split(len(x))):
-                view.crop(totals[view.kind]).add_(noise)
-                if view.kind == "local":
-                    view.crop(count).add_(1)
+                local = view.kind == "local"
+                view.crop(totals[view.kind]).add_(noise * self.weights if local else noise)
+                if local:
+                    view.crop(count).add_(self.weights)
 
         h, w = x.shape[-2:]
         dilated = totals["dilated"][..., top : top + h, left : left + w]

@@ -69,6 +69,7 @@ class DemoFusionScript(scripts.Script):
                 with gr.Row():
                     controls["doubling"] = self.checkbox("doubling", "Doubling")
                     controls["pixel_upsampling"] = self.checkbox("pixel_upsampling", "Pixel upsampling")
+                    controls["feather"] = self.checkbox("feather", "Feather")
                     controls["jitter"] = self.checkbox("jitter", "Jitter")
                     controls["save_phases"] = gr.Checkbox(
                         False,

@@ -985,7 +985,7 @@ def test_the_consoles_bar_comes_to_its_end(host, batches):
 # ---------------------------------------------------------------------------------------------------- the form and the infotext
 
 
-FULL = [True, 2.5, 3, 0.65, True, True, 0.4, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, False, 2.5, 1.5, 0.5, 0.75, 2]
 
 
 def pasted(host, text):
@@ -1038,7 +1038,7 @@ def test_pasting_resets_what_is_the_papers(host):
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 13, ""]
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 14, ""]
 
 
 def test_img2img_has_no_form(host):
@@ -1131,7 +1131,7 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
     host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
     host.script_callbacks.before_ui_callback()
-    assert len(plot.axis_options) == 13
+    assert len(plot.axis_options) == 14
     axes = {axis.label: axis for axis in plot.axis_options}
 
     p = host.processing_for()

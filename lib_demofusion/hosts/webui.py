@@ -152,6 +152,7 @@ ARGUMENTS = (
     "doubling",
     "pixel_upsampling",
     "stride",
+    "feather",
     "jitter",
     "alpha1",
     "alpha2",
