@@ -12,21 +12,8 @@ INFOTEXT_PREFIX = "DemoFusion"
 # What differs from the paper's settings. docs/evaluation.md has what each costs and gives.
 PRESETS: dict[str, dict[str, Any]] = {
     "Paper": {},
-    "Fast": {
-        "denoising_strength": 0.4,
-        "doubling": True,
-        "pixel_upsampling": True,
-        "stride": 0.75,
-        "feather": True,
-    },
-    "Turbo": {
-        "phase_steps": 20,
-        "denoising_strength": 0.4,
-        "doubling": True,
-        "pixel_upsampling": True,
-        "stride": 0.75,
-        "feather": True,
-    },
+    "Fast": dict(denoising_strength=0.4, doubling=True, pixel_upsampling=True, stride=0.625, feather=True),
+    "Turbo": dict(phase_steps=18, denoising_strength=0.4, doubling=True, pixel_upsampling=True, stride=0.625, feather=True),
 }
 
 

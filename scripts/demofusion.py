@@ -58,7 +58,7 @@ class DemoFusionScript(scripts.Script):
                     controls["denoising_strength"] = self.slider(
                         "denoising_strength", "Denoising strength", minimum=0.05, maximum=1, step=0.05
                     )
-                    controls["stride"] = self.slider("stride", "Stride", minimum=0.05, maximum=1, step=0.05)
+                    controls["stride"] = self.slider("stride", "Stride", minimum=0.025, maximum=1, step=0.025)
                 with gr.Row():
                     controls["alpha1"] = self.slider("alpha1", "Skip residual α1", maximum=10, step=0.1)
                     controls["alpha2"] = self.slider("alpha2", "Dilated sampling α2", maximum=10, step=0.1)

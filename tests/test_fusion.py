@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.fusion import Cancelled, Fusion, gaussian_blur, match_moments, pad_edges, skip_residual_
+from lib_demofusion.fusion import Cancelled, Fusion, gaussian_blur, hann_weights, match_moments, pad_edges, skip_residual_
 from lib_demofusion.memory import OutOfMemory
 from lib_demofusion.schedule import cosine_decay, weights_at
 
@@ -222,3 +222,37 @@ def test_the_skip_residual_is_eq_4_and_in_place():
     got = skip_residual_(x, reference, noise, 0.3, 2.5)
     assert got is x
     torch.testing.assert_close(x, want)
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_feathered_windows_that_agree_give_what_they_agree_on(case):
+    x, window, dilation, stride = case
+    prediction = fusion_for(x, window, dilation, stride, feather=True).predict(x, 1.0, lambda crops, views: crops + 3)
+    torch.testing.assert_close(prediction, x + 3, atol=1e-3, rtol=0)  # what is left of the dilated views at t = 1
+
+
+@pytest.mark.parametrize("feather", [False, True])
+def test_feathered_windows_that_differ_pass_into_each_other(feather):
+    """Each window answers with its column; between two neighbours the step is then spread over what they share."""
+    x = torch.zeros(1, 4, 8, 28)
+    fusion = fusion_for(x, window=(8, 12), dilation=3, stride=(8, 8), feather=feather, jitter=False)
+
+    def columns(crops, views):
+        return torch.stack([torch.full((4, 8, 12), float(view.left if view.kind == "local" else 0)) for view in views])
+
+    row = fusion.predict(x, 0.0, columns)[0, 0, 4]
+    steps = row.diff()
+    assert row[0] == 0
+    assert row[-1] == 16
+    assert (steps >= 0).all()
+    assert steps[7] < 0.5 if feather else steps[7] == 4, "where the second window begins"
+
+
+def test_feather_weights_are_hanns():
+    weights = hann_weights((8, 4))
+    assert weights.shape == (8, 4)
+    torch.testing.assert_close(weights, weights.flip(0, 1))
+    halves = weights[:4] + weights[4:]  # at half a window's stride they sum to one
+    torch.testing.assert_close(halves[:, :2] + halves[:, 2:], torch.ones(4, 2))
+    assert weights.min() > 0

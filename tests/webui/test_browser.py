@@ -179,7 +179,7 @@ def test_a_new_user(page, server, tmp_path_factory):
     says(page, "248 model calls")
     assert preset(page) is None, "late, and otherwise the paper's"
     choose_preset(page, "Turbo")
-    assert page.locator("#script_demofusion_phase_steps input[type=number]").input_value() == "20"
+    assert page.locator("#script_demofusion_phase_steps input[type=number]").input_value() == "18"
     number(page, "script_demofusion_phase_steps", 0)
     page.wait_for_function("document.querySelector('#script_demofusion_preset input:checked')?.value === 'Fast'")
     choose_preset(page, "Paper")
