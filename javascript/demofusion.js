@@ -63,13 +63,16 @@ function demofusionReadout(form) {
     return `from ${w * 8}x${h * 8} to ${width * 8}x${height * 8}, ${scales.length + 1} phases, ${made}, +${more} memory`;
 }
 
-// The preset that the form's settings are; null if they are none's. Not in the script: the host's gradio calls it from there.
+let demofusionUpdate = () => {};
+
+// The preset that the form's settings are; null if they are none's. The host's gradio calls it whenever one of them changes.
 function demofusionPreset(presets, shown) {
+    setTimeout(demofusionUpdate, 50); // when the form shows them
     return Object.keys(presets).find((name) => presets[name].every((value, i) => value === shown[i])) ?? null;
 }
 
 if (typeof onUiLoaded === "function") {
-    const demofusionUpdate = function() {
+    demofusionUpdate = function() {
         const readout = gradioApp().querySelector(".demofusion-readout");
         if (!readout) return;
         const input = (id) => gradioApp().querySelector(`#${id} input[type=number], #${id} input`);
