@@ -175,6 +175,7 @@ def test_a_new_user(page, server, tmp_path_factory):
     choose_preset(page, "Paper")
     says(page, "560 model calls")
     assert readout(page).startswith("from 128x128 to 256x256, 2 phases, 560 model calls, +")
+    page.locator("#script_demofusion_advanced .label-wrap").click()
     number(page, "script_demofusion_denoising_strength", 0.4)
     says(page, "248 model calls")
     assert preset(page) is None, "late, and otherwise the paper's"
@@ -184,6 +185,7 @@ def test_a_new_user(page, server, tmp_path_factory):
     page.wait_for_function("document.querySelector('#script_demofusion_preset input:checked')?.value === 'Fast'")
     choose_preset(page, "Paper")
     says(page, "560 model calls")
+    page.locator("#script_demofusion_advanced .label-wrap").click()
     number(page, "txt2img_cfg_scale", 1)
     says(page, "300 model calls")
     number(page, "txt2img_cfg_scale", 7)
