@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from lib_demofusion.memory import Meter, OutOfMemory, ViewBatch, call_bytes, check_fits, free_memory, is_out_of_memory
 
@@ -232,3 +233,14 @@ def test_a_call_is_measured_without_being_made():
         module(x.clone())
     assert call_bytes(module, module, x) == meter.peak == 4 * 2 * 100 * (4 + 32 + 32)
     assert next(module.parameters()).device.type == "cpu"
+
+
+def test_encoding_takes_no_more_than_decoding():
+    """So that what is foreseen for decoding holds where phases are enlarged as images, too."""
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512))
+        latents, image = torch.empty(1, 4, 64, 64), torch.empty(1, 3, 512, 512)
+    decoding = call_bytes(vae, lambda z: vae.decode(z, return_dict=False)[0], latents)
+    encoding = call_bytes(vae, lambda x: vae.encode(x, return_dict=False)[0].mean, image)
+    assert 0.5 * decoding < encoding < decoding
