@@ -1,8 +1,10 @@
-"""Phases by the command's host, on diffusers, for test_same_as_command.py: python reference.py OUT.npz SCALE HEIGHT WIDTH
+"""Phases by the command's host, on diffusers, for test_same_as_command.py.
 
-HEIGHT and WIDTH are the base's, in latent pixels. Everything random comes from one generator here and goes along.
+python reference.py OUT.npz SCALE HEIGHT WIDTH SETTINGS. SETTINGS: as JSON. HEIGHT and WIDTH are the base's, in latent
+pixels. Everything random comes from one generator here and goes along.
 """
 
+import json
 import sys
 
 import numpy as np
@@ -15,9 +17,9 @@ from lib_demofusion.phases import upscale
 PROMPT, NEGATIVE, STEPS, CFG = "two red striped rings on grass", "blue", 5, 5.0
 
 
-def main(out, scale, h, w):
+def main(out, scale, h, w, settings):
     pipe = diffusers.load_pipeline()
-    config = DemoFusionConfig(scale=scale, jitter=False, view_batch_size=3)
+    config = DemoFusionConfig(scale=scale, jitter=False, view_batch_size=3, **settings)
     plan = diffusers.plan_for(pipe, config, height=8 * h, width=8 * w, steps=STEPS, cfg_scale=CFG)
     run = diffusers._Run(pipe, plan, config, diffusers.SAMPLERS["Euler"], STEPS, CFG, [0], None, None, None)
     generator = torch.Generator().manual_seed(7)
@@ -33,4 +35,4 @@ def main(out, scale, h, w):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5]))

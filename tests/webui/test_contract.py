@@ -73,9 +73,11 @@ def params(script_callbacks):
     return script_callbacks.CFGDenoiserParams(0, 0, 0, 0, 0, 0, 0)
 
 
-def button(gradio):
+def control(gradio, kind):
     with getattr(gradio, "Blocks", fake_webui.Row)():
-        return gradio.Button("Run")
+        if kind == "radio":
+            return gradio.Radio(["a", "b"], value="a", label="letter")
+        return gradio.Slider(0, 1, 0.5, label="number") if kind == "slider" else gradio.Checkbox(True, label="flag")
 
 
 # Name -> how to make one from either host's modules.
@@ -102,7 +104,9 @@ OBJECTS = {
     "post_sample's argument": lambda m: m["scripts"].PostSampleArgs(torch.zeros(1)),
     "script": lambda m: m["scripts"].Script(),
     "scripts": lambda m: m["scripts"].ScriptRunner(),
-    "button": lambda m: button(m["gradio"]),
+    "radio": lambda m: control(m["gradio"], "radio"),
+    "slider": lambda m: control(m["gradio"], "slider"),
+    "checkbox": lambda m: control(m["gradio"], "checkbox"),
 }
 
 

@@ -1,5 +1,6 @@
 """The extension on the host and the command on diffusers give the same latents."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -12,11 +13,16 @@ from webui_host import ROOT, command_python
 REFERENCE = Path(__file__).with_name("reference.py")
 
 
-@pytest.mark.parametrize(("scale", "h", "w"), [(2, 16, 16), (3, 16, 16), (2, 16, 24)])
-def test_same_latents_as_the_command(host, options, monkeypatch, tmp_path, scale, h, w):
+LATE = {"denoising_strength": 0.6, "stride": 0.75, "feather": True}
+
+
+@pytest.mark.parametrize(
+    ("scale", "h", "w", "settings"), [(2, 16, 16, {}), (3, 16, 16, {}), (2, 16, 24, {}), (2, 16, 24, LATE)]
+)
+def test_same_latents_as_the_command(host, options, monkeypatch, tmp_path, scale, h, w, settings):
     out = tmp_path / "reference.npz"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([command_python(), REFERENCE, out, str(scale), str(h), str(w)], check=True, env=env)
+    subprocess.run([command_python(), REFERENCE, out, str(scale), str(h), str(w), json.dumps(settings)], check=True, env=env)
     expected = {name: torch.from_numpy(array) for name, array in np.load(out).items()}
     webui, results = host.webui, {}
     post_sample, upscale = webui.post_sample, webui.upscale
@@ -36,7 +42,7 @@ def test_same_latents_as_the_command(host, options, monkeypatch, tmp_path, scale
     monkeypatch.setattr(webui, "upscale", keep)
     monkeypatch.setattr(webui._Phases, "noise", lambda self, phase: expected[f"noise{phase.number}"])
     host.generate(
-        True, scale, 0, 0, False,
+        True, scale, {"jitter": False, **settings},
         prompt="two red striped rings on grass", negative_prompt="blue", steps=5, cfg_scale=5, width=8 * w, height=8 * h,
     )  # fmt: skip
     assert host.comments == []
