@@ -196,7 +196,7 @@ ANOTHER_HOST = """
 import sys
 from pathlib import Path
 tests, checkpoints, data, out = sys.argv[1:]
-sys.path[:0] = [tests]
+sys.path[:0] = [tests, str(Path(tests).parent)]
 import webui_host
 from safetensors.torch import save_file
 host = webui_host.start(Path(checkpoints), Path(data))
