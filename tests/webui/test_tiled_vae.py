@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 import numpy as np
 tests, checkpoints, data = sys.argv[1:]
-sys.path[:0] = [tests]
+sys.path[:0] = [tests, str(Path(tests).parent)]
 import relatives
 import webui_host
 
@@ -36,7 +36,8 @@ host.webui.tiles.tile_for = lambda network, device, base: 64
 
 def generate(enabled):
     theirs.clear(), ours.clear()
-    scripts = {"DemoFusion": {"args": [True, 4]}, "Tiled VAE": {"args": [enabled, 512, 48, True, True, True, False]}}
+    paper = [True, 4, 0, 1, False, False, 0.5, False]
+    scripts = {"DemoFusion": {"args": paper}, "Tiled VAE": {"args": [enabled, 512, 48, True, True, True, False]}}
     reply = host.post(steps=2, width=160, height=160, alwayson_scripts=scripts)
     assert reply.status_code == 200, reply.text
     assert "decode_first_stage" not in vars(model)
