@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def run(args: argparse.Namespace) -> None:
         tasks = {job: [task for task in own if not task.missing()] for job, own in tasks.items()}
         jobs = [job for job in jobs if tasks[job]]
     else:
-        todo = [task for row in zip(*tasks.values()) for task in row if task.missing()]
+        names = {size: tuple(dict.fromkeys(n for title, s in jobs if s == size for n in TABLES[title][0])) for _, size in jobs}
+        whole = [replace(own[i], methods=names[own[i].kept.name]) for i in range(len(subjects)) for own in tasks.values()]
+        todo = [task for task in dict.fromkeys(whole) if task.missing()]  # each once: tables share captions and methods
         workers = args.workers or (os.cpu_count() or 1 if args.device == "cpu" else 1)
         starting = partial(start, model, args.device, args.dtype)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), starting) as pool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +72,6 @@ _pipe = None  # of a worker
 def start(model: str, device: str, dtype: str) -> None:
     """A worker begins: one thread each on a CPU, since the views of a small model keep no more busy."""
     global _pipe
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore", FutureWarning)
     if device == "cpu":
         torch.set_num_threads(1)
@@ -83,8 +81,6 @@ def start(model: str, device: str, dtype: str) -> None:
 def draw(task: Task) -> int:
     """Make a task's missing pictures; returns how many."""
     missing = task.missing()
-    if not missing:
-        return 0
     own = _pipe.unet.config.sample_size * _pipe.vae_scale_factor
     shape = tuple(int(own * share) for share in task.size.base)
     job = make_job(_pipe, task.caption, task.index, task.size.scale, task.steps, shape)

@@ -75,6 +75,7 @@ class SceneJudge:
         def right(seen: dict[str, Tensor], name: str) -> np.ndarray:
             return (seen[name].argmax(-1) == classes[:, names.index(name)]).float().numpy()
 
+        borders = made.borders
         found = np.array([metrics.objects_and_strays(x, s) for x, s in zip(made.images, scenes)])
         before = np.array([metrics.objects_and_strays(x, s)[0] for x, s in zip(made.bases, scenes)])
         cosine = (F.normalize(features, dim=-1) * self.reader.captions(classes)).sum(-1).numpy()
@@ -86,7 +87,7 @@ class SceneJudge:
             "strays": found[:, 1],
             "off the base": [metrics.difference_from_base(x, b) for x, b in zip(made.images, made.bases)],
             "detail": [metrics.detail(x) / self.detail for x in made.images],
-            "seams": [metrics.seams(x, made.borders) for x in made.images],
+            "seams": [metrics.seams(x, borders) for x in made.images],
             "CLIP": cosine,
         }
         statistics = {name: mean_of(values) for name, values in means.items()}

@@ -134,7 +134,7 @@ class Fusion:
         self.view_batch = view_batch or ViewBatch(config.view_batch_size, reference.device)
         self.blur_taps = blur_taps if blur_taps is not None else 4 * dilation - 3
         self.t_max = t_max
-        self.window_weights = hann_weights(window, reference.device) if config.feather else 1.0  # of a local window's pixels
+        self.window_weights = hann_weights(window, reference.device) if config.feather else None  # None: all count the same
 
     def noised_reference(self, sigma: float, signal: float = 1.0) -> Tensor:
         """signal * reference + sigma * noise: what the phase starts from, at the sampler's first noise level."""
@@ -176,10 +176,10 @@ class Fusion:
 
         for batch, eps in self.view_batch.run(self.views(t), call):
             for view, noise in zip(batch, eps.split(len(x))):
-                local = view.kind == "local"
-                view.crop(totals[view.kind]).add_(noise * self.window_weights if local else noise)
-                if local:
-                    view.crop(count).add_(self.window_weights)
+                if view.kind == "local":
+                    noise = noise if self.window_weights is None else noise * self.window_weights
+                    view.crop(count).add_(1 if self.window_weights is None else self.window_weights)
+                view.crop(totals[view.kind]).add_(noise)
 
         h, w = x.shape[-2:]
         dilated = totals["dilated"][..., top : top + h, left : left + w]

@@ -523,7 +523,7 @@ def _encode(model: Any, image: Tensor, plan: Plan) -> Tensor:
     """
     with _in_tiles(model, plan, "encode", tiles.encode), torch.random.fork_rng():
         torch.manual_seed(0)
-        return sd_samplers_common.images_tensor_to_samples(image / 2 + 0.5, model=model)
+        return sd_samplers_common.images_tensor_to_samples(image.div(2).add_(0.5), model=model)
 
 
 @contextmanager
