@@ -31,7 +31,10 @@ BACKGROUNDS = {  # top and bottom of the gradient; pale or dark, so that every c
     "snow": ((252, 252, 254), (214, 222, 234)),
     "night": ((22, 24, 48), (58, 60, 92)),
 }
-RADII = {1: (95, 150), 2: (72, 108), 3: (56, 84)}  # pixels, by the number of objects
+RADII = {  # pixels, by the number of objects
+    "anywhere": {1: (95, 150), 2: (72, 108), 3: (56, 84)},
+    "row": {1: (80, 120), 2: (64, 96), 3: (48, 70)},
+}
 OBJECT = 0.004  # share of an image from which on a spot of the objects' colour is an object
 SHADE = 0.42  # the texture's dark tone, as a factor on the colour
 
@@ -111,7 +114,16 @@ def _texture(texture: str, x: np.ndarray, y: np.ndarray, angle: float, offset: n
     raise ValueError(f"no such texture: {texture}")
 
 
-def _places(radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+def _row(radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Centres (y, x) of discs of these radii that stand side by side on one line, at even gaps."""
+    ground = rng.uniform(0.6, 0.95) * SIZE
+    gap = (SIZE - 2 * sum(radii)) / (len(radii) + 1)
+    left = np.cumsum([gap] + [2 * radius + gap for radius in radii[:-1]])
+    shift = rng.uniform(-0.8, 0.8) * gap
+    return [(ground - radius, float(x) + radius + shift) for x, radius in zip(left, radii, strict=True)]
+
+
+def _anywhere(radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
     """Centres (y, x) at which discs of these radii neither touch each other nor leave the scene."""
     while True:
         placed: list[tuple[float, float]] = []
@@ -126,16 +138,22 @@ def _places(radii: list[float], rng: np.random.Generator) -> list[tuple[float, f
             return placed
 
 
-def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene as float32 [512, 512, 3] in 0...255; the generator decides places, sizes and tints."""
+PLACES = {"anywhere": _anywhere, "row": _row}  # layout -> radii, generator -> centres
+
+
+def render(scene: Scene, rng: np.random.Generator, layout: str = "anywhere") -> np.ndarray:
+    """The scene as float32 [512, 512, 3] in 0...255; the generator decides places, sizes and tints.
+
+    layout: "anywhere", or "row": the objects stand side by side on one line.
+    """
     top, bottom = (np.array(c, np.float32) + rng.normal(0, 4, 3).astype(np.float32) for c in BACKGROUNDS[scene.background])
     ramp = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
     image = np.broadcast_to(top + ramp * (bottom - top), (SIZE, SIZE, 3)).copy()
 
     colour = np.array(COLOURS[scene.colour], np.float32) + rng.normal(0, 6, 3).astype(np.float32)
     angle = np.pi / 4 + rng.uniform(-0.15, 0.15)
-    radii = [float(rng.uniform(*RADII[scene.count])) for _ in range(scene.count)]
-    for (cy, cx), radius in zip(_places(radii, rng), radii, strict=True):
+    radii = [float(rng.uniform(*RADII[layout][scene.count])) for _ in range(scene.count)]
+    for (cy, cx), radius in zip(PLACES[layout](radii, rng), radii, strict=True):
         y0, x0 = int(cy - radius) - 3, int(cx - radius) - 3
         y1, x1 = int(cy + radius) + 4, int(cx + radius) + 4
         y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32)

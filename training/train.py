@@ -1,9 +1,11 @@
 """Makes the embedded checkpoint: scenes -> autoencoder -> latents -> UNet and text encoder -> export.
 
-    python -m training.train [--build DIR] [--out DIR] [STAGE ...]
+    python -m training.train [--recipe NAME] [--build DIR] [--out DIR] [STAGE ...]
 
-Every stage reads what the one before left in the build folder and is skipped when its own file is there, so that a
-run that was cut short goes on; the UNet stage also goes on from its last checkpoint. Everything is seeded.
+The recipe "embedded" makes the checkpoint that is part of the repository; "second" another one, from other seeds and
+scenes that are laid out otherwise, to see whether what was found with the first holds for it. Every stage reads what
+the one before left in the build folder and is skipped when its own file is there, so that a run that was cut short
+goes on; the UNet stage also goes on from its last checkpoint. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,36 +28,50 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.scenes import Scene, crops, render, vocabulary
 
-SEED = 0
 SCENES = 12_000
 VAE_STEPS, VAE_FINE_STEPS = 3_400, 2_000
-UNET_BATCH = 48
-UNET_STAGES = (  # steps, peak learning rate, warm-up, whether close-ups reach high noise (draw_views)
-    (5_200, 1e-3, 300, False),
-    (600, 4e-4, 30, True),
-    (6_600, 8e-4, 100, True),
-)
 CONTEXT = 77  # tokens, as CLIP's
 WIDTH = 64  # of the text encoder
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
 ROOT = Path(__file__).resolve().parent
 
 
-def scene_at(index: int) -> tuple[Scene, np.random.Generator]:
-    rng = np.random.default_rng([SEED, index])
-    return Scene.draw(rng), rng
+@dataclass(frozen=True)
+class Recipe:
+    """What a checkpoint is made from.
+
+    layout: of the scenes (`scenes.render`). channels: of the UNet's three levels. stages: of the UNet's training: steps,
+    peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`).
+    """
+
+    seed: int
+    layout: str
+    channels: tuple[int, int, int]
+    batch: int
+    stages: tuple[tuple[int, float, int, bool], ...]
+
+    def scene_at(self, index: int) -> tuple[Scene, np.random.Generator]:
+        rng = np.random.default_rng([self.seed, index])
+        return Scene.draw(rng), rng
+
+    def scene_crops(self, index: int) -> np.ndarray:
+        scene, rng = self.scene_at(index)
+        return crops(render(scene, rng, self.layout), rng)
 
 
-def scene_crops(index: int) -> np.ndarray:
-    scene, rng = scene_at(index)
-    return crops(render(scene, rng), rng)
+RECIPES = {
+    "embedded": Recipe(
+        0, "anywhere", (64, 96, 88), 48, ((5_200, 1e-3, 300, False), (600, 4e-4, 30, True), (6_600, 8e-4, 100, True))
+    ),
+    "second": Recipe(1, "row", (48, 72, 64), 40, ((1_500, 1e-3, 300, False), (7_500, 1e-3, 100, True))),
+}
 
 
-def make_scenes(build: Path) -> None:
+def make_scenes(build: Path, recipe: Recipe) -> None:
     """scenes.npy: uint8 [SCENES, 4 views, 128, 128, 3]; the captions follow from the seeds."""
     views = np.lib.format.open_memmap(build / "scenes.tmp", "w+", np.uint8, (SCENES, 4, 128, 128, 3))
     with ProcessPoolExecutor() as pool:
-        for index, view in enumerate(pool.map(scene_crops, range(SCENES), chunksize=64)):
+        for index, view in enumerate(pool.map(recipe.scene_crops, range(SCENES), chunksize=64)):
             views[index] = view
     views.flush()
     (build / "scenes.tmp").rename(build / "scenes.npy")
@@ -72,9 +89,9 @@ def cosine_lr(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
 
 
-def unet_stage(step: int) -> tuple[float, bool]:
+def unet_stage(recipe: Recipe, step: int) -> tuple[float, bool]:
     """The learning rate at a step of the UNet's training, and whether close-ups reach high noise there."""
-    for steps, peak, warmup, reach in UNET_STAGES:
+    for steps, peak, warmup, reach in recipe.stages:
         if step < steps:
             return cosine_lr(step, steps, peak, warmup), reach
         step -= steps
@@ -95,9 +112,9 @@ class Log:
             self.losses.clear()
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae(seed: int) -> AutoencoderKL:
     """An f = 8, 4-channel KL autoencoder; no attention, so that a tile decodes as the whole does."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -111,10 +128,10 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(
-    vae: AutoencoderKL, build: Path, steps: int, batch_size: int, side: int, shares: list[float], peak: float
+    vae: AutoencoderKL, build: Path, seed: int, steps: int, batch_size: int, side: int, shares: list[float], peak: float
 ) -> None:
     """Train on crops of side x side pixels; shares: how often from the whole scene, 2x, 4x and 4x."""
-    rng = np.random.default_rng([SEED, side])
+    rng = np.random.default_rng([seed, side])
     views = np.load(build / "scenes.npy", mmap_mode="r")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
     log = Log(f"vae {side}", steps)
@@ -136,22 +153,22 @@ def train_vae(
         log(step, mse.detach())
 
 
-def make_vae_64(build: Path) -> None:
+def make_vae_64(build: Path, recipe: Recipe) -> None:
     """Most of the autoencoder's training, on small crops."""
-    vae = new_vae()
-    train_vae(vae, build, VAE_STEPS, 16, 64, [0.25] * 4, 1.5e-3)
+    vae = new_vae(recipe.seed)
+    train_vae(vae, build, recipe.seed, VAE_STEPS, 16, 64, [0.25] * 4, 1.5e-3)
     vae.save_pretrained(build / "vae_64")
 
 
-def make_vae(build: Path) -> None:
+def make_vae(build: Path, recipe: Recipe) -> None:
     """The rest of it, at the size that the UNet sees, with more of the close-ups, whose textures it must hold."""
     vae = AutoencoderKL.from_pretrained(build / "vae_64")
-    train_vae(vae, build, VAE_FINE_STEPS, 5, 128, [0.22, 0.22, 0.28, 0.28], 1e-3)
+    train_vae(vae, build, recipe.seed, VAE_FINE_STEPS, 5, 128, [0.22, 0.22, 0.28, 0.28], 1e-3)
     vae.save_pretrained(build / "vae")
 
 
 @torch.no_grad()
-def make_latents(build: Path) -> None:
+def make_latents(build: Path, recipe: Recipe) -> None:
     """latents.pt: float16 [SCENES, 4 views, 4, 16, 16] of unit standard deviation, and the factor that made it so."""
     vae = AutoencoderKL.from_pretrained(build / "vae")
     views = np.load(build / "scenes.npy", mmap_mode="r")
@@ -197,11 +214,11 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def captions(rng: np.random.Generator, index: np.ndarray) -> list[str]:
+def captions(recipe: Recipe, rng: np.random.Generator, index: np.ndarray) -> list[str]:
     """The scenes' captions; now and then without the texture, without the place, or empty (for guidance)."""
     out = []
     for i in index:
-        words = scene_at(int(i))[0].caption.split()
+        words = recipe.scene_at(int(i))[0].caption.split()
         chance = rng.random(3)
         if chance[0] < 0.1:
             out.append("")
@@ -225,10 +242,10 @@ def draw_views(rng: np.random.Generator, t: np.ndarray, reach: bool) -> np.ndarr
     return np.where(rng.random(len(t)) < closeup, rng.integers(1, 4, len(t)), 0)
 
 
-def make_unet(build: Path) -> None:
+def make_unet(build: Path, recipe: Recipe) -> None:
     """The UNet with cross-attention and the text encoder, trained together to predict the noise."""
-    torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED + 1)
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed + 1)
     data = torch.load(build / "latents.pt")
     tokenizer = make_tokenizer(build / "tokenizer")
     text_encoder = CLIPTextModel(
@@ -249,7 +266,7 @@ def make_unet(build: Path) -> None:
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 96, 88),
+        block_out_channels=recipe.channels,
         layers_per_block=1,
         cross_attention_dim=WIDTH,
         attention_head_dim=4,  # diffusers reads this as the number of heads
@@ -267,17 +284,17 @@ def make_unet(build: Path) -> None:
         first, rng = state["step"], state["rng"]
     schedule = DDPMScheduler(**SCHEDULE)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    steps = sum(stage[0] for stage in UNET_STAGES)
+    steps = sum(stage[0] for stage in recipe.stages)
     log = Log("unet", steps, first)
     for step in range(first, steps):
-        lr, reach = unet_stage(step)
+        lr, reach = unet_stage(recipe, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        index, t = rng.integers(0, SCENES, UNET_BATCH), rng.integers(0, 1000, UNET_BATCH)
+        index, t = rng.integers(0, SCENES, recipe.batch), rng.integers(0, 1000, recipe.batch)
         z = data["latents"][index, draw_views(rng, t, reach)].float()
-        ids = tokenizer(captions(rng, index), padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+        ids = tokenizer(captions(recipe, rng, index), padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
         t = torch.from_numpy(t)
-        noise = torch.randn_like(z) + 0.05 * torch.randn(UNET_BATCH, 4, 1, 1)
+        noise = torch.randn_like(z) + 0.05 * torch.randn(recipe.batch, 4, 1, 1)
         predicted = unet(schedule.add_noise(z, noise, t), t, text_encoder(ids).last_hidden_state).sample
         weight = snr[t].clamp(max=5) / snr[t]  # min-SNR, arXiv 2303.09556
         if reach:  # the layout is decided at high noise, where errors of the noise are small
@@ -337,15 +354,18 @@ STAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=[*STAGES, "export"], help="default: all, in order")
+    parser.add_argument("--recipe", choices=RECIPES, default="embedded")
     parser.add_argument("--build", type=Path, default=ROOT / "build")
-    parser.add_argument("--out", type=Path, default=ROOT.parent / "lib_demofusion" / "checkpoint")
+    parser.add_argument("--out", type=Path, help="default: where the embedded one lies; another recipe: BUILD/checkpoint")
     args = parser.parse_args()
+    embedded = ROOT.parent / "lib_demofusion" / "checkpoint"
+    out = args.out or (embedded if args.recipe == "embedded" else args.build / "checkpoint")
     args.build.mkdir(parents=True, exist_ok=True)
     for name in args.stages:
         if name == "export":
-            export(args.build, args.out)
+            export(args.build, out)
         elif not (args.build / STAGES[name][0]).exists():
-            STAGES[name][1](args.build)
+            STAGES[name][1](args.build, RECIPES[args.recipe])
 
 
 if __name__ == "__main__":
