@@ -23,8 +23,9 @@ from tqdm import tqdm
 from evaluation import readers, report
 from evaluation.drawing import SIZES, TABLES, Task, draw, read, start
 from evaluation.judges import PhotoJudge, SceneJudge, Set
+from evaluation.metrics import Estimate
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
-from training.scenes import Scene
+from training.scenes import PLACES, Scene
 
 SCENES_SEED = 4242
 SHOWN = 6  # rows of a sheet
@@ -33,22 +34,23 @@ TRUE_RENDERS = 1000  # that pictures are compared with
 
 def section(title: str, size: str, tasks: list[Task], judge, out: Path) -> Iterator[str]:
     """The report's lines on one table at one size, and its plot and sheet beside it."""
-    methods, against, _, about = TABLES[title]
+    table, count = TABLES[title], len(tasks)
     bases = [read(task, "base") for task in tasks]
     base_seconds = np.mean([picture.seconds for picture in bases])
     rows, shown = {}, {"base": [picture.image for picture in bases[:SHOWN]]}
-    for name, method in tqdm(methods.items(), f"{title}, {size}", dynamic_ncols=True):
+    for name, method in tqdm(table.methods.items(), f"{title}, {size}", dynamic_ncols=True):
         made = [read(task, name) for task in tasks]
         subjects = [task.subject for task in tasks]
         statistics = judge(Set(subjects, [p.image for p in made], [p.image for p in bases], method.stride))
         seconds = np.mean([picture.seconds for picture in made]) / base_seconds
-        rows[name] = report.Row(np.mean([picture.evaluations for picture in made]), seconds, statistics)
+        measured = {metric: Estimate.of(statistic, count, judge.draws) for metric, statistic in statistics.items()}
+        rows[name] = report.Row(np.mean([picture.evaluations for picture in made]), seconds, measured)
         shown[name] = [picture.image for picture in made[:SHOWN]]
     stem = f"{title}-{size.split(',')[0]}".lower()
     report.sheet(shown, [task.caption for task in tasks[:SHOWN]]).save(out / f"{stem}.jpg", quality=85)
-    report.plot(rows, len(tasks), judge.draws, out / f"{stem}.svg")
-    yield f"## {title}, {size}\n\n{about} {len(tasks)} prompts, {tasks[0].steps} steps.\n"
-    yield report.table(rows, len(tasks), judge.draws, against) + "\n"
+    report.plot(rows, out / f"{stem}.svg")
+    yield f"## {title}, {size}\n\n{table.about} {count} prompts, {tasks[0].steps} steps.\n"
+    yield report.table(rows, table.against) + "\n"
     yield f"![Quality against evaluations]({out.name}/{stem}.svg)\n\n![Pictures]({out.name}/{stem}.jpg)\n"
 
 
@@ -71,6 +73,7 @@ def main() -> None:
     add("--tables", nargs="+", choices=TABLES, help="default: all")
     add("--no-draw", action="store_true", help="report on the pictures that are there, however many prompts they are of")
     add("--model", help="folder, file or hub name, as of the command (default: the embedded checkpoint)")
+    add("--layout", choices=PLACES, default="anywhere", help="of the scenes that it was trained on (default: %(default)s)")
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     add("--workers", type=int, default=0, help="default: one for each CPU core; one on a GPU")
@@ -98,14 +101,15 @@ def run(args: argparse.Namespace) -> None:
     subjects = [Scene.draw(rng) for _ in range(prompts)]
     if args.captions:
         subjects = args.captions.read_text().splitlines()[:prompts]
-    jobs = [(title, size) for title in titles for size in TABLES[title][2] if size in sizes]
+    jobs = [(title, size) for title in titles for size in TABLES[title].sizes if size in sizes]
 
     model = args.model or str(EMBEDDED_CHECKPOINT)
     name = f"{Path(model).name}-{zlib.crc32(model.encode()):08x}" if args.model else "embedded"
     kept = args.build / f"{name}-{steps}"
     tasks = {
         (title, size): [
-            Task(kept / size, i, subject, SIZES[size], steps, tuple(TABLES[title][0])) for i, subject in enumerate(subjects)
+            Task(kept / size, i, subject, SIZES[size], steps, tuple(TABLES[title].methods))
+            for i, subject in enumerate(subjects)
         ]
         for title, size in jobs
     }
@@ -113,7 +117,9 @@ def run(args: argparse.Namespace) -> None:
         tasks = {job: [task for task in own if not task.missing()] for job, own in tasks.items()}
         jobs = [job for job in jobs if tasks[job]]
     else:
-        names = {size: tuple(dict.fromkeys(n for title, s in jobs if s == size for n in TABLES[title][0])) for _, size in jobs}
+        names = {
+            size: tuple(dict.fromkeys(n for title, s in jobs if s == size for n in TABLES[title].methods)) for _, size in jobs
+        }
         whole = [replace(own[i], methods=names[own[i].kept.name]) for i in range(len(subjects)) for own in tasks.values()]
         todo = [task for task in dict.fromkeys(whole) if task.missing()]  # each once: tables share captions and methods
         workers = args.workers or (os.cpu_count() or 1 if args.device == "cpu" else 1)
@@ -123,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
 
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    text = [INTRODUCTION.format(against=" or ".join(dict.fromkeys(TABLES[title][1] for title, _ in jobs)))]
+    text = [INTRODUCTION.format(against=" or ".join(dict.fromkeys(TABLES[title].against for title, _ in jobs)))]
     judges = {}
     for job in jobs:
         size = job[1]
@@ -132,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
             if args.inception:
                 judges[size] = PhotoJudge(args.inception, args.clip, args.real, base.shape[:2], args.device)
             else:
-                judges[size] = SceneJudge(readers.load(), picture.shape[:2], 200 if args.quick else TRUE_RENDERS)
+                real = 200 if args.quick else TRUE_RENDERS
+                judges[size] = SceneJudge(readers.load(), picture.shape[:2], real, args.layout)
         text += section(*job, tasks[job], judges[size], folder)
     out.write_text("\n".join(text))
     print(out)

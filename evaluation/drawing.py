@@ -25,15 +25,26 @@ class Size:
 
 
 SIZES = {"4x": Size((1, 1), 2), "8x, 1:2": Size((0.5, 1), 4), "16x": Size((1, 1), 4), "9x": Size((1, 1), 3)}
-# What a report holds: title -> methods, the method that the others are judged by, sizes, and what it is about.
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a report holds. against: the method that the others are judged by."""
+
+    methods: dict[str, Method]
+    about: str
+    against: str = "DemoFusion"
+    sizes: tuple[str, ...] = ("4x", "8x, 1:2", "16x")
+
+
 TABLES = {
-    "Methods": (METHODS, "DemoFusion", ("4x", "8x, 1:2", "16x"), "The paper's table 1, and what users of the WebUI do today."),
-    "Presets": (PRESETS, "DemoFusion", ("4x", "8x, 1:2", "16x"), "The settings that cost less, against the paper's."),
-    "Parts": (
+    "Methods": Table(METHODS, "The paper's table 1, and what users of the WebUI do today."),
+    "Presets": Table(PRESETS, "The settings that cost less, against the paper's."),
+    "Parts": Table(
         ABLATION,
+        "The paper's figure 5: PU progressive upscaling, SR skip residual, DS dilated sampling.",
         "PU + SR + DS",
         ("9x",),
-        "The paper's figure 5: PU progressive upscaling, SR skip residual, DS dilated sampling.",
     ),
 }
 
@@ -63,7 +74,7 @@ class Task:
 
 
 def all_methods() -> dict[str, Method]:
-    return {name: method for methods, *_ in TABLES.values() for name, method in methods.items()}
+    return {name: method for table in TABLES.values() for name, method in table.methods.items()}
 
 
 _pipe = None  # of a worker

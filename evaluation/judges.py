@@ -46,14 +46,15 @@ class Set:
 class SceneJudge:
     """Everything that known scenes allow, and networks that were trained on them in Inception's and CLIP's roles.
 
-    size: (height, width) of the pictures. real: how many true renders they are compared with.
+    size: (height, width) of the pictures. real: how many true renders, of scenes laid out so, they are compared with.
     """
 
     draws = 300  # of the bootstrap
 
-    def __init__(self, reader: readers.Reader, size: Size, real: int):
+    def __init__(self, reader: readers.Reader, size: Size, real: int, layout: str = "anywhere"):
         self.reader = reader
-        true = [readers.true_render(REAL_SEED, index) for index in tqdm(range(real), "true renders", dynamic_ncols=True)]
+        indices = tqdm(range(real), "true renders", dynamic_ncols=True)
+        true = [readers.true_render(REAL_SEED, index, layout) for index in indices]
         true = [(scene, _at_size(image, size)) for scene, image in true]
         self.whole, self.close = (x.numpy() for x in self.read(*zip(*true)))
         self.detail = np.mean([metrics.detail(image) for _, image in true])

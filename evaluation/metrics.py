@@ -6,6 +6,7 @@ Images are uint8 [H, W, 3]; H and W are multiples of 128, the side of a base ima
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -70,12 +71,27 @@ def mean_of(values: Sequence[float]) -> Statistic:
     return lambda index: float(values[index].mean())
 
 
-def interval(statistic: Statistic, count: int, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The middle 95 % of a statistic of `count` pictures over bootstrap samples of them, less the samples' bias.
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic's value of a set of pictures, and its values `drawn` of bootstrap samples of them.
 
-    Distances between distributions grow where pictures are drawn twice; the bias is how far the samples' mean is off.
+    The samples are the same for every statistic of as many pictures, so that two methods' estimates are paired.
     """
-    rng = np.random.default_rng(seed)
-    found = np.array([statistic(rng.integers(0, count, count)) for _ in range(draws)])
-    low, high = np.percentile(found, (2.5, 97.5)) + statistic(np.arange(count)) - found.mean()
-    return float(low), float(high)
+
+    value: float
+    drawn: np.ndarray
+
+    @classmethod
+    def of(cls, statistic: Statistic, count: int, draws: int = 1000, seed: int = 0) -> Estimate:
+        rng = np.random.default_rng(seed)
+        drawn = np.array([statistic(rng.integers(0, count, count)) for _ in range(draws)])
+        return cls(statistic(np.arange(count)), drawn)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The middle 95 % of the samples, less their bias.
+
+        Distances between distributions grow where pictures are drawn twice; the bias is how far the samples' mean is off.
+        """
+        low, high = np.percentile(self.drawn, (2.5, 97.5)) + self.value - self.drawn.mean()
+        return float(low), float(high)

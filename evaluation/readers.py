@@ -53,11 +53,11 @@ def small(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BOX))
 
 
-def true_render(seed: int, index: int) -> tuple[Scene, np.ndarray]:
+def true_render(seed: int, index: int, layout: str = "anywhere") -> tuple[Scene, np.ndarray]:
     """A scene and its picture, uint8 [512, 512, 3]."""
     rng = np.random.default_rng([seed, index])
     scene = Scene.draw(rng)
-    return scene, render(scene, rng).round().astype(np.uint8)
+    return scene, render(scene, rng, layout).round().astype(np.uint8)
 
 
 def _example(index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evaluation.metrics import Statistic, interval
+from evaluation.metrics import Estimate
 
 # Metric -> whether more is better; None: 1 is best.
 BETTER = {
@@ -37,16 +37,16 @@ class Row:
 
     evaluations: float
     time: float
-    statistics: dict[str, Statistic]
+    metrics: dict[str, Estimate]
 
 
-def loss(metric: str, value: float) -> float:
+def loss(metric: str, value: float | np.ndarray) -> float | np.ndarray:
     """The same on a scale where less is better."""
     more = BETTER[metric]
     return abs(value - 1) if more is None else -value if more else value
 
 
-def verdicts(rows: dict[str, Row], against: str, count: int, draws: int) -> dict[str, dict[str, str]]:
+def verdicts(rows: dict[str, Row], against: str) -> dict[str, dict[str, str]]:
     """method -> metric -> "worse", "better" or "": whether the interval of the difference from `against` leaves 0 out.
 
     The pictures are paired: the same captions, seeds and bases.
@@ -54,45 +54,43 @@ def verdicts(rows: dict[str, Row], against: str, count: int, draws: int) -> dict
     found: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
         found[name] = {}
-        for metric, own in row.statistics.items():
-            other = rows[against].statistics[metric]
-            difference = lambda i, m=metric, a=own, b=other: loss(m, a(i)) - loss(m, b(i))  # noqa: E731
-            low, high = interval(difference, count, draws)
+        for metric, own in row.metrics.items():
+            other = rows[against].metrics[metric]
+            difference = [loss(metric, a) - loss(metric, b) for a, b in zip((own.value, own.drawn), (other.value, other.drawn))]
+            low, high = Estimate(*difference).interval
             found[name][metric] = "worse" if low > 0 else "better" if high < 0 else ""
     return found
 
 
-def table(rows: dict[str, Row], count: int, draws: int, against: str | None = None) -> str:
+def table(rows: dict[str, Row], against: str) -> str:
     """A line for each method: its costs, and each metric with its interval; against: what the others are judged by."""
-    metrics = list(next(iter(rows.values())).statistics)
+    metrics = list(next(iter(rows.values())).metrics)
     arrow = {True: " ↑", False: " ↓", None: " → 1"}
     lines = ["| | evaluations | time | " + " | ".join(m + arrow[BETTER[m]] for m in metrics) + " |"]
     lines.append("|---|" + "---|" * (len(metrics) + 2))
-    said = verdicts(rows, against, count, draws) if against else {}
+    said = verdicts(rows, against)
     for name, row in rows.items():
         cells = []
-        for metric in metrics:
-            low, high = interval(row.statistics[metric], count, draws)
-            verdict = said.get(name, {}).get(metric, "")
-            text = f"{row.statistics[metric](np.arange(count)):.3g} ({low:.3g} to {high:.3g})"
+        for metric, verdict in said[name].items():
+            low, high = row.metrics[metric].interval
+            text = f"{row.metrics[metric].value:.3g} ({low:.3g} to {high:.3g})"
             cells.append(f"{text} **{verdict}**" if verdict else text)
         lines.append(f"| {name} | {row.evaluations:,.0f} | {row.time:.1f}x | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot(rows: dict[str, Row], count: int, draws: int, path: Path) -> None:
+def plot(rows: dict[str, Row], path: Path) -> None:
     """Quality against evaluations, one panel for each of PLOTTED that there is."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    metrics = [metric for metric in PLOTTED if metric in next(iter(rows.values())).statistics]
+    metrics = [metric for metric in PLOTTED if metric in next(iter(rows.values())).metrics]
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 4.2), layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics):
         for name, row in rows.items():
-            value = row.statistics[metric](np.arange(count))
-            low, high = interval(row.statistics[metric], count, draws)
+            value, (low, high) = row.metrics[metric].value, row.metrics[metric].interval
             x = max(row.evaluations, 30)  # those that ask the model nothing stand at the left edge
             error = [[max(value - low, 0)], [max(high - value, 0)]]
             axis.errorbar(x, value, error, fmt="o", capsize=2, color="tab:red" if name.startswith("Demo") else "tab:blue")

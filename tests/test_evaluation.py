@@ -10,7 +10,7 @@ import evaluation.__main__
 from evaluation import report
 from evaluation.drawing import draw, start
 from evaluation.methods import ABLATION, METHODS, PRESETS, make_job, only
-from evaluation.metrics import mean_of
+from evaluation.metrics import Estimate, mean_of
 from evaluation.readers import small, true_render
 from evaluation.upscaler import enlarge
 from evaluation.upscaler import load as load_upscaler
@@ -177,16 +177,20 @@ def test_the_papers_own_metrics_in_the_report(checkpoint, tmp_path, monkeypatch)
 def test_a_difference_is_said_where_its_interval_leaves_zero_out():
     rng = np.random.default_rng(0)
     own = rng.normal(5, 2, 60)
+
+    def row(**values):
+        return report.Row(1, 1, {name: Estimate.of(mean_of(value), 60, 200) for name, value in values.items()})
+
     rows = {
-        "reference": report.Row(1, 1, {"strays": mean_of(own), "seams": mean_of(own), "IS": mean_of(own)}),
-        "more": report.Row(1, 1, {"strays": mean_of(own + 1), "seams": mean_of(own + 1), "IS": mean_of(own + 1)}),
-        "nearer": report.Row(1, 1, {"strays": mean_of(own - 1), "seams": mean_of(own * 0 + 1), "IS": mean_of(own - 1)}),
-        "other": report.Row(1, 1, {name: mean_of(rng.permutation(own)) for name in ("strays", "seams", "IS")}),
+        "reference": row(strays=own, seams=own, IS=own),
+        "more": row(strays=own + 1, seams=own + 1, IS=own + 1),
+        "nearer": row(strays=own - 1, seams=own * 0 + 1, IS=own - 1),
+        "other": row(**{name: rng.permutation(own) for name in ("strays", "seams", "IS")}),
     }
-    said = report.verdicts(rows, "reference", 60, 200)
+    said = report.verdicts(rows, "reference")
     assert said["reference"] == said["other"] == dict.fromkeys(("strays", "seams", "IS"), "")
     assert said["more"] == {"strays": "worse", "seams": "worse", "IS": "better"}
     assert said["nearer"] == {"strays": "better", "seams": "better", "IS": "worse"}
-    table = report.table(rows, 60, 200, "reference").splitlines()
+    table = report.table(rows, "reference").splitlines()
     assert table[0] == "| | evaluations | time | strays ↓ | seams → 1 | IS ↑ |"
     assert table[3].count("**worse**") == 2

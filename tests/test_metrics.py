@@ -5,11 +5,11 @@ import pytest
 from PIL import Image, ImageFilter
 
 from evaluation.metrics import (
+    Estimate,
     detail,
     difference_from_base,
     frechet_distance,
     inception_score,
-    interval,
     mean_of,
     objects_and_strays,
     seams,
@@ -110,7 +110,8 @@ def test_inception_score_counts_the_classes():
 
 def test_the_interval_covers_the_mean_of_what_it_was_drawn_from():
     rng = np.random.default_rng(0)
-    hits = [low < 5 < high for low, high in (interval(mean_of(rng.normal(5, 2, 50)), 50, 300, i) for i in range(200))]
+    means = (Estimate.of(mean_of(rng.normal(5, 2, 50)), 50, 300, seed) for seed in range(200))
+    hits = [low < 5 < high for low, high in (mean.interval for mean in means)]
     assert 0.9 < np.mean(hits) < 0.99
 
 
@@ -122,5 +123,6 @@ def test_the_interval_of_a_distance_holds_its_value():
     def distance(index):
         return frechet_distance(own[index], real)
 
-    low, high = interval(distance, 24, 200)
-    assert low < distance(np.arange(24)) < high
+    estimate = Estimate.of(distance, 24, 200)
+    low, high = estimate.interval
+    assert low < estimate.value == distance(np.arange(24)) < high

@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-from training.scenes import CROP, TEXTURES, Scene, count_objects, crops, render, shrink, vocabulary
+from training.scenes import CROP, PLACES, TEXTURES, Scene, count_objects, crops, render, shrink, vocabulary
 
 
+@pytest.mark.parametrize("layout", PLACES)
 @pytest.mark.parametrize("seed", range(40))
-def test_the_counter_finds_what_was_drawn_at_every_size(seed):
+def test_the_counter_finds_what_was_drawn_at_every_size(seed, layout):
     rng = np.random.default_rng(seed)
     scene = Scene.draw(rng)
-    image = render(scene, rng)
+    image = render(scene, rng, layout)
     assert count_objects(image.astype(np.uint8), scene) == scene.count
     assert count_objects(shrink(image, 4).astype(np.uint8), scene) == scene.count
 
@@ -41,6 +42,15 @@ def test_textures_are_coarse_at_4x_and_finer_than_a_latent_pixel_at_1x(texture):
 def _objects(red):
     """Pixels that are not the snow, which is bright in red."""
     return red < 213
+
+
+def test_objects_in_a_row_stand_on_one_line():
+    for seed in range(10):
+        red = render(Scene(3, "red", "plain", "disc", "snow"), np.random.default_rng(seed), "row")[..., 1] < 150
+        edges = np.flatnonzero(np.diff(red.any(0)))
+        assert len(edges) == 6, "three discs side by side"
+        grounds = [np.nonzero(red[:, left : right + 1])[0].max() for left, right in edges.reshape(3, 2)]
+        assert np.ptp(grounds) < 4
 
 
 def test_crops_are_the_whole_and_close_ups():
