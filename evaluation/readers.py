@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from evaluation import networks
 from training.scenes import BACKGROUNDS, COLOURS, COUNTS, CROP, SHAPES, TEXTURES, Scene, object_mask, render
-from training.train import cosine_lr, to_unit
+from training.train import to_unit
 
 CLASSES = {
     "count": list(COUNTS),
@@ -117,27 +117,25 @@ def train(scenes: int = SCENES, steps: int = STEPS) -> Reader:
     whole, close, classes = (np.array(column) for column in zip(*examples))
     torch.manual_seed(SEED)
     rng, reader = np.random.default_rng(SEED), Reader()
-    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.01)
-    for step in tqdm(range(steps), "training the reader"):
-        optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, 2e-3, warmup=min(100, steps // 10))
+
+    def loss() -> Tensor:
         index = rng.integers(0, scenes, BATCH)
-        loss = reader.loss(to_unit(whole[index]), to_unit(close[index]), torch.from_numpy(classes[index]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return reader.loss(to_unit(whole[index]), to_unit(close[index]), torch.from_numpy(classes[index]))
+
+    networks.fit(reader, loss, steps, weight_decay=0.01)
     return reader.eval()
 
 
 def load(file: Path = WEIGHTS) -> Reader:
     """The reader that is part of the repository, or another file's."""
     reader = Reader()
-    reader.load_state_dict({name: value.float() for name, value in load_file(file).items()})
-    return reader.eval().requires_grad_(False)
+    networks.load(reader, file)
+    return reader
 
 
 def main() -> None:
     """Train it anew: `python -m evaluation.readers`."""
-    save_file({name: value.half().contiguous() for name, value in train().state_dict().items()}, WEIGHTS)
+    networks.save(train(), WEIGHTS)
 
 
 if __name__ == "__main__":

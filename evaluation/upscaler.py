@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from evaluation import networks
 from evaluation.readers import true_render
 from lib_demofusion.fusion import gaussian_blur
-from training.train import cosine_lr, to_unit
+from training.train import to_unit
 
 FACTOR, WIDTH, BLOCKS = 4, 24, 6
 SCENES, STEPS, BATCH, SIDE = 600, 3_000, 12, 32  # SIDE: of a training crop, before it is enlarged
@@ -63,23 +63,22 @@ def train(scenes: int = SCENES, steps: int = STEPS) -> Upscaler:
         pictures = np.stack([*tqdm(pool.map(_picture, range(scenes), chunksize=16), "scenes for the upscaler", scenes)])
     torch.manual_seed(SEED)
     generator, rng, upscaler = torch.Generator().manual_seed(SEED), np.random.default_rng(SEED), Upscaler()
-    optimizer, side = torch.optim.AdamW(upscaler.parameters(), weight_decay=0), SIDE * FACTOR
-    for step in tqdm(range(steps), "training the upscaler"):
-        optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, 2e-3, warmup=min(100, steps // 10))
+    side = SIDE * FACTOR
+
+    def loss() -> Tensor:
         places = zip(rng.integers(0, scenes, BATCH), *rng.integers(0, pictures.shape[1] - side + 1, (2, BATCH)))
         sharp = to_unit(np.stack([pictures[i, y : y + side, x : x + side] for i, y, x in places]))
-        loss = F.l1_loss(upscaler(degraded(sharp, generator)), sharp)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return F.l1_loss(upscaler(degraded(sharp, generator)), sharp)
+
+    networks.fit(upscaler, loss, steps, weight_decay=0)
     return upscaler.eval()
 
 
 def load(file: Path = WEIGHTS) -> Upscaler:
     """The upscaler that is part of the repository, or another file's."""
     upscaler = Upscaler()
-    upscaler.load_state_dict({name: value.float() for name, value in load_file(file).items()})
-    return upscaler.eval().requires_grad_(False)
+    networks.load(upscaler, file)
+    return upscaler
 
 
 @torch.no_grad()
@@ -91,7 +90,7 @@ def enlarge(upscaler: Upscaler, image: Image.Image) -> Image.Image:
 
 def main() -> None:
     """Train it anew: `python -m evaluation.upscaler`."""
-    save_file({name: value.half().contiguous() for name, value in train().state_dict().items()}, WEIGHTS)
+    networks.save(train(), WEIGHTS)
 
 
 if __name__ == "__main__":

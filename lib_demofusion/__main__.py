@@ -56,7 +56,9 @@ def build_parser() -> Parser:
     add("--compare", action="store_true", help="also write base and result side by side, with one crop of both enlarged")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     method = parser.add_argument_group("DemoFusion", "the method's settings; the defaults are the paper's, or the preset's")
-    method.add_argument("--preset", default="Paper", help=f"{', '.join(PRESETS)}: fewer model calls (default: %(default)s)")
+    presets = ", ".join(PRESETS)
+    text = f"what the settings start from: {presets}, each faster than the one before (default: %(default)s)"
+    method.add_argument("--preset", default="Paper", help=text)
     for f in fields(DemoFusionConfig):
         flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default: {f.default})"
         if isinstance(f.default, bool):
