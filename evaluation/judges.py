@@ -16,7 +16,7 @@ from tqdm import tqdm
 from evaluation import metrics, readers
 from evaluation.metrics import Statistic, mean_of
 from lib_demofusion.views import Size, window_starts
-from training.scenes import Scene
+from training.scenes import TEXTURES, Scene
 from training.train import to_unit
 
 REAL_SEED = 4243
@@ -58,6 +58,8 @@ class SceneJudge:
         true = [(scene, _at_size(image, size)) for scene, image in true]
         self.whole, self.close = (x.numpy() for x in self.read(*zip(*true)))
         self.detail = np.mean([metrics.detail(image) for _, image in true])
+        inside = {texture: [metrics.detail(x, s) for s, x in true if s.texture == texture] for texture in TEXTURES}
+        self.object_detail = {texture: np.mean(energies) for texture, energies in inside.items()}
 
     @torch.no_grad()
     def read(self, scenes: Sequence[Scene], images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -88,6 +90,7 @@ class SceneJudge:
             "strays": found[:, 1],
             "off the base": [metrics.difference_from_base(x, b) for x, b in zip(made.images, made.bases)],
             "detail": [metrics.detail(x) / self.detail for x in made.images],
+            "object detail": [metrics.detail(x, s) / self.object_detail[s.texture] for x, s in zip(made.images, scenes)],
             "seams": [metrics.seams(x, borders) for x in made.images],
             "CLIP": cosine,
         }

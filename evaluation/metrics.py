@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.scenes import OBJECT, Scene, object_areas, shrink
+from training.scenes import OBJECT, Scene, object_areas, object_mask, shrink
 
 SPECK = 0.0003  # share of an image up to which a spot of the objects' colour is nothing; between that and OBJECT it is a stray
 
@@ -27,11 +27,20 @@ def difference_from_base(image: np.ndarray, base: np.ndarray) -> float:
     return float(np.sqrt(np.square(small - base).mean()))
 
 
-def detail(image: np.ndarray) -> float:
-    """Energy that is lost when 2 x 2 pixels are averaged, in 0..255 squared: what the next smaller image cannot hold."""
+def detail(image: np.ndarray, scene: Scene | None = None) -> float:
+    """Energy that is lost when 2 x 2 pixels are averaged, in 0..255 squared: what the next smaller image cannot hold.
+
+    Of the whole image, where each copy of an object adds to it, or of the pixels of the scene's objects (0 without any).
+    """
     grey = image.astype(np.float32).mean(-1, keepdims=True)
     coarse = shrink(grey, 2).repeat(2, 0).repeat(2, 1)
-    return float(np.square(grey - coarse).mean())
+    energy = np.square(grey - coarse)[..., 0]
+    if scene is None:
+        return float(energy.mean())
+    mask = object_mask(image, scene)
+    factor = image.shape[0] // mask.shape[0]
+    inside = energy[mask.repeat(factor, 0).repeat(factor, 1)]
+    return float(inside.mean()) if inside.size else 0.0
 
 
 def seams(image: np.ndarray, borders: tuple[Sequence[int], Sequence[int]]) -> float:

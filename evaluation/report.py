@@ -20,6 +20,7 @@ BETTER = {
     "strays": False,
     "off the base": False,
     "detail": None,
+    "object detail": None,
     "seams": None,
     "CLIP": True,
     "FID": False,

@@ -89,6 +89,18 @@ def test_blur_is_missing_detail():
         assert detail(np.asarray(enlarged)) < 0.5 * detail(image)
 
 
+def test_a_copy_of_an_object_adds_detail_to_the_image_and_none_to_the_object():
+    scene = Scene(1, "red", "striped", "disc", "snow")
+    for seed in range(10):
+        image = render(scene, np.random.default_rng([7, seed])).round().astype(np.uint8)
+        background = image[:, :1].repeat(512, 1)
+        once, twice = (np.concatenate([left, image], 1) for left in (background, image))
+        assert detail(twice) == pytest.approx(2 * detail(once), rel=0.01)
+        assert detail(twice, scene) == pytest.approx(detail(once, scene))
+        assert detail(once, scene) > 5 * detail(once)
+        assert detail(background, scene) == 0
+
+
 def test_another_picture_differs_from_the_base():
     (_, one), (_, other) = true_image(0), true_image(1)
     assert difference_from_base(other, shrink(one.astype(np.float32), 4)) > 20

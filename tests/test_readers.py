@@ -68,6 +68,7 @@ def test_true_renders_score_as_they_should(true):
     assert true["strays"] == 0
     assert true["off the base"] < 0.5
     assert true["detail"] == pytest.approx(1, abs=0.3)
+    assert true["object detail"] == pytest.approx(1, abs=0.1)
     assert true["caption right"] > 0.98
     assert true["texture right"] > 0.95
 
@@ -84,6 +85,7 @@ def test_blurred_pictures_are_caught(judge, renders, true):
     blurred = scores(judge, [Image.fromarray(x).filter(ImageFilter.GaussianBlur(6)) for x in renders])
     assert blurred["crop FID"] > 1.5 * true["crop FID"]
     assert blurred["detail"] < 0.2
+    assert blurred["object detail"] < 0.2
     assert blurred["count right"] > 0.8, "blur hides no object"
 
 
