@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from evaluation import metrics, readers
 from evaluation.metrics import Statistic, mean_of
 from lib_demofusion.views import Size, window_starts
-from training.scenes import TEXTURES, Scene
+from training.scenes import Scene, render
 from training.train import to_unit
 
 REAL_SEED = 4243
@@ -58,8 +59,7 @@ class SceneJudge:
         true = [(scene, _at_size(image, size)) for scene, image in true]
         self.whole, self.close = (x.numpy() for x in self.read(*zip(*true)))
         self.detail = np.mean([metrics.detail(image) for _, image in true])
-        inside = {texture: [metrics.detail(x, s) for s, x in true if s.texture == texture] for texture in TEXTURES}
-        self.object_detail = {texture: np.mean(energies) for texture, energies in inside.items()}
+        self.object_detail = functools.cache(functools.partial(_object_detail, size=size, layout=layout))
 
     @torch.no_grad()
     def read(self, scenes: Sequence[Scene], images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class SceneJudge:
             "strays": found[:, 1],
             "off the base": [metrics.difference_from_base(x, b) for x, b in zip(made.images, made.bases)],
             "detail": [metrics.detail(x) / self.detail for x in made.images],
-            "object detail": [metrics.detail(x, s) / self.object_detail[s.texture] for x, s in zip(made.images, scenes)],
+            "object detail": [metrics.detail(x, s) / self.object_detail(s) for x, s in zip(made.images, scenes)],
             "seams": [metrics.seams(x, borders) for x in made.images],
             "CLIP": cosine,
         }
@@ -108,6 +108,12 @@ def _at_size(image: np.ndarray, size: Size) -> np.ndarray:
     cut = round(side * (1 - height / width) / 2)
     middle = Image.fromarray(image[cut : side - cut])
     return np.asarray(middle.resize((width, height), Image.Resampling.BOX))
+
+
+def _object_detail(scene: Scene, size: Size, layout: str) -> float:
+    """Of a true render of the scene; mostly colour and texture decide it."""
+    image = render(scene, np.random.default_rng(REAL_SEED), layout).round().astype(np.uint8)
+    return metrics.detail(_at_size(image, size), scene)
 
 
 def _distance(features: np.ndarray, real: np.ndarray) -> Statistic:

@@ -63,7 +63,7 @@ RECIPES = {
     "embedded": Recipe(
         0, "anywhere", (64, 96, 88), 48, ((5_200, 1e-3, 300, False), (600, 4e-4, 30, True), (6_600, 8e-4, 100, True))
     ),
-    "second": Recipe(1, "row", (48, 72, 64), 40, ((1_500, 1e-3, 300, False), (5_000, 1e-3, 100, True))),
+    "second": Recipe(1, "row", (48, 72, 64), 40, ((1_500, 1e-3, 300, False), (4_000, 1e-3, 100, True))),
 }
 
 
