@@ -56,10 +56,17 @@ def section(title: str, size: str, tasks: list[Task], judge, out: Path) -> Itera
 
 INTRODUCTION = """# Evaluation
 
-Written by `make evaluate`. Evaluations of the model are counted at the base image's size (a pass at k times the area
-counts as k), beside those of the base; time is over the base's, on the machine that wrote this. In brackets: 95 %
-intervals by bootstrap over the prompts. **worse** and **better**: the interval of the paired difference from the
-reference, {against}, leaves zero out. Captions, seeds and bases are the same for all.
+Written by `make evaluate`, of {model}. Captions, seeds and bases are the same for all methods.
+Evaluations of the model are counted at the base image's size (a pass at k times the area counts as k), beside those of
+the base; time is over the base's, on the machine that wrote this. In brackets: 95 % intervals by bootstrap over the
+prompts. **worse** and **better**: the interval of the paired difference from the reference, {against}, leaves zero out.
+"""
+SCENES_INTRODUCTION = """
+Shares of pictures with as many objects as were asked for, and as the base has; of captions and textures that a network
+reads off them. Strays: small repeated objects on the background. Off the base: RMS difference, averaged down, in 0..255.
+Detail: energy that the next smaller image cannot hold, over that of true renders, of the whole image, where each
+repeated object adds to it, and inside the objects. Seams: steps across the borders of windows over those elsewhere.
+CLIP, FID, IS and, of close-ups, crop FID and crop IS: by that network in the roles of CLIP and Inception.
 """
 
 
@@ -129,7 +136,11 @@ def run(args: argparse.Namespace) -> None:
 
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    text = [INTRODUCTION.format(against=" or ".join(dict.fromkeys(TABLES[title].against for title, _ in jobs)))]
+    against = " or ".join(dict.fromkeys(TABLES[title].against for title, _ in jobs))
+    seen = f"the checkpoint `{Path(model).name}`" if args.model else "the embedded checkpoint"
+    if args.layout != "anywhere":
+        seen += f", which was trained on scenes in a {args.layout}"
+    text = [INTRODUCTION.format(model=seen, against=against) + ("" if args.captions else SCENES_INTRODUCTION)]
     judges = {}
     for job in jobs:
         size = job[1]
