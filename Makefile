@@ -51,8 +51,10 @@ evaluate: $(READY)
 settings-sheet: $(READY)
 	$(RUN) -m benchmarks.settings_sheet
 
+# TRAIN="--recipe second --build build/second" makes another checkpoint, to see whether what was found holds for it, by
+# EVALUATE="--model build/second/checkpoint --layout row --tables Presets -o docs/evaluation-second.md"
 train: $(READY)
-	$(RUN) -m training.train
+	$(RUN) -m training.train $(TRAIN)
 
 # On a real WebUI: WEBUI_DIR is its folder, WEBUI_PYTHON its Python (with pytest, and playwright for the browser's test).
 WEBUI_PYTHON ?= $(WEBUI_DIR)/venv/bin/python
