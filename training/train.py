@@ -356,10 +356,10 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", default=[*STAGES, "export"], help="default: all, in order")
     parser.add_argument("--recipe", choices=RECIPES, default="embedded")
     parser.add_argument("--build", type=Path, default=ROOT / "build")
-    parser.add_argument("--out", type=Path, help="default: where the embedded one lies; another recipe: BUILD/checkpoint")
+    parser.add_argument("--out", type=Path, help="default: where the embedded one lies; another recipe: BUILD/NAME")
     args = parser.parse_args()
     embedded = ROOT.parent / "lib_demofusion" / "checkpoint"
-    out = args.out or (embedded if args.recipe == "embedded" else args.build / "checkpoint")
+    out = args.out or (embedded if args.recipe == "embedded" else args.build / args.recipe)
     args.build.mkdir(parents=True, exist_ok=True)
     for name in args.stages:
         if name == "export":
