@@ -38,7 +38,7 @@ class Table:
 
 
 TABLES = {
-    "Methods": Table(METHODS, "The paper's table 1, and what users of the WebUI do today."),
+    "Methods": Table(METHODS, "The paper's table 1, what users of the WebUI do today, and the presets."),
     "Presets": Table(PRESETS, "The settings that cost less, against the paper's."),
     "Parts": Table(
         ABLATION,

@@ -219,7 +219,12 @@ def _drawn(job: Job, pipe, **settings) -> Image.Image:
     ).images[0]
 
 
-# The paper's table 1, and what users of the WebUI do today.
+PRESETS: dict[str, Method] = {
+    "DemoFusion": demofusion(),
+    "Fast": demofusion(preset="Fast"),
+    "Turbo": demofusion(preset="Turbo"),
+}
+# The paper's table 1, what users of the WebUI do today, and the presets beside them.
 METHODS: dict[str, Method] = {
     "Lanczos": Method(lanczos),
     "learned upscaler": Method(learned_upscaler),
@@ -231,12 +236,7 @@ METHODS: dict[str, Method] = {
     "Hires. fix, Lanczos 0.5": hires_fix("Lanczos", 0.5),
     "Hires. fix, Lanczos 0.7": hires_fix("Lanczos", 0.7),
     "tiles 0.35": tiles(),
-    "DemoFusion": demofusion(),
-}
-PRESETS: dict[str, Method] = {
-    "DemoFusion": METHODS["DemoFusion"],
-    "Fast": demofusion(preset="Fast"),
-    "Turbo": demofusion(preset="Turbo"),
+    **PRESETS,
 }
 # Figure 5: progressive upscaling, skip residual, dilated sampling.
 ABLATION: dict[str, Method] = {

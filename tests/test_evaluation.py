@@ -9,7 +9,7 @@ from tiny import tiny_pipeline
 import evaluation.__main__
 from evaluation import report
 from evaluation.drawing import draw, start
-from evaluation.methods import ABLATION, METHODS, PRESETS, make_job, only
+from evaluation.methods import ABLATION, METHODS, make_job, only
 from evaluation.metrics import Estimate, mean_of
 from evaluation.readers import small, true_render
 from evaluation.upscaler import enlarge
@@ -30,9 +30,9 @@ def wide():
     return make_job(tiny_pipeline("sdxl", 16), "one red ring", 3, SCALE, STEPS, size=(64, 128))
 
 
-@pytest.mark.parametrize("name", [*METHODS, "Fast", "Turbo"])
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_makes_a_picture_of_the_size(job, wide, name):
-    method = {**METHODS, **PRESETS}[name]
+    method = METHODS[name]
     picture = method(job)
     assert picture.image.shape == (256, 256, 3)
     assert picture.image.dtype == np.uint8
