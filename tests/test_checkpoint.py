@@ -9,6 +9,7 @@ from safetensors import safe_open
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, generate, load_pipeline
 from training.scenes import Scene, count_objects, object_mask, render, shrink, vocabulary
+from training.train import RECIPES, unet_stage
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,22 @@ def test_it_is_at_most_10_mb_of_half_precision_safetensors():
     for path in weights:
         with safe_open(path, "pt") as file:
             assert all(file.get_tensor(key).dtype in (torch.float16, torch.int64) for key in file.keys())  # noqa: SIM118
+
+
+def test_it_is_of_its_recipe_and_the_second_one_of_another(pipe):
+    first, second = RECIPES["embedded"], RECIPES["second"]
+    assert tuple(pipe.unet.config.block_out_channels) == first.channels
+    for index in range(3):
+        scene, rng = second.scene_at(index)
+        assert first.scene_at(index)[0] != scene
+        whole = second.scene_crops(index)[0]
+        assert np.array_equal(whole, shrink(render(scene, rng, "row"), 4).round().astype(np.uint8))
+    for recipe in (first, second):
+        steps = sum(stage[0] for stage in recipe.stages)
+        assert not unet_stage(recipe, 0)[1]
+        assert unet_stage(recipe, steps - 1)[1], "close-ups reach high noise in the end"
+        with pytest.raises(IndexError):
+            unet_stage(recipe, steps)
 
 
 def test_every_word_of_its_captions_is_one_token(pipe):
