@@ -111,9 +111,9 @@ def _at_size(image: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _object_detail(scene: Scene, size: Size, layout: str) -> float:
-    """Of a true render of the scene; mostly colour and texture decide it."""
+    """Of a true render of the scene, square, so that no object is cut off; mostly colour and texture decide it."""
     image = render(scene, np.random.default_rng(REAL_SEED), layout).round().astype(np.uint8)
-    return metrics.detail(_at_size(image, size), scene)
+    return metrics.detail(_at_size(image, (size[1], size[1])), scene)
 
 
 def _distance(features: np.ndarray, real: np.ndarray) -> Statistic:
