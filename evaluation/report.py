@@ -86,6 +86,7 @@ def plot(rows: dict[str, Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "the same plot, the same file"
     from matplotlib import pyplot
 
     metrics = [metric for metric in PLOTTED if metric in next(iter(rows.values())).metrics]
