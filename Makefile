@@ -51,8 +51,8 @@ evaluate: $(READY)
 settings-sheet: $(READY)
 	$(RUN) -m benchmarks.settings_sheet
 
-# TRAIN="--recipe second --build build/training" makes another checkpoint, to see whether what was found holds for it, by
-# EVALUATE="--model build/training/second --layout row --tables Presets -o docs/evaluation-second.md"
+# TRAIN="--recipe second" makes another checkpoint, to see whether what was found holds for it, by
+# EVALUATE="--model training/build/second/second --layout row --tables Presets -o docs/evaluation-second.md"
 train: $(READY)
 	$(RUN) -m training.train $(TRAIN)
 

@@ -26,6 +26,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, Stab
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
 from training.scenes import Scene, crops, render, vocabulary
 
 SCENES = 12_000
@@ -355,17 +356,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=[*STAGES, "export"], help="default: all, in order")
     parser.add_argument("--recipe", choices=RECIPES, default="embedded")
-    parser.add_argument("--build", type=Path, default=ROOT / "build")
+    parser.add_argument("--build", type=Path, help="default: training/build/NAME, since recipes must not share one")
     parser.add_argument("--out", type=Path, help="default: where the embedded one lies; another recipe: BUILD/NAME")
     args = parser.parse_args()
-    embedded = ROOT.parent / "lib_demofusion" / "checkpoint"
-    out = args.out or (embedded if args.recipe == "embedded" else args.build / args.recipe)
-    args.build.mkdir(parents=True, exist_ok=True)
+    build = args.build or ROOT / "build" / args.recipe
+    out = args.out or (EMBEDDED_CHECKPOINT if args.recipe == "embedded" else build / args.recipe)
+    build.mkdir(parents=True, exist_ok=True)
     for name in args.stages:
         if name == "export":
-            export(args.build, out)
-        elif not (args.build / STAGES[name][0]).exists():
-            STAGES[name][1](args.build, RECIPES[args.recipe])
+            export(build, out)
+        elif not (build / STAGES[name][0]).exists():
+            STAGES[name][1](build, RECIPES[args.recipe])
 
 
 if __name__ == "__main__":
