@@ -13,7 +13,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation import readers, report
-from evaluation.drawing import SIZES, TABLES, Task, draw, read, start
+from evaluation.drawing import SIZES, TABLES, Task, draw, methods_at, read, start
 from evaluation.judges import PhotoJudge, SceneJudge, Set
 from evaluation.metrics import Estimate
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
-from training.scenes import PLACES, Scene
+from training.scenes import LAYOUTS, Scene
 
 SCENES_SEED = 4242
 SHOWN = 6  # rows of a sheet
@@ -36,21 +35,20 @@ def section(title: str, size: str, tasks: list[Task], judge, out: Path) -> Itera
     """The report's lines on one table at one size, and its plot and sheet beside it."""
     table, count = TABLES[title], len(tasks)
     bases = [read(task, "base") for task in tasks]
-    base_seconds = np.mean([picture.seconds for picture in bases])
     rows, shown = {}, {"base": [picture.image for picture in bases[:SHOWN]]}
     for name, method in tqdm(table.methods.items(), f"{title}, {size}", dynamic_ncols=True):
         made = [read(task, name) for task in tasks]
         subjects = [task.subject for task in tasks]
         statistics = judge(Set(subjects, [p.image for p in made], [p.image for p in bases], method.stride))
-        seconds = np.mean([picture.seconds for picture in made]) / base_seconds
+        time = np.median([picture.seconds / base.seconds for picture, base in zip(made, bases)])
         measured = {metric: Estimate.of(statistic, count, judge.draws) for metric, statistic in statistics.items()}
-        rows[name] = report.Row(np.mean([picture.evaluations for picture in made]), seconds, measured)
+        rows[name] = report.Row(np.mean([picture.evaluations for picture in made]), time, measured)
         shown[name] = [picture.image for picture in made[:SHOWN]]
     stem = f"{title}-{size.split(',')[0]}".lower()
     report.sheet(shown, [task.caption for task in tasks[:SHOWN]]).save(out / f"{stem}.jpg", quality=85)
     report.plot(rows, out / f"{stem}.svg")
     yield f"## {title}, {size}\n\n{table.about} {count} prompts, {tasks[0].steps} steps.\n"
-    yield report.table(rows, table.against) + "\n"
+    yield from (lines + "\n" for lines in report.tables(rows, table.against))
     yield f"![Quality against evaluations]({out.name}/{stem}.svg)\n\n![Pictures]({out.name}/{stem}.jpg)\n"
 
 
@@ -58,8 +56,9 @@ INTRODUCTION = """# Evaluation
 
 Written by `make evaluate`, of {model}. Captions, seeds and bases are the same for all methods.
 Evaluations of the model are counted at the base image's size (a pass at k times the area counts as k), beside those of
-the base; time is over the base's, on the machine that wrote this. In brackets: 95 % intervals by bootstrap over the
-prompts. **worse** and **better**: the interval of the paired difference from the reference, {against}, leaves zero out.
+the base; time is over the base's, the median of the prompts, on the machine that drew them. In brackets: 95 % intervals
+by bootstrap over the prompts. **worse** and **better**: the interval of the paired difference from the reference,
+{against}, leaves zero out.
 """
 SCENES_INTRODUCTION = """
 Shares of pictures with as many objects as were asked for, and as the base has; of captions and textures that a network
@@ -80,7 +79,7 @@ def main() -> None:
     add("--tables", nargs="+", choices=TABLES, help="default: all")
     add("--no-draw", action="store_true", help="report on the pictures that are there, however many prompts they are of")
     add("--model", help="folder, file or hub name, as of the command (default: the embedded checkpoint)")
-    add("--layout", choices=PLACES, default="anywhere", help="of the scenes that it was trained on (default: %(default)s)")
+    add("--layout", choices=LAYOUTS, default="anywhere", help="of the scenes that it was trained on (default: %(default)s)")
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     add("--workers", type=int, default=0, help="default: one for each CPU core; one on a GPU")
@@ -108,27 +107,17 @@ def run(args: argparse.Namespace) -> None:
     subjects = [Scene.draw(rng) for _ in range(prompts)]
     if args.captions:
         subjects = args.captions.read_text().splitlines()[:prompts]
-    jobs = [(title, size) for title in titles for size in TABLES[title].sizes if size in sizes]
 
     model = args.model or str(EMBEDDED_CHECKPOINT)
     name = f"{Path(model).name}-{zlib.crc32(model.encode()):08x}" if args.model else "embedded"
     kept = args.build / f"{name}-{steps}"
     tasks = {
-        (title, size): [
-            Task(kept / size, i, subject, SIZES[size], steps, tuple(TABLES[title].methods))
-            for i, subject in enumerate(subjects)
-        ]
-        for title, size in jobs
+        size: [Task(kept / size, i, subject, SIZES[size], steps, methods) for i, subject in enumerate(subjects)]
+        for size in sizes
+        if (methods := methods_at(size, titles))
     }
-    if args.no_draw:
-        tasks = {job: [task for task in own if not task.missing()] for job, own in tasks.items()}
-        jobs = [job for job in jobs if tasks[job]]
-    else:
-        names = {
-            size: tuple(dict.fromkeys(n for title, s in jobs if s == size for n in TABLES[title].methods)) for _, size in jobs
-        }
-        whole = [replace(own[i], methods=names[own[i].kept.name]) for i in range(len(subjects)) for own in tasks.values()]
-        todo = [task for task in dict.fromkeys(whole) if task.missing()]  # each once: tables share captions and methods
+    if not args.no_draw:
+        todo = [task for row in zip(*tasks.values()) for task in row if task.missing(task.methods)]
         workers = args.workers or (os.cpu_count() or 1 if args.device == "cpu" else 1)
         starting = partial(start, model, args.device, args.dtype)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), starting) as pool:
@@ -136,22 +125,24 @@ def run(args: argparse.Namespace) -> None:
 
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    against = " or ".join(dict.fromkeys(TABLES[title].against for title, _ in jobs))
+    against = " or ".join(dict.fromkeys(TABLES[title].against for title in titles))
     seen = f"the checkpoint `{Path(model).name}`" if args.model else "the embedded checkpoint"
     if args.layout != "anywhere":
         seen += f", which was trained on scenes in a {args.layout}"
     text = [INTRODUCTION.format(model=seen, against=against) + ("" if args.captions else SCENES_INTRODUCTION)]
-    judges = {}
-    for job in jobs:
-        size = job[1]
-        picture, base = (read(tasks[job][0], name).image for name in (tasks[job][0].methods[0], "base"))
+    judges, jobs = {}, [(title, size) for title in titles for size in TABLES[title].sizes if size in tasks]
+    for title, size in jobs:
+        own = [task for task in tasks[size] if not task.missing(TABLES[title].methods)]
+        if not own:
+            continue
+        picture, base = (read(own[0], name).image for name in (TABLES[title].against, "base"))
         if size not in judges:
             if args.inception:
                 judges[size] = PhotoJudge(args.inception, args.clip, args.real, base.shape[:2], args.device)
             else:
                 real = 200 if args.quick else TRUE_RENDERS
                 judges[size] = SceneJudge(readers.load(), picture.shape[:2], real, args.layout)
-        text += section(*job, tasks[job], judges[size], folder)
+        text += section(title, size, own, judges[size], folder)
     out.write_text("\n".join(text))
     print(out)
 

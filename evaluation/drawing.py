@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One caption at one size: the pictures that are to be in the folder `kept`, one for each method."""
+    """One caption at one size, whose pictures, one for each of the methods, are kept in a folder of `kept`."""
 
     kept: Path
     index: int
@@ -69,12 +70,18 @@ class Task:
         tag = all_methods()[name].tag if name != "base" else ""
         return self.kept / f"{self.index:04}" / f"{name}{tag}.png"
 
-    def missing(self) -> list[str]:
-        return [name for name in ("base", *self.methods) if not self.file(name).with_suffix(".json").exists()]
+    def missing(self, methods: Iterable[str]) -> list[str]:
+        """Of these methods' pictures, and the base."""
+        return [name for name in ("base", *methods) if not self.file(name).with_suffix(".json").exists()]
 
 
 def all_methods() -> dict[str, Method]:
     return {name: method for table in TABLES.values() for name, method in table.methods.items()}
+
+
+def methods_at(size: str, titles: Iterable[str]) -> tuple[str, ...]:
+    """The names of what these tables hold at a size, each once."""
+    return tuple(dict.fromkeys(name for title in titles if size in TABLES[title].sizes for name in TABLES[title].methods))
 
 
 _pipe = None  # of a worker
@@ -91,7 +98,7 @@ def start(model: str, device: str, dtype: str) -> None:
 
 def draw(task: Task) -> int:
     """Make a task's missing pictures; returns how many."""
-    missing = task.missing()
+    missing = task.missing(task.methods)
     own = _pipe.unet.config.sample_size * _pipe.vae_scale_factor
     shape = tuple(int(own * share) for share in task.size.base)
     job = make_job(_pipe, task.caption, task.index, task.size.scale, task.steps, shape)

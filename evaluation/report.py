@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ BETTER = {
 }
 PLOTTED = ("count right", "texture right", "strays", "crop FID")
 OURS = ("DemoFusion", "Fast", "Turbo")  # in another colour
+COLUMNS = 7  # metrics of a table, so that a page is wide enough for it
 SIDE = 224  # pixels of a picture on a sheet
 
 
@@ -64,21 +65,27 @@ def verdicts(rows: dict[str, Row], against: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def table(rows: dict[str, Row], against: str) -> str:
-    """A line for each method: its costs, and each metric with its interval; against: what the others are judged by."""
-    metrics = list(next(iter(rows.values())).metrics)
+def digits(value: float) -> str:
+    """Two decimals below 10, one below 100, none above."""
+    decimals = 2 - sum(abs(value) >= limit for limit in (9.995, 99.95))
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"  # without a minus before a zero
+
+
+def tables(rows: dict[str, Row], against: str) -> Iterator[str]:
+    """A line for each method: its costs, and a few metrics with their intervals; against: what the others are judged by."""
+    metrics, said = list(next(iter(rows.values())).metrics), verdicts(rows, against)
     arrow = {True: " ↑", False: " ↓", None: " → 1"}
-    lines = ["| | evaluations | time | " + " | ".join(m + arrow[BETTER[m]] for m in metrics) + " |"]
-    lines.append("|---|" + "---|" * (len(metrics) + 2))
-    said = verdicts(rows, against)
-    for name, row in rows.items():
-        cells = []
-        for metric, verdict in said[name].items():
-            low, high = row.metrics[metric].interval
-            text = f"{row.metrics[metric].value:.3g} ({low:.3g} to {high:.3g})"
-            cells.append(f"{text} **{verdict}**" if verdict else text)
-        lines.append(f"| {name} | {row.evaluations:,.0f} | {row.time:.1f}x | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    for first in range(0, len(metrics), COLUMNS):
+        shown = metrics[first : first + COLUMNS]
+        lines = ["| | evaluations | time | " + " | ".join(metric + arrow[BETTER[metric]] for metric in shown) + " |"]
+        lines.append("|---|" + "---|" * (len(shown) + 2))
+        for name, row in rows.items():
+            cells = []
+            for metric in shown:
+                text = "{} ({} to {})".format(*map(digits, (row.metrics[metric].value, *row.metrics[metric].interval)))
+                cells.append(f"{text} **{said[name][metric]}**" if said[name][metric] else text)
+            lines.append(f"| {name} | {row.evaluations:,.0f} | {row.time:.1f}x | " + " | ".join(cells) + " |")
+        yield "\n".join(lines)
 
 
 def plot(rows: dict[str, Row], path: Path) -> None:

@@ -140,7 +140,7 @@ def test_the_report(checkpoint, tmp_path, monkeypatch):
         "# Evaluation", "## Presets, 4x", "## Presets, 8x, 1:2"
     ]  # fmt: skip
     rows = [line for line in text.splitlines() if line.startswith(("| DemoFusion", "| Fast", "| Turbo"))]
-    assert len(rows) == 6
+    assert len(rows) == 2 * 3 * 2, "each in two tables"
     assert rows[0].startswith(f"| DemoFusion | {2 * 2 * 13} | "), "evaluations besides the base's"
     for stem in ("presets-4x", "presets-8x"):
         assert f"report/{stem}.svg" in text
@@ -191,6 +191,18 @@ def test_a_difference_is_said_where_its_interval_leaves_zero_out():
     assert said["reference"] == said["other"] == dict.fromkeys(("strays", "seams", "IS"), "")
     assert said["more"] == {"strays": "worse", "seams": "worse", "IS": "better"}
     assert said["nearer"] == {"strays": "better", "seams": "better", "IS": "worse"}
-    table = report.table(rows, "reference").splitlines()
+    table = next(report.tables(rows, "reference")).splitlines()
     assert table[0] == "| | evaluations | time | strays ↓ | seams → 1 | IS ↑ |"
     assert table[3].count("**worse**") == 2
+
+
+def test_numbers_are_as_long_as_they_must_be():
+    values = {0.455: "0.46", -0.001: "0.00", 9.994: "9.99", 9.996: "10.0", 23.46: "23.5", 99.96: "100", -231.4: "-231"}
+    assert {value: report.digits(value) for value in values} == values
+
+
+def test_no_table_is_wider_than_a_page():
+    rows = {name: report.Row(1, 1, dict.fromkeys(report.BETTER, Estimate(1.0, np.ones(3)))) for name in "ab"}
+    heads = [text.splitlines()[0].split(" | ")[3:] for text in report.tables(rows, "a")]
+    assert max(map(len, heads)) <= report.COLUMNS
+    assert [name.split(" ↑")[0].split(" ↓")[0].split(" → ")[0] for head in heads for name in head] == list(report.BETTER)

@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter
 
 from evaluation.judges import SceneJudge, Set
 from evaluation.readers import CLASSES, CLOSE, WHOLE, Reader, close_up, labels, load, small, train, true_render
-from training.scenes import COUNTS, PLACES, SHAPES, Scene, object_mask
+from training.scenes import COUNTS, LAYOUTS, SHAPES, Scene, object_mask
 from training.train import to_unit
 
 COUNT = 40
@@ -73,7 +73,7 @@ def test_true_renders_score_as_they_should(true):
     assert true["texture right"] > 0.95
 
 
-@pytest.mark.parametrize("layout", PLACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_scene_has_detail_to_compare_with_also_where_pictures_are_wide(layout):
     judge = SceneJudge(load(), (256, 512), real=2, layout=layout)
     scenes = [Scene(count, "red", "plain", shape, "snow") for count in COUNTS for shape in SHAPES]

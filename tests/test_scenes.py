@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from training.scenes import CROP, PLACES, TEXTURES, Scene, count_objects, crops, render, shrink, vocabulary
+from training.scenes import CROP, LAYOUTS, TEXTURES, Scene, count_objects, crops, render, shrink, vocabulary
 
 
-@pytest.mark.parametrize("layout", PLACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("seed", range(40))
 def test_the_counter_finds_what_was_drawn_at_every_size(seed, layout):
     rng = np.random.default_rng(seed)

@@ -6,9 +6,11 @@ they are there. That is the gap that DemoFusion has to fill, as photographs and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 SIZE = 512  # pixels per side of a rendered scene
 CROP = 128  # pixels per side of what the model is trained on
@@ -30,10 +32,6 @@ BACKGROUNDS = {  # top and bottom of the gradient; pale or dark, so that every c
     "sky": ((150, 196, 232), (224, 238, 248)),
     "snow": ((252, 252, 254), (214, 222, 234)),
     "night": ((22, 24, 48), (58, 60, 92)),
-}
-RADII = {  # pixels, by the number of objects
-    "anywhere": {1: (95, 150), 2: (72, 108), 3: (56, 84)},
-    "row": {1: (80, 120), 2: (64, 96), 3: (48, 70)},
 }
 OBJECT = 0.004  # share of an image from which on a spot of the objects' colour is an object
 SHADE = 0.42  # the texture's dark tone, as a factor on the colour
@@ -138,7 +136,18 @@ def _anywhere(radii: list[float], rng: np.random.Generator) -> list[tuple[float,
             return placed
 
 
-PLACES = {"anywhere": _anywhere, "row": _row}  # layout -> radii, generator -> centres
+@dataclass(frozen=True)
+class Layout:
+    """radii: the least and the largest in pixels, by the number of objects. places: radii, generator -> centres."""
+
+    radii: dict[int, tuple[int, int]]
+    places: Callable[[list[float], np.random.Generator], list[tuple[float, float]]]
+
+
+LAYOUTS = {
+    "anywhere": Layout({1: (95, 150), 2: (72, 108), 3: (56, 84)}, _anywhere),
+    "row": Layout({1: (80, 120), 2: (64, 96), 3: (48, 70)}, _row),
+}
 
 
 def render(scene: Scene, rng: np.random.Generator, layout: str = "anywhere") -> np.ndarray:
@@ -152,8 +161,9 @@ def render(scene: Scene, rng: np.random.Generator, layout: str = "anywhere") -> 
 
     colour = np.array(COLOURS[scene.colour], np.float32) + rng.normal(0, 6, 3).astype(np.float32)
     angle = np.pi / 4 + rng.uniform(-0.15, 0.15)
-    radii = [float(rng.uniform(*RADII[layout][scene.count])) for _ in range(scene.count)]
-    for (cy, cx), radius in zip(PLACES[layout](radii, rng), radii, strict=True):
+    own = LAYOUTS[layout]
+    radii = [float(rng.uniform(*own.radii[scene.count])) for _ in range(scene.count)]
+    for (cy, cx), radius in zip(own.places(radii, rng), radii, strict=True):
         y0, x0 = int(cy - radius) - 3, int(cx - radius) - 3
         y1, x1 = int(cy + radius) + 4, int(cx + radius) + 4
         y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32)
@@ -203,22 +213,8 @@ def object_mask(image: np.ndarray, scene: Scene) -> np.ndarray:
 
 def object_areas(image: np.ndarray, scene: Scene) -> list[float]:
     """The areas of the separate objects that an image shows, whatever their shape, as shares of the image."""
-    inside = object_mask(image, scene)
-    height, width = inside.shape
-    seen, areas = ~inside, []
-    for start in np.argwhere(inside):
-        area, stack = 0, [tuple(start)]
-        while stack:
-            y, x = stack.pop()
-            if seen[y, x]:
-                continue
-            seen[y, x] = True
-            area += 1
-            around = ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
-            stack += [(a, b) for a, b in around if 0 <= a < height and 0 <= b < width]
-        if area:
-            areas.append(area / seen.size)
-    return areas
+    labels, _ = ndimage.label(object_mask(image, scene))
+    return (np.bincount(labels.ravel())[1:] / labels.size).tolist()
 
 
 def count_objects(image: np.ndarray, scene: Scene, least: float = OBJECT) -> int:
