@@ -27,7 +27,7 @@ from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
 from lib_demofusion.memory import Needs, OutOfMemory, ViewBatch, call_bytes, check_fits, latents_bytes, picture_bytes
-from lib_demofusion.phases import Phase, Plan, enlarge_images, enlarge_latents, fusion_for, make_plan, upscale
+from lib_demofusion.phases import Phase, Plan, enlarge_images, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size, View
 
@@ -196,7 +196,8 @@ def generate(
             else:
                 base, done = run.base() if image is None else run.encode_image(image), None
                 run.finish(plan.phases[0], base)
-            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
+            enlarge = run.enlarge_images if config.pixel_upsampling else None
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, enlarge):
                 run.finish(phase, latents)
     except (Cancelled, KeyboardInterrupt) as error:
         raise Incomplete("stopped", run.result, cancelled=True) from error
@@ -428,10 +429,7 @@ class _Run:
         latents = _encode(self.pipe, self.pipe.image_processor.preprocess(image), (h, w))
         return latents.repeat(len(self.generators), 1, 1, 1)
 
-    def enlarge(self, latents: Tensor, size: Size) -> Tensor:
-        """A phase's latents at the next one's size, as the settings say."""
-        if not self.config.pixel_upsampling:
-            return enlarge_latents(latents, size)
+    def enlarge_images(self, latents: Tensor, size: Size) -> Tensor:
         decode, encode = (partial(code, self.pipe, base=self.plan.window) for code in (_decode, _encode))
         return enlarge_images(decode, encode, latents, size, self.factor)
 

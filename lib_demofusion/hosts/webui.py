@@ -32,7 +32,7 @@ from lib_demofusion import decode as tiles
 from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
 from lib_demofusion.memory import OutOfMemory, ViewBatch, check_fits, is_out_of_memory, latents_bytes
-from lib_demofusion.phases import Pace, Phase, Plan, clock_time, enlarge_images, enlarge_latents, fusion_for, make_plan, upscale
+from lib_demofusion.phases import Pace, Phase, Plan, clock_time, enlarge_images, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase, read_saved
 from lib_demofusion.views import Size, View, jitter_generator
 
@@ -400,7 +400,8 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
                 finished.append((plan.phases[done[0] - 1], done[1]))
             elif settings.save_phases:
                 _save(p, settings.config, plan, plan.phases[0], base, base)
-            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
+            enlarge = run.enlarge_images if settings.config.pixel_upsampling else None
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, enlarge):
                 finished.append((phase, latents))
                 if settings.save_phases and phase is not plan.phases[-1]:
                     _save(p, settings.config, plan, phase, latents, base)
@@ -595,10 +596,7 @@ class _Phases:
         )
         return p.rng.next()
 
-    def enlarge(self, latents: Tensor, size: Size) -> Tensor:
-        """A phase's latents at the next one's size, as the settings say."""
-        if not self.config.pixel_upsampling:
-            return enlarge_latents(latents, size)
+    def enlarge_images(self, latents: Tensor, size: Size) -> Tensor:
         model = self.p.sd_model
 
         def decode(z: Tensor) -> Tensor:
