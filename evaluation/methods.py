@@ -224,6 +224,8 @@ PRESETS: dict[str, Method] = {
     "Fast": demofusion(preset="Fast"),
     "Turbo": demofusion(preset="Turbo"),
 }
+# The presets with a setting that none of them has.
+HELD: dict[str, Method] = {f"{name}, hold flat 6": demofusion(preset=name, hold_flat=6.0) for name in ("Fast", "Turbo")}
 # The paper's table 1, what users of the WebUI do today, and the presets beside them.
 METHODS: dict[str, Method] = {
     "Lanczos": Method(lanczos),

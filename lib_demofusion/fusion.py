@@ -71,26 +71,33 @@ def hann_weights(window: Size, device: torch.device | None = None) -> Tensor:
 
 
 def skip_residual_(
-    x: Tensor, reference: Tensor, noise: Tensor, c1: float, sigma: float, signal: float = 1.0, fresh_noise: bool = False
+    x: Tensor,
+    reference: Tensor,
+    noise: Tensor,
+    c1: float | Tensor,
+    sigma: float,
+    signal: float = 1.0,
+    fresh_noise: bool = False,
 ) -> Tensor:
     """Eq. 4, in place: x = c1 * (signal * reference + sigma * noise) + (1 - c1) * x.
 
-    x, reference, noise: [B, C, H, W]. x holds signal * z + sigma * n: signal is 1 in the k-diffusion convention and
-    sqrt(alphas_cumprod) in the variance-preserving one.
+    x, reference, noise: [B, C, H, W]; c1: a number, or [B, 1, H, W]. x holds signal * z + sigma * n: signal is 1 in the
+    k-diffusion convention and sqrt(alphas_cumprod) in the variance-preserving one.
 
     fresh_noise: the sampler adds noise of its own (ancestral, SDE, LCM). Its noise then has only some correlation rho
     with `noise`, and Eq. 4 would shrink its standard deviation, to 0.71 sigma at worst, which washes the picture out.
     So `noise` gets the weight a that keeps it: a² + 2 a (1 - c1) rho + (1 - c1)² = 1; with rho = 1, a is c1.
-    rho is read off x itself, image by image.
+    rho is read off x itself, image by image, from where it counts.
     """
     a: float | Tensor = c1
     if fresh_noise:
         dims = (1, 2, 3)
         residual = (x - signal * reference) / sigma
-        rho = (residual * noise).sum(dims, keepdim=True) / noise.square().sum(dims, keepdim=True)
-        rho = (1 - c1) * rho.clamp(0, 1)
+        counted = noise * (1 - c1)
+        power = (noise * counted).sum(dims, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        rho = (1 - c1) * ((residual * counted).sum(dims, keepdim=True) / power).clamp(0, 1)
         a = (rho.square() + 1 - (1 - c1) ** 2).sqrt() - rho
-    return x.mul_(1 - c1).add_(reference, alpha=c1 * signal).add_(noise * (a * sigma))
+    return x.mul_(1 - c1).add_(reference * (c1 * signal)).add_(noise * (a * sigma))
 
 
 class Fusion:
@@ -102,6 +109,8 @@ class Fusion:
     phase: the phase's number, which the jitter depends on.
     fresh_noise: whether the sampler adds noise of its own.
     cancelled: asked before every model call; if it says so, Cancelled is raised.
+    held: [B, 1, H, W] in 0..1, what c1 at least is there, at every step: 1 keeps the reference; nowhere unless given.
+        After Blended Latent Diffusion (arXiv 2206.02779), which so keeps what lies outside of a mask.
     view_batch: how many views go into a model call, learned over a whole job; this phase's own unless given.
     blur_taps: size of the Gaussian filter; the paper's 4 * dilation - 3 unless given.
     """
@@ -118,6 +127,7 @@ class Fusion:
         phase: int = 2,
         fresh_noise: bool = False,
         cancelled: Callable[[], bool] | None = None,
+        held: Tensor | None = None,
         view_batch: ViewBatch | None = None,
         blur_taps: int | None = None,
         t_max: int = T_MAX,
@@ -131,6 +141,7 @@ class Fusion:
         self.phase = phase
         self.fresh_noise = fresh_noise
         self.cancelled = cancelled
+        self.held = held
         self.view_batch = view_batch or ViewBatch(config.view_batch_size, reference.device)
         self.blur_taps = blur_taps if blur_taps is not None else 4 * dilation - 3
         self.t_max = t_max
@@ -142,7 +153,9 @@ class Fusion:
 
     def skip_residual_(self, x: Tensor, t: float, sigma: float, signal: float = 1.0) -> Tensor:
         """Blend x, the sampler's own state [B, C, H, W], in place with the noised reference (Eq. 4). See skip_residual_."""
-        c1 = weights_at(t, self.config, self.t_max).c1
+        c1: float | Tensor = weights_at(t, self.config, self.t_max).c1
+        if self.held is not None:
+            c1 = self.held.clamp_min(c1)
         return skip_residual_(x, self.reference, self.noise, c1, sigma, signal, self.fresh_noise)
 
     def views(self, t: float) -> list[View]:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.fusion import Fusion, match_moments
+from lib_demofusion.fusion import Fusion, gaussian_blur, match_moments
 from lib_demofusion.views import Size, dilated_views, local_views
+
+FLAT_SIGMA = 4  # pixels; half a latent pixel's side
 
 
 @dataclass(frozen=True)
@@ -185,39 +187,64 @@ def enlarge_latents(latents: Tensor, size: Size) -> Tensor:
     return F.interpolate(latents, size=size, mode="bicubic", align_corners=False)
 
 
-def enlarge_images(
-    decode: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tensor], latents: Tensor, size: Size, factor: int = 8
-) -> Tensor:
-    """[B, C, h, w] -> [B, C, *size], by way of images, one after the other.
+def enlarge(
+    latents: Tensor,
+    size: Size,
+    config: DemoFusionConfig,
+    decode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    factor: int = 8,
+) -> tuple[Tensor, Tensor | None]:
+    """A phase's latents [B, C, h, w] as the next one's reference, [B, C, *size], and where it is held, [B, 1, *size].
 
-    decode: latents [1, C, h, w] -> an image [1, 3, factor * h, factor * w] in -1..1; encode: the way back.
+    By way of images, one after the other, as far as the settings ask for these. decode: latents [1, C, h, w] -> an
+    image [1, 3, factor * h, factor * w] in -1..1; encode: the way back. None: held nowhere.
     """
-    enlarged = []
-    for z in latents.split(1):
-        image = F.interpolate(decode(z), size=[factor * side for side in size], mode="bicubic", align_corners=False)
-        enlarged.append(encode(image.clamp_(-1, 1)).to(latents))
-    return torch.cat(enlarged)
+    enlarged, held = [], []
+    for z in latents.split(1) if config.pixel_upsampling or config.hold_flat else ():
+        image = decode(z)
+        if config.hold_flat:
+            flat = flat_areas(image, config.hold_flat, factor)
+            held.append(F.interpolate(flat, size=size, mode="bilinear", align_corners=False).to(latents))
+        if config.pixel_upsampling:
+            image = F.interpolate(image, size=[factor * side for side in size], mode="bicubic", align_corners=False)
+            enlarged.append(encode(image.clamp_(-1, 1)).to(latents))
+    return torch.cat(enlarged) if enlarged else enlarge_latents(latents, size), torch.cat(held) if held else None
+
+
+def flat_areas(images: Tensor, contrast: float, factor: int = 8) -> Tensor:
+    """Where images [B, 3, factor * h, factor * w] in -1..1 are flat: [B, 1, h, w], from 0 at `contrast` (of 255) to 1 at none.
+
+    Contrast is the most that a channel of a pixel differs from its blur over FLAT_SIGMA pixels, so that a gradual
+    change has none; a latent pixel counts with its neighbours.
+    """
+    margin = math.ceil(3 * FLAT_SIGMA)
+    padded = F.pad(images, [margin] * 4, mode="replicate")
+    blurred = gaussian_blur(padded, 2 * margin + 1, FLAT_SIGMA)[..., margin:-margin, margin:-margin]
+    most = F.max_pool2d((images - blurred).abs().amax(1, keepdim=True), factor)
+    most = F.max_pool2d(most * 127.5, 3, stride=1, padding=1)
+    return 1 - (most / contrast).clamp(max=1)
 
 
 def upscale(
     plan: Plan,
     base: Tensor,
     noise: Callable[[Phase], Tensor],
-    denoise: Callable[[Phase, Tensor, Tensor], Tensor],
+    denoise: Callable[[Phase, Tensor, Tensor, Tensor | None], Tensor],
     finished: tuple[int, Tensor] | None = None,
-    enlarge: Callable[[Tensor, Size], Tensor] | None = None,
+    enlarge: Callable[[Tensor, Size], tuple[Tensor, Tensor | None]] | None = None,
 ) -> Iterator[tuple[Phase, Tensor]]:
     """The "upsample, diffuse, denoise" loop of Eq. 3: yields each phase after the base with its finished latents.
 
     base: [B, C, h, w], of the model or of a real image. noise: a phase's Gaussian noise, [B, C, H, W].
-    denoise: the host's sampler over one phase; gets the phase, the upsampled latents (Fusion's reference) and the
-    noise, returns the denoised latents. finished: the number of a phase and its latents, to go on after it.
-    enlarge: the upsampling of a phase's latents to the next one's size, the paper's bicubic one unless given.
+    denoise: the host's sampler over one phase; gets the phase, the upsampled latents (Fusion's reference), the noise
+    and where the reference is held (Fusion's held), returns the denoised latents. finished: the number of a phase and
+    its latents, to go on after it. enlarge: a phase's latents and the next one's size -> reference and held, as the
+    function `enlarge` makes them; the paper's bicubic reference, held nowhere, unless given.
     What was yielded is finished and stays so, whatever happens later.
     """
     number, latents = finished or (1, base)
-    enlarge = enlarge or enlarge_latents
     for phase in plan.phases[number:]:
-        reference = enlarge(latents, phase.size)
-        latents = match_moments(denoise(phase, reference, noise(phase)), base)
+        reference, held = enlarge(latents, phase.size) if enlarge else (enlarge_latents(latents, phase.size), None)
+        latents = match_moments(denoise(phase, reference, noise(phase), held), base)
         yield phase, latents

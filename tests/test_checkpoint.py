@@ -7,7 +7,9 @@ from PIL import ImageFilter
 from safetensors import safe_open
 
 from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import Fusion
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, generate, load_pipeline
+from lib_demofusion.phases import enlarge_latents, flat_areas
 from training.scenes import Scene, count_objects, object_mask, render, shrink, vocabulary
 from training.train import RECIPES, unet_stage
 
@@ -87,3 +89,23 @@ def test_demofusion_keeps_the_layout_and_adds_detail_where_direct_sampling_repea
     assert count_objects(np.asarray(base), scene) == 1
     assert count_objects(np.asarray(direct), scene) > 3
     assert detail(large) > 1.5 * detail(base.resize(large.size))
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a"])
+def test_flat_areas_are_held_and_the_rest_is_drawn(pipe, sampler, monkeypatch):
+    held, predict = [], Fusion.predict
+    monkeypatch.setattr(Fusion, "predict", lambda self, *args: held.append(self.held) or predict(self, *args))
+    off = {}
+    for contrast in (0.0, 6.0):
+        config = DemoFusionConfig(scale=2.0, hold_flat=contrast)
+        result = generate(pipe, "one red striped disc on night", config=config, seed=2, steps=16, sampler=sampler)
+        base, latents = (latents for _, latents in result.phases)
+        off[contrast] = (latents - enlarge_latents(base, (32, 32))).square().mean(1)[0].sqrt()
+    assert held[0] is None
+    image = torch.from_numpy(np.array(result.images(0)[0])).permute(2, 0, 1)[None] / 127.5 - 1
+    want = torch.nn.functional.interpolate(flat_areas(image, 6.0), size=(32, 32), mode="bilinear", align_corners=False)
+    assert (held[-1] - want).abs().max() < 0.2, "but for the whole numbers of the picture"
+    flat, drawn = want[0, 0] > 0.5, want[0, 0] == 0
+    assert min(flat.sum(), drawn.sum()) > 50
+    assert off[6.0][flat].mean() < 0.6 * off[0.0][flat].mean()
+    assert off[6.0][drawn].mean() > 0.85 * off[0.0][drawn].mean()

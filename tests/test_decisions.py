@@ -71,7 +71,7 @@ def test_the_global_step_predicts_from_the_blurred_latent_and_steps_from_the_sha
 def test_between_phases_latents_get_the_base_latents_moments_per_image():
     base = torch.randn(2, 4, 8, 8) * torch.tensor([1.0, 3.0])[:, None, None, None] + 1
     plan = make_plan((8, 8), 1, DemoFusionConfig(scale=3.0))
-    for _, latents in upscale(plan, base, lambda phase: torch.zeros(1), lambda phase, reference, noise: 7 * reference - 4):
+    for _, latents in upscale(plan, base, lambda phase: torch.zeros(1), lambda p, reference, n, held: 7 * reference - 4):
         torch.testing.assert_close(latents.std(dim=(1, 2, 3)), base.std(dim=(1, 2, 3)))
         torch.testing.assert_close(latents.mean(dim=(1, 2, 3)), base.mean(dim=(1, 2, 3)))
 
@@ -148,6 +148,19 @@ def test_samplers_that_add_fresh_noise_keep_the_states_noise_level(rho, c1, sign
         x = signal * shown + sigma * fresh
         skip_residual_(x, reference, noise, c1, sigma, signal)
         assert float(((x - signal * (c1 * reference + (1 - c1) * shown)) / sigma).std()) == pytest.approx(0.71, abs=0.02)
+
+
+def test_held_areas_leave_the_noise_level_of_the_rest_alone():
+    """A sampler's fresh noise in one half, the phase's own in the other, which is held."""
+    reference, noise, fresh = torch.randn(3, 1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    held = torch.zeros(1, 1, 64, 64)
+    held[..., :32] = 1
+    c1 = held.clamp_min(0.5)
+    x = reference + 3 * fresh.where(held == 0, noise)
+    skip_residual_(x, reference, noise, c1, 3.0, fresh_noise=True)
+    kept = (x - reference) / 3
+    torch.testing.assert_close(kept[..., :32], noise[..., :32])
+    assert float(kept[..., 32:].std()) == pytest.approx(1, abs=0.02)
 
 
 def test_samplers_that_add_fresh_noise_get_the_denoised_images_fused():

@@ -224,6 +224,18 @@ def test_the_skip_residual_is_eq_4_and_in_place():
     torch.testing.assert_close(x, want)
 
 
+def test_where_the_reference_is_held_the_skip_residual_is_at_least_that():
+    x, reference, noise = torch.randn(3, 1, 4, 8, 8)
+    held = torch.rand(1, 1, 8, 8)
+    fusion = Fusion(reference, noise, window=(4, 4), stride=(2, 2), dilation=2, config=DemoFusionConfig(scale=2.0), held=held)
+    c1 = weights_at(600.0, fusion.config).c1
+    assert (held < c1).any()
+    assert (held > c1).any()
+    weight = held.where(held > c1, c1)
+    want = weight * (reference + 2.5 * noise) + (1 - weight) * x
+    torch.testing.assert_close(fusion.skip_residual_(x, 600.0, 2.5), want)
+
+
 @settings(max_examples=40)
 @given(cases())
 def test_feathered_windows_that_agree_give_what_they_agree_on(case):

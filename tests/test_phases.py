@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
-from lib_demofusion.phases import Pace, clock_time, make_plan, phase_scales, upscale
+from lib_demofusion.phases import Pace, clock_time, enlarge, enlarge_latents, flat_areas, make_plan, phase_scales, upscale
 
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(2, 700), (3, 2400), (4, 5650)])
@@ -90,7 +90,7 @@ def run(plan, base, config, model=lambda crops, views: crops * 0.1, sigmas=(8.0,
             len(base), -1, -1, -1
         )
 
-    def denoise(phase, reference, n):
+    def denoise(phase, reference, n, held):
         fusion = Fusion(
             reference, n, window=plan.window, stride=plan.stride, dilation=phase.dilation, config=config, phase=phase.number
         )
@@ -132,7 +132,7 @@ def test_the_same_input_gives_the_same_picture_twice():
 def test_what_is_finished_stays_when_a_later_phase_fails():
     plan = make_plan((8, 8), 3, DemoFusionConfig(scale=3.0))
 
-    def denoise(phase, reference, noise):
+    def denoise(phase, reference, noise, held):
         if phase.number == 3:
             raise RuntimeError("out of memory")
         return reference
@@ -142,6 +142,71 @@ def test_what_is_finished_stays_when_a_later_phase_fails():
     with pytest.raises(RuntimeError, match="out of memory"):
         next(phases)
     assert (phase.number, tuple(latents.shape)) == (2, (1, 4, 16, 16))
+
+
+def square(contrast, side=24):
+    """A plain image [1, 3, 96, 96] that gets gradually lighter, with a square in its middle, checkered over 2 pixels."""
+    image = torch.linspace(-0.1, 0.1, 96).expand(1, 3, 96, 96).clone()
+    row = torch.arange(side) // 2 % 2
+    checkers = (row[:, None] ^ row) * 2 - 1
+    begin = (96 - side) // 2
+    image[..., begin : begin + side, begin : begin + side] += checkers * contrast / 127.5
+    return image
+
+
+def test_flat_is_what_differs_little_from_its_blur():
+    flat = flat_areas(square(6), 12.0)[0, 0]
+    assert flat.shape == (12, 12)
+    around = torch.ones(12, 12, dtype=torch.bool)
+    around[3:9, 3:9] = False  # the square's latent pixels and their neighbours
+    assert flat[around].min() > 0.95, "a gradual change is flat, up to the image's edge"
+    assert flat[4:8, 4:8] == pytest.approx(torch.full((4, 4), 0.5), abs=0.05), "half of the contrast that is let go"
+    assert flat_areas(square(24), 12.0)[0, 0, 3:9, 3:9].max() == 0
+
+
+def test_images_are_made_only_where_the_settings_ask_for_them():
+    latents, called = torch.randn(2, 4, 12, 12), []
+
+    def decode(z):
+        called.append("decode")
+        return square(24)
+
+    def encode(image):
+        called.append("encode")
+        return image.mean(1, keepdim=True).expand(1, 4, *image.shape[2:])[..., ::8, ::8]
+
+    for settings, calls in (
+        ({}, []),
+        ({"hold_flat": 6.0}, ["decode"]),
+        ({"pixel_upsampling": True}, ["decode", "encode"]),
+        ({"pixel_upsampling": True, "hold_flat": 6.0}, ["decode", "encode"]),
+    ):
+        called.clear()
+        reference, held = enlarge(latents, (18, 24), DemoFusionConfig(scale=2.0, **settings), decode, encode)
+        assert called == 2 * calls
+        assert reference.shape == (2, 4, 18, 24)
+        assert torch.equal(reference, enlarge_latents(latents, (18, 24))) == ("pixel_upsampling" not in settings)
+        if "hold_flat" not in settings:
+            assert held is None
+            continue
+        assert held.shape == (2, 1, 18, 24)
+        assert held[..., 9, 12].max() == 0
+        assert held[..., 0, 0].min() > 0.9
+
+
+def test_each_phase_gets_what_is_held_of_the_one_before():
+    seen = []
+    plan = make_plan((8, 8), 3, DemoFusionConfig(scale=3.0))
+
+    def denoise(phase, reference, noise, held):
+        seen.append(held)
+        return reference
+
+    def enlarged(latents, size):
+        return torch.zeros(1, 4, *size), torch.full((1, 1, *size), float(latents.shape[-1]))
+
+    list(upscale(plan, torch.randn(1, 4, 8, 8), lambda phase: torch.zeros(1), denoise, enlarge=enlarged))
+    assert [(tuple(held.shape), float(held.mean())) for held in seen] == [((1, 1, 16, 16), 8), ((1, 1, 24, 24), 16)]
 
 
 def test_the_pace_foresees_the_phases_from_the_one_before():

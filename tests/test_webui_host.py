@@ -14,7 +14,7 @@ import torch
 from readout import NODE, in_node
 
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.phases import fusion_for, make_plan, upscale
+from lib_demofusion.phases import flat_areas, fusion_for, make_plan, upscale
 from lib_demofusion.saved import read_saved
 
 STEPS = 4
@@ -153,7 +153,7 @@ def direct_run(models, base, sampler, scale, steps, cfg, seeds, jitter=True):
         noises = [math.sqrt(1 - kept[t]) for t in ts]
         signals = [math.sqrt(kept[t]) for t in ts]
 
-    def denoise(phase, reference, noise):
+    def denoise(phase, reference, noise, held):
         fusion = fusion_for(plan, phase, plan_config, reference, noise)
         x = fusion.noised_reference(noises[0], signals[0])
         for i, ((n, s), (n2, s2)) in enumerate(itertools.pairwise(zip(noises, signals))):
@@ -651,6 +651,19 @@ def test_phases_enlarged_as_images(host, monkeypatch):
     assert_same(last[1:], host.generate(True, 3, {"pixel_upsampling": True}, seed=2).latents[-1])
 
 
+def test_flat_areas_are_held(host, monkeypatch):
+    seen, model, blend = [], host.shared.sd_model, host.webui.Fusion.skip_residual_
+    monkeypatch.setattr(host.webui.Fusion, "skip_residual_", lambda self, *args: seen.append(self.held) or blend(self, *args))
+    before = snapshot(host)
+    reply = host.generate(True, 2, {"hold_flat": 50.0}, batch_size=2)
+    assert_as_before(host, before)
+    assert not torch.equal(reply.latents[-1], host.generate(True, 2, batch_size=2).latents[-1])
+    flat = flat_areas(torch.cat([model.decode_first_stage(z) for z in host.generate(batch_size=2).latents[0].split(1)]), 50.0)
+    want = torch.nn.functional.interpolate(flat, size=SIZES[2], mode="bilinear", align_corners=False)
+    assert 0 < float(want.mean()) < 1
+    torch.testing.assert_close(seen[0], want, rtol=0, atol=1e-2)
+
+
 def test_large_phases_are_encoded_in_tiles(host, decoder):
     """4x is 32 latent pixels, of which a tile holds 24."""
     sizes, encoder = [], host.shared.sd_model.first_stage_model.encoder
@@ -985,7 +998,7 @@ def test_the_consoles_bar_comes_to_its_end(host, batches):
 # ---------------------------------------------------------------------------------------------------- the form and the infotext
 
 
-FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2]
 
 
 def pasted(host, text):
@@ -1038,7 +1051,7 @@ def test_pasting_resets_what_is_the_papers(host):
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 14, ""]
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 15, ""]
 
 
 def test_img2img_has_no_form(host):

@@ -27,7 +27,7 @@ from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
 from lib_demofusion.memory import Needs, OutOfMemory, ViewBatch, call_bytes, check_fits, latents_bytes, picture_bytes
-from lib_demofusion.phases import Phase, Plan, enlarge_images, fusion_for, make_plan, upscale
+from lib_demofusion.phases import Phase, Plan, enlarge, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size, View
 
@@ -196,8 +196,7 @@ def generate(
             else:
                 base, done = run.base() if image is None else run.encode_image(image), None
                 run.finish(plan.phases[0], base)
-            enlarge = run.enlarge_images if config.pixel_upsampling else None
-            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, enlarge):
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
                 run.finish(phase, latents)
     except (Cancelled, KeyboardInterrupt) as error:
         raise Incomplete("stopped", run.result, cancelled=True) from error
@@ -429,9 +428,9 @@ class _Run:
         latents = _encode(self.pipe, self.pipe.image_processor.preprocess(image), (h, w))
         return latents.repeat(len(self.generators), 1, 1, 1)
 
-    def enlarge_images(self, latents: Tensor, size: Size) -> Tensor:
+    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
         decode, encode = (partial(code, self.pipe, base=self.plan.window) for code in (_decode, _encode))
-        return enlarge_images(decode, encode, latents, size, self.factor)
+        return enlarge(latents, size, self.config, decode, encode, self.factor)
 
     def noise(self, phase: Phase) -> Tensor:
         shape = (1, self.pipe.unet.config.in_channels, *phase.size)
@@ -450,7 +449,7 @@ class _Run:
 
         return self._sample(self.schedule, x, predict)
 
-    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor) -> Tensor:
+    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
         """Phases after the base: the same sampling, of the fused prediction, with the skip residual."""
         fusion = fusion_for(
             self.plan,
@@ -460,6 +459,7 @@ class _Run:
             noise,
             fresh_noise=self.sampler.fresh_noise,
             cancelled=self.cancelled,
+            held=held,
             view_batch=self.result.view_batch,
             t_max=self.phase_schedule.config.num_train_timesteps,
         )

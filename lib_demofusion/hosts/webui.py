@@ -32,7 +32,7 @@ from lib_demofusion import decode as tiles
 from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
 from lib_demofusion.memory import OutOfMemory, ViewBatch, check_fits, is_out_of_memory, latents_bytes
-from lib_demofusion.phases import Pace, Phase, Plan, clock_time, enlarge_images, fusion_for, make_plan, upscale
+from lib_demofusion.phases import Pace, Phase, Plan, clock_time, enlarge, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase, read_saved
 from lib_demofusion.views import Size, View, jitter_generator
 
@@ -153,6 +153,7 @@ ARGUMENTS = (
     "pixel_upsampling",
     "stride",
     "feather",
+    "hold_flat",
     "jitter",
     "alpha1",
     "alpha2",
@@ -400,8 +401,7 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
                 finished.append((plan.phases[done[0] - 1], done[1]))
             elif settings.save_phases:
                 _save(p, settings.config, plan, plan.phases[0], base, base)
-            enlarge = run.enlarge_images if settings.config.pixel_upsampling else None
-            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, enlarge):
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
                 finished.append((phase, latents))
                 if settings.save_phases and phase is not plan.phases[-1]:
                     _save(p, settings.config, plan, phase, latents, base)
@@ -596,16 +596,16 @@ class _Phases:
         )
         return p.rng.next()
 
-    def enlarge_images(self, latents: Tensor, size: Size) -> Tensor:
+    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
         model = self.p.sd_model
 
         def decode(z: Tensor) -> Tensor:
             return _decode(model, z, self.plan)[0].float()[None]
 
         with _autocast():
-            return enlarge_images(decode, lambda image: _encode(model, image, self.plan), latents, size, FACTOR)
+            return enlarge(latents, size, self.config, decode, lambda image: _encode(model, image, self.plan), FACTOR)
 
-    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor) -> Tensor:
+    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
         """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
         p = self.p
         shared.state.job = shared.state.textinfo = f"{NAME} phase {phase.number} of {len(self.plan.phases)}"
@@ -625,6 +625,7 @@ class _Phases:
             noise,
             fresh_noise=_adds_noise(p, sampler),
             cancelled=_stopped,
+            held=held,
             view_batch=self.view_batch,
         )
         denoiser = sampler.model_wrap_cfg

@@ -28,7 +28,7 @@ def main(out, scale, h, w, settings):
     arrays = {"base": base, "sigmas": run.phase_schedule.sigmas}
     with torch.inference_mode():
         run.encode_prompts(PROMPT, NEGATIVE)
-        for phase, latents in upscale(plan, base, lambda p: noises[p.number], run.denoise):
+        for phase, latents in upscale(plan, base, lambda p: noises[p.number], run.denoise, enlarge=run.enlarge):
             arrays[f"noise{phase.number}"] = noises[phase.number]
             arrays[f"latents{phase.number}"] = latents
     np.savez(out, **{name: array.numpy() for name, array in arrays.items()})

@@ -311,7 +311,7 @@ def test_script_info_shows_names_and_ranges(host):
     args = {a["label"]: a for a in info["args"]}
     assert [*args][:2] == ["DemoFusion", "Scale"]
     assert (args["Scale"]["minimum"], args["Scale"]["maximum"], args["Scale"]["value"]) == (1.05, 8, 4.0)
-    assert len(args) == 16
+    assert len(args) == 17
 
 
 @pytest.mark.parametrize(

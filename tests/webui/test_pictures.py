@@ -120,6 +120,14 @@ def test_phases_enlarged_as_images(host):
     assert not torch.allclose(host.latents(True, 3, seed=2), singles[1], atol=1e-2)
 
 
+def test_flat_areas_are_held(host):
+    settings = {"hold_flat": 20.0}
+    batch = host.latents(True, 3, settings, batch_size=2)
+    singles = [host.latents(True, 3, settings, seed=seed) for seed in (1, 2)]
+    assert same_but_for_rounding(batch, torch.cat(singles))
+    assert not torch.allclose(host.latents(True, 3, seed=2), singles[1], atol=1e-2)
+
+
 def test_large_phases_are_encoded_in_tiles(host, monkeypatch):
     settings, job = {"pixel_upsampling": True}, dict(width=128, height=128, steps=2)
     whole = host.latents(True, 3, settings, **job)

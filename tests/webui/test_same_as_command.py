@@ -14,10 +14,11 @@ REFERENCE = Path(__file__).with_name("reference.py")
 
 
 LATE = {"denoising_strength": 0.6, "stride": 0.75, "feather": True}
+FLAT = {"hold_flat": 50.0}
 
 
 @pytest.mark.parametrize(
-    ("scale", "h", "w", "settings"), [(2, 16, 16, {}), (3, 16, 16, {}), (2, 16, 24, {}), (2, 16, 24, LATE)]
+    ("scale", "h", "w", "settings"), [(2, 16, 16, {}), (3, 16, 16, {}), (2, 16, 24, {}), (2, 16, 24, LATE), (2, 16, 16, FLAT)]
 )
 def test_same_latents_as_the_command(host, options, monkeypatch, tmp_path, scale, h, w, settings):
     out = tmp_path / "reference.npz"
