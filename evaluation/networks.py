@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.train import cosine_lr
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def fit(network: nn.Module, loss: Callable[[], Tensor], steps: int, weight_decay: float) -> None:
@@ -28,7 +31,7 @@ def save(network: nn.Module, file: Path) -> None:
     save_file({name: value.half().contiguous() for name, value in network.state_dict().items()}, file)
 
 
-def load(network: nn.Module, file: Path) -> None:
-    """A file's weights, of any precision, and no more training."""
+def load(network: Network, file: Path) -> Network:
+    """The network with a file's weights, of any precision, and no more training."""
     network.load_state_dict({name: value.float() for name, value in load_file(file).items()})
-    network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)

@@ -128,9 +128,7 @@ def train(scenes: int = SCENES, steps: int = STEPS) -> Reader:
 
 def load(file: Path = WEIGHTS) -> Reader:
     """The reader that is part of the repository, or another file's."""
-    reader = Reader()
-    networks.load(reader, file)
-    return reader
+    return networks.load(Reader(), file)
 
 
 def main() -> None:

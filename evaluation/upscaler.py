@@ -76,9 +76,7 @@ def train(scenes: int = SCENES, steps: int = STEPS) -> Upscaler:
 
 def load(file: Path = WEIGHTS) -> Upscaler:
     """The upscaler that is part of the repository, or another file's."""
-    upscaler = Upscaler()
-    networks.load(upscaler, file)
-    return upscaler
+    return networks.load(Upscaler(), file)
 
 
 @torch.no_grad()
