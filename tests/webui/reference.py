@@ -24,6 +24,7 @@ def main(out, scale, h, w, settings):
     run = diffusers._Run(pipe, plan, config, diffusers.SAMPLERS["Euler"], STEPS, CFG, [0], None, None, None)
     generator = torch.Generator().manual_seed(7)
     base = torch.randn(1, 4, h, w, generator=generator)
+    base[..., : w // 2] = 0  # a plain half
     noises = {p.number: torch.randn(1, 4, *p.size, generator=generator) for p in plan.phases[1:]}
     arrays = {"base": base, "sigmas": run.phase_schedule.sigmas}
     with torch.inference_mode():

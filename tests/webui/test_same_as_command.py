@@ -14,7 +14,7 @@ REFERENCE = Path(__file__).with_name("reference.py")
 
 
 LATE = {"denoising_strength": 0.6, "stride": 0.75, "feather": True}
-FLAT = {"hold_flat": 50.0}
+FLAT = {"hold_flat": 10.0}
 
 
 @pytest.mark.parametrize(
