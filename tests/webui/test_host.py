@@ -271,7 +271,7 @@ def test_nan_keeps_the_last_good_phase(host, monkeypatch):
 # ------------------------------------------------------------------------------------------------- settings and infotext
 
 
-FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2]
 
 
 def test_the_infotext_makes_the_same_picture_again(host):
@@ -297,13 +297,13 @@ def test_pasting_restores_the_form_exactly(host):
 def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])
     values = [values[control] for control in host.script.controls[:-2]]
-    assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, True, 3.0, 1.0, 1.0, 1.0, 0]
+    assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, 0.0, True, 3.0, 1.0, 1.0, 1.0, 0]
 
 
 def test_an_image_made_without_unticks_it(host):
     values = pasted(host, host.generate().infotexts[0])
     assert values[host.script.controls[0]] is False
-    assert list(values.values())[1:] == [*[None] * 13, ""]
+    assert list(values.values())[1:] == [*[None] * 14, ""]
 
 
 def test_script_info_shows_names_and_ranges(host):
@@ -403,7 +403,7 @@ def test_previews_have_the_pictures_proportions(host, options, kind, content, sa
 def test_xyz_plot_over_our_settings(host, calls):
     plot = host.scripts.scripts_txt2img.script("x/y/z plot")
     labels = [option.label for option in plot.current_axis_options]
-    assert sum(label.startswith("[DemoFusion]") for label in labels) == 14
+    assert sum(label.startswith("[DemoFusion]") for label in labels) == 15
     x, y = labels.index("[DemoFusion] scale"), labels.index("[DemoFusion] jitter")
     args = [x, "2,3", [], y, "", ["True", "False"], 0, "", [], False, True, False, False, False, False, False, 0, False]
     reply = host.generate(script_name="x/y/z plot", script_args=args)
