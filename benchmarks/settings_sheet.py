@@ -13,13 +13,14 @@ from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import generate, load_pipeline
 
 PROMPT, SEED, STEPS = "two blue striped rings on sand", 3, 20
-ROWS = {  # setting -> values, the paper's in the middle, and 1 for the last
+ROWS = {  # setting -> values, the paper's among them
     "alpha1": (1.0, 3.0, 8.0),
     "alpha2": (0.3, 1.0, 5.0),
     "alpha3": (0.3, 1.0, 5.0),
     "blur_sigma": (0.3, 1.0, 3.0),
     "stride": (0.25, 0.5, 1.0),
     "denoising_strength": (0.3, 0.6, 1.0),
+    "hold_flat": (0.0, 6.0, 20.0),
 }
 
 
