@@ -1144,7 +1144,7 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
     host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
     host.script_callbacks.before_ui_callback()
-    assert len(plot.axis_options) == 14
+    assert len(plot.axis_options) == 15
     axes = {axis.label: axis for axis in plot.axis_options}
 
     p = host.processing_for()
