@@ -31,8 +31,8 @@ SHOWN = 6  # rows of a sheet
 TRUE_RENDERS = 1000  # that pictures are compared with
 
 
-def section(title: str, size: str, tasks: list[Task], judge, out: Path) -> Iterator[str]:
-    """The report's lines on one table at one size, and its plot and sheet beside it."""
+def section(title: str, size: str, tasks: list[Task], judge, out: Path, arithmetic: str) -> Iterator[str]:
+    """The report's lines on one table at one size, and its plot and sheet beside it. arithmetic: the UNet's."""
     table, count = TABLES[title], len(tasks)
     bases = [read(task, "base") for task in tasks]
     rows, shown = {}, {"base": [picture.image for picture in bases[:SHOWN]]}
@@ -47,7 +47,7 @@ def section(title: str, size: str, tasks: list[Task], judge, out: Path) -> Itera
     stem = f"{title}-{size.split(',')[0]}".lower()
     report.sheet(shown, [task.caption for task in tasks[:SHOWN]]).save(out / f"{stem}.jpg", quality=85)
     report.plot(rows, out / f"{stem}.svg")
-    yield f"## {title}, {size}\n\n{table.about} {count} prompts, {tasks[0].steps} steps.\n"
+    yield f"## {title}, {size}\n\n{table.about} {count} prompts, {tasks[0].steps} steps, the UNet in {arithmetic}.\n"
     yield from (lines + "\n" for lines in report.tables(rows, table.against))
     yield f"![Quality against evaluations]({out.name}/{stem}.svg)\n\n![Pictures]({out.name}/{stem}.jpg)\n"
 
@@ -82,6 +82,7 @@ def main() -> None:
     add("--layout", choices=LAYOUTS, default="anywhere", help="of the scenes that it was trained on (default: %(default)s)")
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    add("--openvino", action="store_true", help="the UNet by OpenVINO, in bfloat16 (pip install openvino); on a CPU")
     add("--workers", type=int, default=0, help="default: one for each CPU core; one on a GPU")
     add("--build", type=Path, default=Path("build/evaluation"))
     add("-o", type=Path, default=Path("docs/evaluation.md"))
@@ -94,6 +95,8 @@ def main() -> None:
     given = [args.inception, args.clip, args.captions, args.real]
     if any(given) and not all(given):
         parser.error("--inception, --clip, --captions and --real belong together")
+    if args.openvino and (args.device, args.dtype) != ("cpu", "float32"):
+        parser.error("--openvino is for a CPU, and has a dtype of its own; leave --device and --dtype out")
     run(args)
 
 
@@ -110,7 +113,9 @@ def run(args: argparse.Namespace) -> None:
 
     model = args.model or str(EMBEDDED_CHECKPOINT)
     name = f"{Path(model).name}-{zlib.crc32(model.encode()):08x}" if args.model else "embedded"
-    kept = args.build / f"{name}-{steps}"
+    arithmetic = "bfloat16, by OpenVINO" if args.openvino else args.dtype
+    suffix = "-openvino" if args.openvino else "" if args.dtype == "float32" else f"-{args.dtype}"
+    kept = args.build / f"{name}-{steps}{suffix}"
     tasks = {
         size: [Task(kept / size, i, subject, SIZES[size], steps, methods) for i, subject in enumerate(subjects)]
         for size in sizes
@@ -119,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_draw:
         todo = [task for row in zip(*tasks.values()) for task in row if task.missing(task.methods)]
         workers = args.workers or (os.cpu_count() or 1 if args.device == "cpu" else 1)
-        starting = partial(start, model, args.device, args.dtype)
+        starting = partial(start, model, args.device, args.dtype, args.openvino)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), starting) as pool:
             list(tqdm(pool.map(draw, todo), "pictures", len(todo), dynamic_ncols=True))
 
@@ -142,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
             else:
                 real = 200 if args.quick else TRUE_RENDERS
                 judges[size] = SceneJudge(readers.load(), picture.shape[:2], real, args.layout)
-        text += section(title, size, own, judges[size], folder)
+        text += section(title, size, own, judges[size], folder, arithmetic)
     out.write_text("\n".join(text))
     print(out)
 

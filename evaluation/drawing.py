@@ -87,13 +87,17 @@ def methods_at(size: str, titles: Iterable[str]) -> tuple[str, ...]:
 _pipe = None  # of a worker
 
 
-def start(model: str, device: str, dtype: str) -> None:
+def start(model: str, device: str, dtype: str, openvino: bool = False) -> None:
     """A worker begins: one thread each on a CPU, since the views of a small model keep no more busy."""
     global _pipe
     warnings.simplefilter("ignore", FutureWarning)
     if device == "cpu":
         torch.set_num_threads(1)
     _pipe = load_pipeline(model, device, getattr(torch, dtype))
+    if openvino:
+        from evaluation.openvino import compile_unet
+
+        compile_unet(_pipe.unet)
 
 
 def draw(task: Task) -> int:

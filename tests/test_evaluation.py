@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from stand_ins import make_stand_ins
 from tiny import tiny_pipeline
@@ -158,7 +159,50 @@ def test_the_report(checkpoint, tmp_path, monkeypatch):
     for path in (tmp_path / "build").rglob("0003/Turbo*.json"):
         path.unlink()
     text = evaluate(checkpoint, tmp_path, monkeypatch, "--no-draw")
-    assert text.count("\n## Presets, ") == text.count(" 3 prompts, 2 steps.") == 3, "those that every method has a picture of"
+    complete = text.count(" 3 prompts, 2 steps, the UNet in float32.")
+    assert text.count("\n## Presets, ") == complete == 3, "those that every method has a picture of"
+
+
+@pytest.fixture
+def openvino():
+    pytest.importorskip("openvino", reason="it needs OpenVINO: pip install openvino")
+    from evaluation import openvino
+
+    return openvino
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd2"])
+def test_a_unet_by_openvino_gives_what_torch_gives(openvino, kind):
+    plain, other = (make_job(tiny_pipeline(kind, 16), "one red ring", 3, SCALE, STEPS) for _ in range(2))
+    openvino.compile_unet(other.pipe.unet, "f32")
+    called = []
+    other.pipe.unet.mid_block.register_forward_hook(lambda *_: called.append(True))
+    for name in ("DemoFusion", "Turbo", "ScaleCrafter", "Hires. fix, Lanczos 0.5"):
+        made, expected = (METHODS[name](job).image.astype(int) for job in (other, plain))
+        assert np.abs(made - expected).max() <= 1, name
+    assert called, "to be compiled"
+    called.clear()
+    METHODS["Turbo"](other)
+    assert not called, "torch's modules, once it is compiled"
+
+
+def test_the_report_of_pictures_by_openvino(openvino, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.__main__.TRUE_RENDERS", 40)
+    text = evaluate(checkpoint, tmp_path, monkeypatch, "--tables", "Presets", "--sizes", "4x", "--openvino")
+    assert " 4 prompts, 2 steps, the UNet in bfloat16, by OpenVINO." in text
+    [kept] = (tmp_path / "build").iterdir()
+    assert kept.name.endswith("-2-openvino"), "beside those by torch"
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path, monkeypatch, "--openvino", "--dtype", "float16")
+
+
+def test_what_openvino_cannot_run_is_refused(openvino):
+    with pytest.raises(ValueError, match="conditioned by text alone"):
+        openvino.compile_unet(tiny_pipeline("sdxl", 8).unet)
+    unet = tiny_pipeline("sd15", 8).unet
+    openvino.compile_unet(unet)
+    with pytest.raises(ValueError, match="different texts"):
+        unet(torch.zeros(3, 4, 8, 8), 1, torch.randn(3, 77, 16))
 
 
 def test_the_papers_own_metrics_in_the_report(checkpoint, tmp_path, monkeypatch):

@@ -368,7 +368,7 @@ class _Run:
         self.progress = progress
         self.cancelled = cancelled or (lambda: False)
         self.finished = finished
-        self.device = pipe.unet.device
+        self.device, self.dtype = pipe.unet.device, pipe.unet.dtype  # asked once: diffusers looks at every module for it
         self.factor = pipe.vae_scale_factor
         self.schedule = self._schedule(steps)
         self.phase_schedule = self._schedule(config.phase_steps or steps, sampler.phase_settings)
@@ -510,7 +510,7 @@ class _Run:
             pooled = self.pooled.repeat_interleave(rows, 0)
             extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.to(self.device, pooled.dtype)}
         output = unet(
-            x.repeat(branches, 1, 1, 1).to(unet.dtype),
+            x.repeat(branches, 1, 1, 1).to(self.dtype),
             t,
             encoder_hidden_states=self.embeds.repeat_interleave(rows, 0),
             return_dict=False,
