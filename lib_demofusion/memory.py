@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 V = TypeVar("V")
 
@@ -151,9 +150,10 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        old = {storage._cdata for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}
-        for storage in map(_storage, tree_leaves(out)):
-            if storage is not None and storage._cdata not in old and storage._cdata not in self._alive:
+        old = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        for x in _tensors(out):
+            storage = x.untyped_storage()
+            if storage._cdata not in old and storage._cdata not in self._alive:
                 self._alive[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -164,8 +164,22 @@ class Meter(TorchDispatchMode):
         self.now -= self._alive.pop(key)
 
 
-def _storage(value: Any) -> Any:
-    return value.untyped_storage() if isinstance(value, Tensor) else None
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _on_meta(value: Any) -> Any:
+    """A value with its tensors, in nested lists, tuples and dicts, as shapes alone."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {key: _on_meta(item) for key, item in value.items()}
+    return type(value)(map(_on_meta, value)) if type(value) in (list, tuple) else value
 
 
 class _Call(nn.Module):
@@ -187,8 +201,7 @@ def call_bytes(module: nn.Module, function: Callable, *args: Any, **kwargs: Any)
     call = _Call(module, function)
     weights = {name: x.to("meta") for name, x in (*call.named_parameters(), *call.named_buffers())}
     with torch.inference_mode(), Meter() as meter:
-        args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
-        torch.func.functional_call(call, weights, args, kwargs)
+        torch.func.functional_call(call, weights, *_on_meta((args, kwargs)))
     return meter.peak
 
 
