@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+try:  # not among torch's public names; without them check_meter says so, and all else goes on
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:
+    StorageWeakRef, TorchDispatchMode = object, nullcontext
 
 V = TypeVar("V")
 
@@ -145,23 +151,38 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, int] = {}  # storage -> bytes
+        self.peak = 0
+        self._sizes: dict[StorageWeakRef, int] = {}  # of the storages that were alive when last looked at
+
+    @property
+    def now(self) -> int:
+        self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
+        return sum(self._sizes.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        old = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
-        for x in _tensors(out):
-            storage = x.untyped_storage()
-            if storage._cdata not in old and storage._cdata not in self._alive:
-                self._alive[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
+        old = {StorageWeakRef(x.untyped_storage()) for x in _tensors((args, kwargs))}
+        for storage in (x.untyped_storage() for x in _tensors(out)):
+            ref = StorageWeakRef(storage)
+            if ref not in old and ref not in self._sizes:
+                self._sizes[ref] = storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata)
         return out
 
-    def _gone(self, key: int) -> None:
-        self.now -= self._alive.pop(key)
+
+@functools.cache
+def check_meter() -> None:
+    """Raises RuntimeError, one line, if Meter does not count right with this version of torch: then it knows nothing."""
+    with torch.inference_mode(), Meter() as meter:
+        x = torch.empty(1000, dtype=torch.uint8, device="meta")
+        del x
+        x, view = torch.empty(2000, dtype=torch.uint8, device="meta"), None
+        x, view = x + x, x[1:]
+        counts = [meter.now]
+        del x, view
+        counts += [meter.now, meter.peak]
+    if counts != [4000, 0, 4000]:
+        raise RuntimeError(f"torch {torch.__version__} does not tell what its tensors take")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -196,8 +217,9 @@ def call_bytes(module: nn.Module, function: Callable, *args: Any, **kwargs: Any)
     """The most bytes that are alive during function(*args, **kwargs), its arguments included and module's weights not.
 
     function: what it computes with are its arguments and the module. Nothing is computed: weights and arguments are taken
-    as shapes alone.
+    as shapes alone. Raises RuntimeError, one line, where that cannot be told.
     """
+    check_meter()
     call = _Call(module, function)
     weights = {name: x.to("meta") for name, x in (*call.named_parameters(), *call.named_buffers())}
     with torch.inference_mode(), Meter() as meter:

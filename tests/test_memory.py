@@ -1,5 +1,7 @@
 """View batches that size themselves, on machines made up for the test."""
 
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -9,7 +11,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from lib_demofusion.memory import Meter, OutOfMemory, ViewBatch, call_bytes, check_fits, free_memory, is_out_of_memory
+from lib_demofusion.memory import (
+    Meter,
+    OutOfMemory,
+    ViewBatch,
+    call_bytes,
+    check_fits,
+    check_meter,
+    free_memory,
+    is_out_of_memory,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOMY = 10**12
@@ -223,6 +234,51 @@ def test_the_meter_counts_what_is_alive():
         assert meter.now == 4000
         del z
         assert (meter.now, meter.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_meter_counts_each_storage_once_however_it_is_handed_on(device):
+    with Meter() as meter:
+        x = torch.zeros(1000, device=device)
+        pair = torch.chunk(x, 2)  # views
+        x = {"all": [x * 2, (x + 1,)]}["all"]
+        assert meter.now == 12000
+        del pair
+        assert meter.now == 8000
+        for _ in range(50):  # places of dead storages are taken again
+            y = x[0] + 1
+            del y
+        assert (meter.now, meter.peak) == (8000, 12000)
+
+
+def test_a_meter_that_counts_wrong_says_that_it_does_not_know(monkeypatch):
+    module = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(Meter, "now", 0)
+    check_meter.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="^torch .* does not tell what its tensors take$"):
+            call_bytes(module, module, torch.zeros(1, 2))
+    finally:
+        check_meter.cache_clear()
+    monkeypatch.undo()
+    assert call_bytes(module, module, torch.zeros(1, 2)) == 2 * 8
+
+
+WITHOUT_PRIVATE_NAMES = """
+import torch
+del torch.utils._python_dispatch.TorchDispatchMode
+from lib_demofusion import memory
+try:
+    memory.call_bytes(torch.nn.Linear(2, 2), torch.nn.Identity(), torch.zeros(1, 2))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_torch_without_private_names_loads_all_and_knows_no_bytes():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PRIVATE_NAMES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "does not tell what its tensors take" in done.stdout
 
 
 def test_a_call_is_measured_without_being_made():
