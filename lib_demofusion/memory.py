@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ try:  # not among torch's public names; without them check_meter says so, and al
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError:
-    StorageWeakRef, TorchDispatchMode = object, nullcontext
+    StorageWeakRef, TorchDispatchMode = object, ExitStack  # a mode that sees nothing
 
 V = TypeVar("V")
 
