@@ -12,7 +12,13 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 OUT ?= out
 
-.PHONY: demo test lint bench bench-decode bench-memory performance sheet settings-sheet evaluate train clean webui test-webui bench-webui export-webui
+# An environment of the oldest versions, with Python 3.10, the WebUI's, where there is one (pyenv's included), else PYTHON.
+PYTHON_OLDEST ?= $(or $(shell PYENV_VERSION=3.10 python3.10 -c "import sys; print(sys.executable)" 2>/dev/null),$(PYTHON))
+VENV_OLDEST ?= .venv-oldest
+RUN_OLDEST = $(VENV_OLDEST)/bin/python
+READY_OLDEST = $(VENV_OLDEST)/.ready
+
+.PHONY: demo test test-oldest lint bench bench-decode bench-memory performance sheet settings-sheet evaluate train clean webui test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -22,6 +28,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest
+
+test-oldest: $(READY_OLDEST)
+	$(RUN_OLDEST) -m pytest $(TESTS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -74,9 +83,14 @@ export-webui: $(READY)
 	$(RUN) -m training.export_webui $(or $(WEBUI_MODELS),$(error set WEBUI_MODELS to the folder to write to))
 
 clean:
-	rm -rf $(VENV) $(OUT) training/build build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) $(OUT) training/build build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(READY_OLDEST): pyproject.toml constraints-oldest.txt
+	$(PYTHON_OLDEST) -m venv $(VENV_OLDEST)
+	$(RUN_OLDEST) -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[dev]"
 	@touch $@

@@ -1,18 +1,16 @@
 """The fused prediction, blur, moments and skip residual, with drawn shapes and toy models."""
 
 import math
-import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import conv2d
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Cancelled, Fusion, gaussian_blur, hann_weights, match_moments, pad_edges, skip_residual_
-from lib_demofusion.memory import OutOfMemory
+from lib_demofusion.memory import Meter, OutOfMemory
 from lib_demofusion.schedule import cosine_decay, weights_at
 
 torch.manual_seed(0)
@@ -151,38 +149,12 @@ def test_cosine_decay_falls_from_one_to_zero():
     assert values == sorted(values)
 
 
-class LiveMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.sizes = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor.untyped_storage())
-        return out
-
-    def _watch(self, storage):
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key):
-        self.live -= self.sizes.pop(key, 0)
-
-
 def test_extra_memory_is_a_handful_of_latents_however_many_views_there_are():
     handfuls = []
     for dilation in (2, 6):  # 13 and 157 views
         x = torch.randn(1, 4, 16 * dilation, 16 * dilation)
         fusion = fusion_for(x, (16, 16), dilation, (8, 8), view_batch_size=1)
-        with LiveMemory() as memory:
+        with Meter() as memory:
             fusion.predict(x, 500.0, lambda crops, views: crops)
         handfuls.append(memory.peak / x.untyped_storage().nbytes())
     assert handfuls[1] <= handfuls[0] <= 12
