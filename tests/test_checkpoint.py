@@ -5,13 +5,14 @@ import pytest
 import torch
 from PIL import ImageFilter
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, generate, load_pipeline
 from lib_demofusion.phases import enlarge_latents, flat_areas
 from training.scenes import Scene, count_objects, object_mask, render, shrink, vocabulary
-from training.train import RECIPES, unet_stage
+from training.train import RECIPES, name_as_published, unet_stage
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,29 @@ def test_it_is_at_most_10_mb_of_half_precision_safetensors():
     for path in weights:
         with safe_open(path, "pt") as file:
             assert all(file.get_tensor(key).dtype in (torch.float16, torch.int64) for key in file.keys())  # noqa: SIM118
+
+
+def test_every_weight_in_its_files_is_read_by_this_version_and_no_other_is_made_up(pipe):
+    """transformers 4 and 5 name a text encoder's weights otherwise, and a name that is not known is a random weight."""
+    for part in ("text_encoder", "unet", "vae"):
+        [path] = (EMBEDDED_CHECKPOINT / part).glob("*.safetensors")
+        kept = {name.removeprefix("text_model."): value for name, value in load_file(path).items()}
+        used = {name.removeprefix("text_model."): value for name, value in getattr(pipe, part).state_dict().items()}
+        used.pop("embeddings.position_ids", None)  # a count, which some versions keep
+        assert used.keys() == kept.keys()
+        assert all(torch.equal(value, kept[name].float()) for name, value in used.items())
+
+
+def test_its_text_encoder_has_the_names_that_all_versions_read(tmp_path):
+    [path] = (EMBEDDED_CHECKPOINT / "text_encoder").glob("*.safetensors")
+    weights = load_file(path)
+    assert all(name.startswith("text_model.") for name in weights)
+    newer = tmp_path / "model.safetensors"
+    save_file({name.removeprefix("text_model."): value for name, value in weights.items()}, newer)
+    name_as_published(newer)
+    again = load_file(newer)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
 def test_it_is_of_its_recipe_and_the_second_one_of_another(pipe):

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -320,6 +321,12 @@ def make_unet(build: Path, recipe: Recipe) -> None:
     (build / "unet.tmp").rename(build / "unet")
 
 
+def name_as_published(path: Path) -> None:
+    """Text encoder weights under the names that all versions of transformers read; 5 writes others, which 4 takes for none."""
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+
+
 def export(build: Path, out: Path) -> None:
     """The checkpoint as fp16 safetensors in diffusers' format."""
     unet_folder = build / "unet" if (build / "unet").exists() else build / "unet.tmp"
@@ -336,6 +343,7 @@ def export(build: Path, out: Path) -> None:
         requires_safety_checker=False,
     )
     pipe.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)
+    name_as_published(out / "text_encoder" / "model.safetensors")
     for path in out.rglob("config.json"):  # where it was built is nobody's business
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
