@@ -336,11 +336,12 @@ def test_a_single_file_is_handed_to_the_diffusers_pipeline_of_its_kind(key, kind
     assert got == [(str(path), torch.float32)]
 
 
-def test_models_load_from_a_folder_and_what_is_none_is_refused(sd15, tmp_path):
+def test_models_load_from_a_folder_and_what_is_none_is_refused(tmp_path):
+    sd15 = tiny_pipeline("sd15")  # load_pipeline changes the memory format of what it is handed, which 0.30 does not save
     sd15.save_pretrained(tmp_path / "folder")
     loaded = load_pipeline(tmp_path / "folder")
     a, b = (generate(pipe, "one red ring", config=TWICE, steps=2).phases[-1][1] for pipe in (sd15, loaded))
-    assert torch.equal(a, b)
+    assert float((a - b).abs().max() / a.std()) < 1e-3, "its memory format differs, and so may the last bits"
     with pytest.raises(ValueError, match="no such checkpoint"):
         load_pipeline(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="has no model_index.json"):
@@ -391,7 +392,7 @@ def test_a_batch_is_decoded_image_by_image_and_in_tiles_as_whole(monkeypatch):
     tiled = [np.asarray(image, dtype=np.int16) for image in decode_latents(pipe, latents, (8, 8))]
     assert rows.count((1, 4, 26, 40)) == 2  # once per image, up to the latents' resolution
     assert len(rows) > 2 * (1 + 6)
-    assert max(abs(a - b).max() for a, b in zip(tiled, whole)) <= 1
+    assert max(abs(a - b).max() for a, b in zip(tiled, whole)) <= 2  # torch 2.1 rounds by 2
     assert abs(whole[0] - whole[1]).max() > 20
 
 
@@ -413,12 +414,13 @@ def test_diffusers_own_tiling_is_left_alone_where_the_user_has_enabled_it(monkey
     monkeypatch.setattr(tiles, "decode", None)
     monkeypatch.setattr(tiles, "encode", None)
     calls = []
-    for name in ("tiled_decode", "_tiled_encode"):
+    encode = next(name for name in ("_tiled_encode", "tiled_encode") if hasattr(pipe.vae, name))  # renamed in 0.31
+    for name in ("tiled_decode", encode):
         method = getattr(pipe.vae, name)
         monkeypatch.setattr(pipe.vae, name, lambda *a, name=name, method=method, **k: calls.append(name) or method(*a, **k))
     decode_latents(pipe, torch.randn(1, 4, 26, 30), (8, 8))
     generate(pipe, "", config=TWICE, steps=1, image=Image.new("RGB", (256, 256)))
-    assert calls == ["tiled_decode", "_tiled_encode"]
+    assert calls == ["tiled_decode", encode]
 
 
 def test_a_batch_goes_on_from_a_saved_phase(sd15):

@@ -348,6 +348,10 @@ def export(build: Path, out: Path) -> None:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n")
+    path = out / "scheduler" / "scheduler_config.json"  # what other schedulers need, without what older diffusers do not know
+    config = {**json.loads(path.read_text()), "clip_sample": False}
+    config = {key: value for key, value in config.items() if key not in ("use_beta_sigmas", "use_exponential_sigmas")}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (out / "vocabulary.txt").write_text("\n".join(vocabulary()) + "\n")
 
 

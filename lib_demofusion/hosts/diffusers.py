@@ -9,14 +9,15 @@ diffusers is imported only when something here is called.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
+import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -26,50 +27,48 @@ from torch import Tensor
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
+from lib_demofusion.hosts.diffusers_checkpoints import EMBEDDED_CHECKPOINT, check_parts, default_device, load_pipeline
+from lib_demofusion.hosts.diffusers_schedules import (
+    SAMPLERS,
+    Sampler,
+    check_scheduler,
+    check_steps,
+    draws_noise,
+    make_schedule,
+    prediction_type,
+    sampler_named,
+    sigma_at,
+    take_steps,
+)
+from lib_demofusion.hosts.prompts import as_webui_prompt, check_syntax
 from lib_demofusion.memory import Needs, OutOfMemory, ViewBatch, call_bytes, check_fits, latents_bytes, picture_bytes
 from lib_demofusion.phases import Phase, Plan, enlarge, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size, View
 
-EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoint"
+__all__ = [
+    "EMBEDDED_CHECKPOINT",
+    "SAMPLERS",
+    "Incomplete",
+    "Result",
+    "Sampler",
+    "as_webui_prompt",
+    "check_prompt",
+    "check_syntax",
+    "decode_latents",
+    "default_device",
+    "generate",
+    "load_pipeline",
+    "needs",
+    "plan_for",
+    "sampler_named",
+    "unet_inputs",
+]
 
-
-@dataclass(frozen=True)
-class Sampler:
-    """A diffusers scheduler and what the method must know of it.
-
-    variance_preserving: its x is sqrt(alphas_cumprod) * z + sqrt(1 - alphas_cumprod) * n, instead of z + sigma * n.
-    fresh_noise: it adds noise of its own. calls: model predictions for steps, some of them skipped. phase_settings: what the
-    scheduler needs besides in the phases after the base.
-    """
-
-    scheduler: str
-    variance_preserving: bool = False
-    fresh_noise: bool = False
-    calls: Callable[[int, int], int] = lambda steps, skipped: steps - skipped
-    phase_settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-SAMPLERS = {
-    "Euler": Sampler("EulerDiscreteScheduler"),
-    "Euler a": Sampler("EulerAncestralDiscreteScheduler", fresh_noise=True),
-    "DDIM": Sampler("DDIMScheduler", variance_preserving=True),
-    "DPM++ 2M": Sampler("DPMSolverMultistepScheduler", variance_preserving=True),
-    "Heun": Sampler("HeunDiscreteScheduler", calls=lambda steps, skipped: 2 * (steps - skipped) - 1),
-    "LCM": Sampler("LCMScheduler", variance_preserving=True, fresh_noise=True),
-    # UniPC's corrector takes its step again from the state before the skip residual, which would undo it.
-    "UniPC": Sampler(
-        "UniPCMultistepScheduler", variance_preserving=True, phase_settings={"disable_corrector": list(range(1000))}
-    ),
-}
-
-
-def sampler_named(name: str) -> str:
-    """The key in SAMPLERS of a sampler by the WebUI's name or the diffusers class. Raises ValueError if there is none."""
-    for label, sampler in SAMPLERS.items():
-        if name in (label, sampler.scheduler):
-            return label
-    raise ValueError(f"no sampler called {name!r}; there are: {', '.join(SAMPLERS)}")
+LARGEST_SEED = 2**63 - 1
+# One lock for each network that is in use, so that pipelines which share one wait for each other too.
+_LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 
 
 class Incomplete(Exception):
@@ -99,56 +98,6 @@ class Result:
         return decode_latents(self.pipe, self.phases[index][1], self.plan.window)
 
 
-def load_pipeline(model: str | Path = EMBEDDED_CHECKPOINT, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline from a diffusers folder, a single .safetensors or .ckpt file, or a hub name; loading is diffusers' own.
-
-    Raises ValueError, one line, if there is nothing to load or the device is not there.
-    """
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    _check_device(device)
-    path = Path(model)
-    single = path.suffix in (".safetensors", ".ckpt")
-    far = not path.is_absolute() and not str(model).startswith(".") and len(path.parts) == 2  # may be a hub name
-    if single and not path.is_file() or not path.exists() and not far:
-        raise ValueError(f"no such checkpoint: {model}")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ValueError(f"{model} is not a diffusers folder: it has no model_index.json")
-    try:
-        if single:
-            kind = StableDiffusionXLPipeline if _is_sdxl(path) else StableDiffusionPipeline
-            pipe = kind.from_single_file(str(path), torch_dtype=dtype)
-        else:
-            pipe = DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype)
-    except Exception as error:  # a broken file surfaces as nearly any type
-        raise ValueError(f"{model} cannot be loaded: {first_line(error)}") from error
-    pipe.set_progress_bar_config(disable=True)
-    if device == "cpu" and getattr(pipe, "unet", None) is not None:
-        pipe.unet.to(memory_format=torch.channels_last)  # 1.2 to 1.4 times as fast there
-    return pipe.to(device)
-
-
-def _is_sdxl(path: Path) -> bool:
-    if path.suffix != ".safetensors":
-        return False
-    from safetensors import safe_open
-
-    with safe_open(str(path), "pt") as file:
-        return any(key.startswith("conditioner.embedders.") for key in file.keys())  # noqa: SIM118, it is no dict
-
-
-def default_device() -> str:
-    """The fastest device that is here."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device} is not available here; {default_device()} is") from error
-
-
 def generate(
     pipe: Any,
     prompt: str,
@@ -169,42 +118,122 @@ def generate(
 ) -> Result:
     """Images of config.scale times height x width (pixels; the model's own size unless given).
 
+    prompt: plain text; what only the WebUI understands in one, weights for instance, is refused. negative_prompt: none
+    if it is empty or None; SDXL checkpoints then have zeros for it where their config says so, as in diffusers.
     seed: one for one image, several for a batch; each image depends on its own seed alone. cfg_scale 1: no guidance,
     half the model calls. image: a PIL image to start from instead of the model's own base; height and width then
     are the image's unless given. progress: called after every model call with the phase and the views just done.
     cancelled: asked before every model call. finished: called after each phase, with the result so far and what it
     takes to go on from there. resume: such a phase, to go on after it; the other settings must be those it was made with.
 
+    A pipeline serves one job at a time: from several threads, a job waits until the one before it is done.
+
     Raises ValueError, one line, before anything is computed, if a setting cannot work; Incomplete, with what was
-    finished, if it was cancelled or failed later.
+    finished, if it was cancelled or failed later, whatever the reason, which is its __cause__.
     """
-    _check_pipeline(pipe)
-    check_prompt(pipe, prompt, "prompt")
-    check_prompt(pipe, negative_prompt, "negative prompt")
-    seeds = [seed] if isinstance(seed, int) else list(seed)
     plan = plan_for(pipe, config, height=height, width=width, steps=steps, cfg_scale=cfg_scale, sampler=sampler, image=image)
+    negative_prompt = "" if negative_prompt is None else negative_prompt
+    for text, name in ((prompt, "prompt"), (negative_prompt, "negative prompt")):
+        check_prompt(pipe, text, name)
+        check_syntax(text, name)
+    seeds = _seeds(seed)
+    for name, callback in (("progress", progress), ("cancelled", cancelled), ("finished", finished)):
+        if callback is not None and not callable(callback):
+            raise ValueError(f"{name} must be a function, got a {type(callback).__name__}")
     if resume is not None:
-        _check_resume(resume, plan, len(seeds))
+        _check_resume(resume, plan, len(seeds), pipe.unet.config.in_channels)
+    if image is not None:
+        image = _plain_image(image)
     last = plan.phases[-1]
-    check_fits(last.size, last.scale, pipe.device, pipe.unet.config.in_channels, len(seeds), pipe.vae_scale_factor)
-    run = _Run(pipe, plan, config, SAMPLERS[sampler_named(sampler)], steps, cfg_scale, seeds, progress, cancelled, finished)
-    try:
-        with torch.inference_mode():
-            run.encode_prompts(prompt, negative_prompt)
-            if resume is not None:
-                base, done = run.take_up(resume)
-            else:
-                base, done = run.base() if image is None else run.encode_image(image), None
-                run.finish(plan.phases[0], base)
-            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
-                run.finish(phase, latents)
-    except (Cancelled, KeyboardInterrupt) as error:
-        raise Incomplete("stopped", run.result, cancelled=True) from error
-    except OutOfMemory as error:
-        raise Incomplete(str(error), run.result) from error
-    except (RuntimeError, FloatingPointError) as error:
-        raise Incomplete(f"failed: {first_line(error)}", run.result) from error
+    with _one_at_a_time(pipe):
+        device = _device(pipe, pipe.unet)
+        check_fits(last.size, last.scale, device, pipe.unet.config.in_channels, len(seeds), pipe.vae_scale_factor)
+        steps, sampler = int(steps), SAMPLERS[sampler_named(sampler)]
+        run = _Run(pipe, plan, config, sampler, steps, float(cfg_scale), seeds, progress, cancelled, finished)
+        try:
+            with torch.inference_mode():
+                run.encode_prompts(prompt, negative_prompt)
+                if resume is not None:
+                    base, done = run.take_up(resume)
+                else:
+                    base, done = run.base() if image is None else run.encode_image(image), None
+                    run.finish(plan.phases[0], base)
+                for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
+                    run.finish(phase, latents)
+        except (Cancelled, KeyboardInterrupt, SystemExit) as error:
+            raise Incomplete("stopped", run.result, cancelled=True) from error
+        except OutOfMemory as error:
+            raise Incomplete(str(error), run.result) from error
+        except Exception as error:  # the model's, or of one of the caller's own functions
+            kind = "" if isinstance(error, (RuntimeError, FloatingPointError)) else f"{type(error).__name__}: "
+            raise Incomplete(f"failed: {kind}{first_line(error)}", run.result) from error
+        finally:
+            pipe.maybe_free_model_hooks()  # where it is offloaded, all of it is again
     return run.result
+
+
+@contextmanager
+def _one_at_a_time(pipe: Any) -> Iterator[None]:
+    """Waits until no other thread uses the pipeline's networks."""
+    with ExitStack() as stack:
+        for network in sorted((pipe.unet, pipe.vae), key=id):  # all wait in one order
+            with _LOCKS_LOCK:
+                lock = _LOCKS.setdefault(network, threading.RLock())
+            stack.enter_context(lock)
+        yield
+
+
+def _device(pipe: Any, network: Any) -> torch.device:
+    """Where a network computes, which is not where it lies if it is offloaded."""
+    return torch.device(pipe._execution_device) if _offloaded(network) else network.device  # it has no public name
+
+
+def _offloaded(network: Any) -> bool:
+    """Whether accelerate or diffusers moves it, or its layers, to where they compute and back."""
+    return any(hasattr(module, hook) for module in network.modules() for hook in ("_hf_hook", "_diffusers_hook"))
+
+
+def _whole_number(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """A whole number of whatever type, numpy's too. Raises ValueError, one line, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {_short(value)}")
+    if value < low or high is not None and value > high:
+        raise ValueError(f"{name} must be at least {low}{f' and at most {high}' if high is not None else ''}, got {int(value)}")
+    return int(value)
+
+
+def _short(value: Any) -> str:
+    """A value for a line of text."""
+    return repr(value) if isinstance(value, (int, float, str)) and len(repr(value)) < 40 else f"a {type(value).__name__}"
+
+
+def _seeds(seed: Any) -> list[int]:
+    if isinstance(seed, Real):
+        return [_whole_number(seed, "seed", 0, LARGEST_SEED)]
+    if isinstance(seed, (str, bytes, Mapping)) or not hasattr(seed, "__iter__"):
+        raise ValueError(f"the seed must be a whole number or several, got {_short(seed)}")
+    seeds = [_whole_number(s.item() if isinstance(s, Tensor) and s.ndim == 0 else s, "seed", 0, LARGEST_SEED) for s in seed]
+    if not seeds:
+        raise ValueError("there is no seed; give one for each image")
+    return seeds
+
+
+def _plain_image(image: Any) -> Any:
+    """A PIL image as RGB. Raises ValueError, one line, for another object and for what RGB would lose."""
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"the image must be a PIL image, got a {type(image).__name__}; Image.open makes one of a file")
+    if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
+        raise ValueError(f"the image is {image.mode}; convert it to plain RGB first")
+    try:
+        image.load()
+        may_be_clear = image.mode not in ("1", "L", "RGB") or "transparency" in image.info
+        if may_be_clear and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            raise ValueError("the image has transparency; put it on a background first")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except OSError as error:  # Pillow reads a file when it is asked for its pixels
+        raise ValueError(f"the image cannot be read: {first_line(error)}") from error
 
 
 def plan_for(
@@ -219,20 +248,18 @@ def plan_for(
     image: Any = None,
 ) -> Plan:
     """The plan that `generate` follows with the same settings. Raises ValueError, one line, if one cannot work."""
+    _check_pipeline(pipe)
+    if not isinstance(config, DemoFusionConfig):
+        raise ValueError(f"config must be a DemoFusionConfig, got a {type(config).__name__}")
     sampler = sampler_named(sampler)
-    if not math.isfinite(cfg_scale) or cfg_scale < 1:
+    steps = _whole_number(steps, "steps", 1)
+    if isinstance(cfg_scale, bool) or not isinstance(cfg_scale, Real) or not math.isfinite(cfg_scale):
+        raise ValueError(f"CFG scale must be a number, got {_short(cfg_scale)}")
+    if cfg_scale < 1:
         raise ValueError(f"CFG scale must be at least 1, got {cfg_scale:g}")
     factor = pipe.vae_scale_factor
-    native = pipe.unet.config.sample_size
-    native = (native, native) if isinstance(native, int) else native
-    own = (image.height, image.width) if image is not None else (native[0] * factor, native[1] * factor)
-    size = (height or own[0], width or own[1])
-    multiple = factor * 2 ** (len(pipe.unet.config.down_block_types) - 1)
-    for name, value in zip(("height", "width"), size):
-        if value % factor:
-            near = max(round(value / multiple), 1) * multiple
-            raise ValueError(f"{name} must be divisible by {factor}, got {value}; {near} is near")
-    return make_plan(
+    size = _base_size(pipe, None if image is None else _plain_image(image), height, width)
+    plan = make_plan(
         (size[0] // factor, size[1] // factor),
         steps,
         config,
@@ -240,6 +267,34 @@ def plan_for(
         calls=SAMPLERS[sampler].calls,
         from_image=image is not None,
     )
+    if image is None:
+        check_steps(pipe.scheduler, sampler, steps)
+    phase, name = plan.phases[-1], "phase steps" if config.phase_steps else "steps"
+    check_steps(pipe.scheduler, sampler, phase.steps, name, SAMPLERS[sampler].phase_settings, phase.skipped)
+    return plan
+
+
+def _base_size(pipe: Any, image: Any, height: Any, width: Any) -> Size:
+    """The base's (height, width) in pixels: as given, else the image's, else the model's own."""
+    factor = pipe.vae_scale_factor
+    native = pipe.unet.config.sample_size
+    if image is not None:
+        own = (image.height, image.width)
+    elif native is not None:
+        own = [side * factor for side in ((native, native) if isinstance(native, int) else native)]
+    elif height is None or width is None:
+        raise ValueError("this checkpoint does not say its own size; give height and width")
+    else:
+        own = (height, width)
+    multiple = factor * 2 ** (len(pipe.unet.config.down_block_types) - 1)
+    size = []
+    for name, value in zip(("height", "width"), (own[0] if height is None else height, own[1] if width is None else width)):
+        value = _whole_number(value, name, 1)
+        if value % factor:
+            near = max(round(value / multiple), 1) * multiple
+            raise ValueError(f"{name} must be divisible by {factor}, got {value}; {near} is near")
+        size.append(value)
+    return tuple(size)
 
 
 def unet_inputs(unet: Any, rows: int, size: Size, device: str) -> tuple[Tensor, dict[str, Any]]:
@@ -255,65 +310,112 @@ def unet_inputs(unet: Any, rows: int, size: Size, device: str) -> tuple[Tensor, 
 
 
 def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1) -> Needs:
-    """The memory that a job takes with so many views a call, as foreseen from the shapes of what is computed."""
+    """The memory that a job takes with so many views a call, as foreseen from the shapes of what is computed.
+
+    Raises RuntimeError, one line, for an offloaded pipeline: which networks it holds at a time is not known here.
+    """
+    if _offloaded(pipe.unet) or _offloaded(pipe.vae):
+        raise RuntimeError("the pipeline is offloaded")
     unet, vae, size = pipe.unet, pipe.vae, plan.phases[-1].size
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     weights = sum(x.nbytes for module in modules for x in (*module.parameters(), *module.buffers()))
     latents = images * latents_bytes(size, unet.config.in_channels)
     x, conditions = unet_inputs(unet, images * plan.branches * view_batch, plan.window, "meta")
     call = call_bytes(unet, unet, x, 0, return_dict=False, **conditions)
-    tile = tiles.tile_for(vae.decoder, pipe.device, plan.window, pipe.vae_scale_factor)
+    tile = tiles.tile_for(vae.decoder, _device(pipe, vae), plan.window, pipe.vae_scale_factor)
+    if not tiles.group_norms(vae.decoder):  # its tiles share nothing
+        size = tuple(min(side, tile) for side in size)
+    elif not _tileable(vae.decoder):
+        tile = max(size)
     z = torch.empty(1, vae.config.latent_channels, *size, dtype=torch.float32 if _overflows(vae) else vae.dtype, device="meta")
     decoding = tiles.decoding_bytes(lambda z: vae.decode(z, return_dict=False)[0], z, vae.decoder, vae, tile)
+    size = plan.phases[-1].size
     return Needs(weights, call + latents, decoding, picture_bytes(size, pipe.vae_scale_factor))
 
 
 def _check_pipeline(pipe: Any) -> None:
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        raise ValueError(f"{type(pipe).__name__} has no UNet; use a Stable Diffusion 1.x, 2.x or XL checkpoint")
-    if unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise ValueError("this checkpoint's UNet takes more than latents (inpainting, for one); use a text-to-image one")
-    if unet.config.time_cond_proj_dim is not None:
-        raise ValueError("this checkpoint has its guidance distilled into it; use it as a LoRA, or another checkpoint")
-    if pipe.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise ValueError(f"prediction type {pipe.scheduler.config.prediction_type} is not known; epsilon and v_prediction are")
+    check_parts(pipe)
+    check_scheduler(pipe.scheduler)
 
 
-def _check_resume(saved: SavedPhase, plan: Plan, images: int) -> None:
+def _check_resume(saved: Any, plan: Plan, images: int, channels: int) -> None:
+    """Raises ValueError, one line, if a saved phase, which is one by itself, does not belong to the plan."""
+    if not isinstance(saved, SavedPhase):
+        raise ValueError(f"resume must be a SavedPhase, got a {type(saved).__name__}")
+    if saved.made_by != "command":
+        raise ValueError(f"the phase was saved by {saved.made_by}, whose noise cannot be repeated here")
     if saved.number >= len(plan.phases):
         raise ValueError(f"phase {saved.number} is saved, and there is none after it")
-    sizes = [(images, *plan.phases[number - 1].size) for number in (1, saved.number)]
-    if [(len(x), *x.shape[-2:]) for x in (saved.base, saved.latents)] != sizes:
+    sizes = [(images, channels, *plan.phases[number - 1].size) for number in (1, saved.number)]
+    if [saved.base.shape, saved.latents.shape] != sizes:
         raise ValueError("the saved phase is of other sizes than these settings make")
 
 
 def check_prompt(pipe: Any, prompt: str, name: str) -> None:
-    """Raises ValueError, one line, if one of the pipeline's tokenizers would cut the prompt off."""
+    """Raises ValueError, one line, if one of the pipeline's tokenizers cannot take the prompt, or would cut it off.
+
+    A textual inversion counts as many tokens as it has vectors.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"the {name} must be a text, got a {type(prompt).__name__}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is no valid Unicode: {prompt[error.start : error.end]!a}") from error
     for tokenizer in filter(None, (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))):
-        tokens, most = len(tokenizer(prompt, truncation=False).input_ids), tokenizer.model_max_length
+        whole = pipe.maybe_convert_prompt(prompt, tokenizer)
+        tokens, most = len(tokenizer(whole, truncation=False).input_ids), tokenizer.model_max_length
         if tokens > most:
             raise ValueError(f"the {name} is too long: {tokens - 2} tokens, {most - 2} at most; shorten it")
 
 
 def decode_latents(pipe: Any, latents: Tensor, base: Size) -> list:
-    """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder; in tiles, if they are larger than the base."""
+    """Latents [B, C, h, w] as PIL images, through the pipeline's autoencoder; in tiles, if they are larger than the base.
+
+    The pipeline's watermark and safety checker see them as in its own call; a warning says if the latter took one.
+    """
     from PIL import Image
 
     images = []
-    with torch.inference_mode():
-        for z in latents.split(1):
-            # As the pipeline's own postprocess, in place: it would make several copies of what may be a huge image.
-            pixels = _decode(pipe, z, base).div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-            images.append(Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy()))
+    with torch.inference_mode(), _one_at_a_time(pipe):
+        try:
+            for z in latents.split(1):
+                # As the pipeline's own postprocess, in place: it would make several copies of what may be a huge image.
+                pixels = _marked(pipe, _decode(pipe, z, base))
+                pixels = pixels.div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+                images.append(_screened(pipe, Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())))
+        finally:
+            pipe.maybe_free_model_hooks()
     return images
+
+
+def _marked(pipe: Any, image: Tensor) -> Tensor:
+    """An image [1, 3, H, W] in -1..1 with the pipeline's watermark, if it has one."""
+    watermark = getattr(pipe, "watermark", None)
+    return image if watermark is None else watermark.apply_watermark(image)
+
+
+def _screened(pipe: Any, image: Any) -> Any:
+    """A PIL image as the pipeline's safety checker lets it pass, if it has one."""
+    if getattr(pipe, "safety_checker", None) is None:
+        return image
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(image, dtype=np.float32)[None] / 255
+    passed, flagged = pipe.run_safety_checker(pixels, _device(pipe, pipe.unet), pipe.unet.dtype)
+    if not np.any(flagged):
+        return image
+    line = "the checkpoint's safety checker did not let a picture pass; pipe.safety_checker = None takes it off"
+    warnings.warn(line, stacklevel=2)
+    return Image.fromarray((np.asarray(passed[0]) * 255).round().astype(np.uint8))
 
 
 def _decode(pipe: Any, latents: Tensor, base: Size) -> Tensor:
     """Latents [1, C, h, w] as an image [1, 3, H, W] in about -1..1, float32 on the CPU."""
     vae = pipe.vae
     with _enough_precision(vae):
-        z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        z = _unscaled(vae, latents.to(_device(pipe, vae), vae.dtype))
         pixels = _in_tiles(tiles.decode, pipe, vae.decoder, lambda z: vae.decode(z).sample, z, base)
     if not torch.isfinite(pixels).all():
         raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
@@ -323,19 +425,56 @@ def _decode(pipe: Any, latents: Tensor, base: Size) -> Tensor:
 def _encode(pipe: Any, image: Tensor, base: Size) -> Tensor:
     """An image [1, 3, H, W] in -1..1 as latents [1, C, h, w], float32, on the autoencoder's device."""
     vae = pipe.vae
+
+    def encode(x: Tensor) -> Tensor:
+        encoded = vae.encode(x)
+        return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+
     with _enough_precision(vae):
-        pixels = image.to(vae.device, vae.dtype)
-        latents = _in_tiles(tiles.encode, pipe, vae.encoder, lambda x: vae.encode(x).latent_dist.mode(), pixels, base)
-    return (latents * vae.config.scaling_factor).float()
+        pixels = image.to(_device(pipe, vae), vae.dtype)
+        latents = _in_tiles(tiles.encode, pipe, vae.encoder, encode, pixels, base)
+    return _scaled(vae, latents).float()
+
+
+def _moments(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The mean and spread of the autoencoder's latents, [1, C, 1, 1] each; None if its config does not have both."""
+    moments = [vae.config.get(key) for key in ("latents_mean", "latents_std")]
+    return None if None in moments else tuple(torch.tensor(m).view(1, -1, 1, 1).to(like) for m in moments)
+
+
+def _scaled(vae: Any, latents: Tensor) -> Tensor:
+    """What the autoencoder gives, as the UNet takes it."""
+    moments = _moments(vae, latents)
+    if moments is None:
+        return latents * vae.config.scaling_factor
+    return (latents - moments[0]) * vae.config.scaling_factor / moments[1]
+
+
+def _unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Inverse of _scaled."""
+    moments = _moments(vae, latents)
+    if moments is None:
+        return latents / vae.config.scaling_factor
+    return latents * moments[1] / vae.config.scaling_factor + moments[0]
 
 
 def _in_tiles(tiled: Callable, pipe: Any, network: Any, function: Callable[[Tensor], Tensor], x: Tensor, base: Size) -> Tensor:
     """function(x), through tiles.decode or tiles.encode, unless the user has set up diffusers' own tiling."""
-    if getattr(pipe.vae, "use_tiling", False):
+    if getattr(pipe.vae, "use_tiling", False) or not _tileable(network):
         return function(x)
     factor = pipe.vae_scale_factor
     tile = tiles.tile_for(network, x.device, base, factor)
     return tiled(function, x, network, factor=factor, tile=tile)
+
+
+def _tileable(network: Any) -> bool:
+    """Whether our tiles can run an encoder or a decoder: not one of unknown layout, nor one offloaded layer by layer."""
+    if _offloaded(network):
+        return False
+    try:
+        return bool(tiles.resamplers(network))
+    except ValueError:
+        return not tiles.group_norms(network)  # nothing that tiles must share
 
 
 def _overflows(vae: Any) -> bool:
@@ -368,7 +507,7 @@ class _Run:
         self.progress = progress
         self.cancelled = cancelled or (lambda: False)
         self.finished = finished
-        self.device, self.dtype = pipe.unet.device, pipe.unet.dtype  # asked once: diffusers looks at every module for it
+        self.device, self.dtype = _device(pipe, pipe.unet), pipe.unet.dtype  # asked once: that looks at every module
         self.factor = pipe.vae_scale_factor
         self.schedule = self._schedule(steps)
         self.phase_schedule = self._schedule(config.phase_steps or steps, sampler.phase_settings)
@@ -377,15 +516,7 @@ class _Run:
         self.result = Result(plan, pipe, [], ViewBatch(config.view_batch_size, self.device))
 
     def _schedule(self, steps: int, settings: Mapping[str, Any] = MappingProxyType({})) -> Any:
-        import diffusers
-
-        kind = getattr(diffusers, self.sampler.scheduler)
-        # The fused prediction is noise whatever the model predicts, since the dilated views see another x.
-        schedule = kind.from_config(self.pipe.scheduler.config, prediction_type="epsilon", **settings)
-        schedule.set_timesteps(steps, device=self.device)
-        if self._sigma(schedule, 0) > 1e4:  # zero terminal SNR; schedulers that can take it stop at 4096
-            raise ValueError("this checkpoint starts at infinite noise, which this sampler divides by; use Euler")
-        return schedule
+        return make_schedule(self.pipe.scheduler, self.sampler, steps, settings, self.device)
 
     def finish(self, phase: Phase, latents: Tensor) -> None:
         if not torch.isfinite(latents).all():
@@ -403,7 +534,7 @@ class _Run:
         numbers = dict.fromkeys((1, saved.number))
         self.result.phases = [(self.plan.phases[n - 1], saved.base if n == 1 else saved.latents) for n in numbers]
         self.result.evaluations = self.plan.evaluations_to(saved.number)
-        return saved.base.to(self.device), (saved.number, saved.latents.to(self.device))
+        return saved.base.to(self.device).float(), (saved.number, saved.latents.to(self.device).float())
 
     def encode_prompts(self, prompt: str, negative_prompt: str) -> None:
         """Embeddings by branch of guidance, the negative prompt's first: [branches, tokens, channels]."""
@@ -413,7 +544,7 @@ class _Run:
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
-            negative_prompt=negative_prompt if guided else None,
+            negative_prompt=(negative_prompt or None) if guided else None,  # none, and the checkpoint says what that is
         )
         # (embeds, negative embeds), and for SDXL (..., pooled, negative pooled)
         pairs = [torch.cat([negative, own]) if guided else own for own, negative in zip(encoded[::2], encoded[1::2])]
@@ -457,7 +588,7 @@ class _Run:
             self.config,
             reference,
             noise,
-            fresh_noise=self.sampler.fresh_noise,
+            fresh_noise=draws_noise(self.sampler, self.phase_schedule),
             cancelled=self.cancelled,
             held=held,
             view_batch=self.result.view_batch,
@@ -470,7 +601,7 @@ class _Run:
             return fusion.predict(x, float(t), lambda crops, views: self._model(phase, crops, views, t, sigma), levels[0])
 
         first = phase.skipped * self.phase_schedule.order
-        x = fusion.noised_reference(*self._levels(self._sigma(self.phase_schedule, first)))
+        x = fusion.noised_reference(*self._levels(sigma_at(self.phase_schedule, first)))
         return self._sample(self.phase_schedule, x, predict, first)
 
     def _levels(self, sigma: float) -> tuple[float, float]:
@@ -478,25 +609,9 @@ class _Run:
         signal = 1 / math.sqrt(1 + sigma * sigma) if self.sampler.variance_preserving else 1.0
         return sigma * signal, signal
 
-    @staticmethod
-    def _sigma(schedule: Any, index: int) -> float:
-        """The noise level, over the signal, at a step."""
-        if hasattr(schedule, "sigmas"):
-            return float(schedule.sigmas[index])
-        kept = float(schedule.alphas_cumprod[int(schedule.timesteps[index])])
-        return math.sqrt((1 - kept) / kept) if kept else math.inf
-
-    def _sample(self, template: Any, x: Tensor, predict: Callable[[Tensor, Tensor, float], Tensor], first: int = 0) -> Tensor:
-        """x from the first of the schedule's timesteps that is not skipped to the end."""
-        schedule = copy.deepcopy(template)  # multistep ones keep a history; it ends with the phase
-        if first and hasattr(schedule, "set_begin_index"):  # DDIM's goes by the timesteps alone
-            schedule.set_begin_index(first)
-        extra = {"generator": self.generators} if "generator" in inspect.signature(schedule.step).parameters else {}
-        for index, t in enumerate(schedule.timesteps[first:], start=first):
-            schedule.scale_model_input(x, t)  # some warn if they are not asked; _model scales each crop itself
-            eps = predict(x, t, self._sigma(schedule, index))
-            x = schedule.step(eps, t, x, return_dict=False, **extra)[0]
-        return x
+    def _sample(self, schedule: Any, x: Tensor, predict: Callable[[Tensor, Tensor, float], Tensor], first: int = 0) -> Tensor:
+        generators = self.generators if draws_noise(self.sampler, schedule) else None
+        return take_steps(schedule, x, predict, first, generators)
 
     def _model(self, phase: Phase, crops: Tensor, views: Sequence[View], t: Tensor, sigma: float) -> Tensor:
         """The guided noise in crops [len(views) * B, C, h, w] at noise level sigma."""
@@ -519,7 +634,7 @@ class _Run:
         self.result.evaluations += len(output) // len(self.generators)
         if self.progress is not None:
             self.progress(phase, len(views))
-        if self.pipe.scheduler.config.get("prediction_type", "epsilon") == "v_prediction":
+        if prediction_type(self.pipe.scheduler) == "v_prediction":
             output = (output + sigma * x.repeat(branches, 1, 1, 1)) / math.sqrt(1 + sigma * sigma)
         if branches == 1:
             return output
