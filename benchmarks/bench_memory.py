@@ -49,7 +49,9 @@ def sampling_peak(pipe, scale: float, batch: int) -> int:
         else:
             last = plan.phases[-2]
             state = torch.Generator().get_state()[None]
-            before = SavedPhase(last.number, torch.randn(1, 4, *last.size), torch.randn(1, 4, *plan.window), "command", state)
+            base = torch.randn(1, 4, *plan.window)
+            latents = base if last.number == 1 else torch.randn(1, 4, *last.size)
+            before = SavedPhase(last.number, latents, base, "command", state)
             generate(pipe, "", config=config, steps=1, resume=before)
     return meter.peak
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -89,9 +88,10 @@ class DemoFusionConfig:
                 number = "a whole number" if kind is int else "a number"
                 raise ValueError(f"{meta['label']} must be {number}, got {value!r}")
             low, high, above = meta["low"], meta["high"], meta["above"]
-            if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            if not low <= value <= high or (above and value == low):  # NaN is not between either
                 bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-                raise ValueError(f"{meta['label']} must be {bounds}, got {value:g}")
+                text = f"{value:g}" if isinstance(value, float) else f"{value}"  # a float cannot hold every whole number
+                raise ValueError(f"{meta['label']} must be {bounds}, got {text}")
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> DemoFusionConfig:
@@ -145,5 +145,5 @@ def _parse(text: str, default: Any, label: str) -> Any:
         if isinstance(default, bool):
             return {"True": True, "False": False}[text]
         return type(default)(text)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError):
         raise ValueError(f"{label} cannot be read from {text!r}") from None

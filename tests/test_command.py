@@ -1,11 +1,16 @@
 """The command: what it writes, what it refuses, and what is left when it is stopped."""
 
+import dataclasses
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +19,17 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from tiny import tiny_pipeline
 
-from lib_demofusion import __version__
-from lib_demofusion.__main__ import main, suffixed
+import lib_demofusion
+from lib_demofusion import __version__, job
+from lib_demofusion.__main__ import main
+from lib_demofusion.arguments import parse, resumed
 from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.files import suffixed
 from lib_demofusion.fusion import Fusion
 from lib_demofusion.saved import SavedPhase
+
+# For a process of its own: the package that is tested, whether or not one is installed.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(lib_demofusion.__file__).parent.parent)}
 
 
 @pytest.fixture(scope="session")
@@ -221,11 +232,11 @@ main(sys.argv[1:])
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M"])
 def test_a_killed_job_goes_on_from_its_last_phase(run, model, sampler):
     """kill -9 in phase 3; the picture is that of the job that was left alone, and so is what it says of itself."""
-    job = ["one red ring", "--negative-prompt", "star", "--scale", "3", "--seed", "5", "--sampler", sampler, "--stride", "0.4"]
-    *_, whole = run(*job, "--compare", output="whole.png")
+    args = ["one red ring", "--negative-prompt", "star", "--scale", "3", "--seed", "5", "--sampler", sampler, "--stride", "0.4"]
+    *_, whole = run(*args, "--compare", output="whole.png")
     killed = whole.with_name("killed.png")
-    job += ["--model", model, "--steps", "3", "--device", "cpu", "--save-phases", "-o", str(killed)]
-    process = subprocess.Popen([sys.executable, "-c", STUCK, *job], stderr=subprocess.DEVNULL)
+    args += ["--model", model, "--steps", "3", "--device", "cpu", "--save-phases", "-o", str(killed)]
+    process = subprocess.Popen([sys.executable, "-c", STUCK, *args], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     while not suffixed(killed, "phase2").exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -301,6 +312,30 @@ def test_what_cannot_be_resumed(run, tmp_path, capsys):
         (["ring", "--image", "/nowhere/in.png"], "no such image: /nowhere/in.png"),
         (["ring", "--dtype", "int8"], "argument --dtype: invalid choice"),
         (["ring", "--device", "warp"], "device warp is not available here"),
+        (["ring", "--cfg-scale", "inf"], "CFG scale must be at least 1"),
+        (["ring", "--scale", "nan"], "scale must be above 1 and at most 8, got nan"),
+        (["ring", "--scale", "-inf"], "scale must be above 1 and at most 8, got -inf"),
+        (["ring", "--scale", "1e999"], "scale must be above 1 and at most 8, got inf"),
+        (["ring", "--size", "0x0"], "scale must be above 1"),
+        (["ring", "--size", "9" * 400 + "x8"], "argument --size: must be like 1024x768"),
+        (["ring", "--size", "２x２"], "argument --size: must be like 1024x768"),
+        (["ring", "--seed", "9" * 400], "seed is too large; use one below"),
+        (["ring", "--seed", str(2**63 - 1), "--batch-count", "2"], "the last image's seed is too large"),
+        (["ring", "--batch-count", "9" * 400], "batch count is too large"),
+        (["ring", "--width", "8" + "0" * 400], "width is too large"),
+        (["ring", "--phase-steps", "9" * 400], "phase steps must be from 0 to 1000"),
+        (["ring", "--model", ""], "the model has no name"),
+        (["ring", "--negative-prompt"], "argument --negative-prompt: expected one argument"),
+        (["ring", "--negative-prompt", "--seed", "4"], "argument --negative-prompt: expected one argument"),
+        (["-ring"], r"unrecognized arguments: -ring \(a prompt that begins with a dash goes last, after --\)"),
+        (["caf\udce9"], "the prompt is not valid UTF-8 at character 4"),
+        (["ring", "--negative-prompt", "\udc80"], "the negative prompt is not valid UTF-8 at character 1"),
+        (["ring\0"], "the prompt has a control character"),
+        (["a (red:1.2) ring"], r"the prompt has '\(red:1.2\)', which only the WebUI understands"),
+        (["ring", "--negative-prompt", "<lora:x:1>"], "the negative prompt has '<lora:x:1>', which only the WebUI understands"),
+        (["ring", "--steps", "1001"], "steps"),
+        (["ring\nNegative prompt: star"], 'the prompt has a line that begins with "Negative prompt:"'),
+        ([" \n\t"], "say what the image shows, or give --image"),
         ([], "say what the image shows, or give --image"),
     ],
 )
@@ -324,7 +359,7 @@ def test_a_gpu_that_is_not_here_is_refused(model, tmp_path, capsys):
         ("text.png", lambda path: path.write_text("no image"), "cannot be read as an image"),
         ("cut.png", lambda path: path.write_bytes(png()[:200]), "cannot be read as an image"),
         ("odd.png", lambda path: Image.new("RGB", (65, 64)).save(path), "width must be divisible by 8, got 65; 64 is near"),
-        ("folder.png", lambda path: path.mkdir(), "no such image"),
+        ("folder.png", lambda path: path.mkdir(), "cannot be read: it is a folder"),
     ],
 )
 def test_an_image_that_cannot_be_used_is_refused(run, tmp_path, name, save, says):
@@ -334,8 +369,6 @@ def test_an_image_that_cannot_be_used_is_refused(run, tmp_path, name, save, says
 
 
 def png():
-    from io import BytesIO
-
     buffer = BytesIO()
     Image.effect_noise((64, 64), 50).save(buffer, "PNG")
     return buffer.getvalue()
@@ -343,11 +376,26 @@ def png():
 
 @pytest.mark.parametrize(
     ("output", "says"),
-    [("missing/out.png", "output folder .*missing does not exist"), ("out.jpg", "the output must be a .png file")],
+    [
+        ("missing/out.png", "output folder .*missing does not exist"),
+        ("out.jpg", "the output must be a .png file"),
+        ("a" * 252 + ".png", "cannot be written: File name too long"),
+        ("a" * 250 + ".png", "a-1.png cannot be written: File name too long"),
+        ("a" * 240 + ".png", "a-1-phase1.safetensors cannot be written: File name too long"),
+        ("a" * 241 + ".png", "a-1-compare.png cannot be written: File name too long|a-1-phase1"),
+        ("a\0.png", "cannot be written: embedded null"),
+        ("/sys/out.png", "/sys/out.png cannot be written|-1.png cannot be written: "),
+    ],
 )
 def test_an_output_that_cannot_be_written_is_refused_first(run, output, says):
-    code, _, err, path = run("ring", output=output)
-    refused(code, err, says, path)
+    more = [] if output.startswith(("missing", "out")) else ["--batch-count", "2", "--save-phases", "--compare"]
+    code, _, err, path = run("ring", "--model", "/nowhere", *more, output=output)
+    refused(code, err, says, path if "\0" not in output else path.with_name("a.png"))
+
+
+def test_a_plan_needs_no_place(run):
+    code, _, err, _ = run("one red ring", "--plan", output="missing/out.png")
+    assert code == 0, err
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path, capsys):
@@ -361,15 +409,16 @@ def test_words_that_the_embedded_checkpoint_does_not_know_are_named(tmp_path, ca
     refused(code, capsys.readouterr().err, "does not know a, cat; it knows: .*striped", tmp_path / "out.png")
 
 
-def test_no_half_written_file_is_left(run, monkeypatch):
-    def fail(self, *args, **kwargs):
-        args[0].write_bytes(b"half") if hasattr(args[0], "write_bytes") else None
+def test_no_half_written_file_is_left(run, monkeypatch, tmp_path):
+    def fail(self, file, *args, **kwargs):
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setenv("HOME", str(tmp_path))
     code, _, err, path = run("one red ring", "--scale", "2")
     assert code == 1
-    assert "No space left on device" in err.splitlines()[-1]
+    assert err.splitlines()[-1] == f"demofusion: {path} cannot be written: No space left on device; nothing could be written"
     assert not list(path.parent.iterdir())
 
 
@@ -378,7 +427,7 @@ def test_the_package_runs_as_a_module(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lib_demofusion", "ring", "--scale", "9"],
         cwd=tmp_path,
-        env=os.environ,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
@@ -396,5 +445,299 @@ def test_the_picture_is_the_same_however_the_views_are_batched(run):
     assert max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
 
 
-def test_names_of_more_files_keep_the_folder_and_the_ending(tmp_path):
-    assert suffixed(tmp_path / "a.b.png", "phase2") == tmp_path / "a.b-phase2.png"
+# --------------------------------------------------------------------------------------------------- files that are resumed
+
+
+def settings(**changed):
+    """The settings in a saved phase of the command's."""
+    own = dict(prompt="one red ring", negative_prompt="", model="/nowhere/model", image=None, size=None, width=64, height=64)
+    own.update(steps=3, cfg_scale=7.5, sampler="Euler", seed=0, batch_count=1, dtype="float32", preset="Paper", scale=3.0)
+    method = {f.name: f.default for f in dataclasses.fields(DemoFusionConfig) if f.name not in ("scale", "view_batch_size")}
+    made = {**own, **method, **changed}
+    return {name: value for name, value in made.items() if value is not LEFT_OUT}
+
+
+LEFT_OUT = object()
+
+
+def saved_phase(path, text, latents=(1, 4, 16, 16), base=(1, 4, 8, 8), number=2):
+    generators = torch.stack([torch.Generator().get_state()] * base[0])
+    SavedPhase(number, torch.zeros(latents), torch.zeros(base), "command", generators, text).write(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        *(({name: LEFT_OUT}, f"its settings lack {name}") for name in ("prompt", "model", "scale", "seed", "alpha1", "dtype")),
+        (dict(extra=1), "its settings have extra, which this version does not know"),
+        (dict(view_batch_size=4), "its settings have view_batch_size"),
+        *(
+            ({name: value}, f"its {name.replace('_', ' ')} is .*, of the wrong type")
+            for name, value in [
+                ("prompt", None),
+                ("prompt", 3),
+                ("negative_prompt", ["a"]),
+                ("model", 4),
+                ("image", "a.png"),
+                ("size", [64, 64]),
+                ("width", "64"),
+                ("width", 64.0),
+                ("height", None),
+                ("steps", True),
+                ("seed", "0"),
+                ("cfg_scale", "7"),
+                ("cfg_scale", False),
+                ("sampler", None),
+                ("dtype", 16),
+                ("preset", None),
+                ("batch_count", 1.5),
+            ]
+        ),
+        (dict(width=7), "width must be at least 8, got 7|is no image of 7x64"),
+        (dict(height=0), "height must be at least 8, got 0"),
+        (dict(width=72), "its base is 8x8 latent pixels, which is no image of 72x64"),
+        (dict(width=65, height=65), "which is no image of 65x65"),
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(steps=10**400), "steps is too large"),
+        (dict(seed=-1), "seed must be at least 0, got -1"),
+        (dict(seed=2**63), "seed is too large"),
+        (dict(batch_count=2), "its batch count is 2, and a saved phase is of one image"),
+        (dict(cfg_scale=0.5), "CFG scale must be at least 1, got 0.5"),
+        (dict(cfg_scale=float("nan")), "its settings are no JSON: NaN is no number"),
+        (dict(alpha1=float("inf")), "its settings are no JSON: Infinity is no number"),
+        (dict(sampler="Euler b"), "no sampler called 'Euler b'"),
+        (dict(dtype="int8"), "its dtype is 'int8'; float32, float16, bfloat16 are known"),
+        (dict(preset="Slow"), "no preset called 'Slow'"),
+        (dict(scale=None), "scale must be a number, got None"),
+        (dict(scale="3"), "scale must be a number, got '3'"),
+        (dict(scale=9), "scale must be above 1 and at most 8, got 9"),
+        (dict(scale=2), "phase 2 is saved, and scale 2 has none after it"),
+        (dict(phase_steps=1.5), "phase steps must be a whole number, got 1.5"),
+        (dict(jitter=1), "jitter must be true or false, got 1"),
+        (dict(hold_flat=True), "hold flat must be a number, got True"),
+        (dict(stride=0), "stride must be above 0"),
+        (dict(doubling=LEFT_OUT, stride=32), "its stride is 32 latent pixels, as version 0.3 had it"),
+        (dict(prompt="\ud800"), "the prompt is not valid UTF-8"),
+        (dict(negative_prompt="a\0"), "the negative prompt has a control character"),
+        (dict(model=""), "the model has no name"),
+        (dict(model=None), "the embedded checkpoint does not know|its latents have"),
+    ],
+)
+def test_settings_that_no_job_has_are_refused_before_the_model_is_loaded(tmp_path, capsys, changed, says):
+    if "model" in changed and changed["model"] is None:
+        changed = {**changed, "prompt": "one red zebra"}
+    path = saved_phase(tmp_path / "x.safetensors", json.dumps(settings(**changed)))
+    code = main(["--resume", str(path), "-o", str(tmp_path / "out.png")])
+    err = capsys.readouterr().err
+    refused(code, err, says, tmp_path / "out.png")
+    assert err.startswith(f"demofusion: {path} cannot be resumed: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "its settings are no JSON"),
+        ("{", "its settings are no JSON"),
+        ("[1]", "its settings are no JSON object, but list"),
+        ("null", "its settings are no JSON object"),
+        ('{"prompt": "a", "prompt": "b"}', "its settings are no JSON: 'prompt' is there twice"),
+        ("[" * 100_000, "its settings are no JSON: it is nested too deeply"),
+        ("9" * 10_000, "its settings are no JSON"),
+    ],
+)
+def test_settings_that_say_nothing_are_refused(tmp_path, capsys, text, says):
+    path = saved_phase(tmp_path / "x.safetensors", text)
+    refused(main(["--resume", str(path), "-o", str(tmp_path / "out.png")]), capsys.readouterr().err, says, tmp_path / "out.png")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        (dict(latents=(2, 4, 16, 16), base=(2, 4, 8, 8)), "it holds 2 images, and the command goes on with one"),
+        (dict(latents=(1, 4, 14, 14)), "its latents are 14x14, and phase 2 is 2 times its base of 8x8"),
+        (dict(latents=(1, 4, 20, 20), number=3), "phase 3 is saved, and scale 3 has none after it"),
+        (dict(latents=(1, 3, 16, 16), base=(1, 3, 8, 8)), "its latents have 3 channels, and the checkpoint takes 4"),
+    ],
+)
+@pytest.mark.parametrize("embedded", [True, False])
+def test_latents_that_the_settings_do_not_make_are_refused(tmp_path, capsys, model, shapes, says, embedded):
+    text = json.dumps(settings(model=None if embedded else model))
+    path = saved_phase(tmp_path / "x.safetensors", text, **shapes)
+    refused(main(["--resume", str(path), "-o", str(tmp_path / "out.png")]), capsys.readouterr().err, says, tmp_path / "out.png")
+
+
+def test_files_of_older_versions_are_resumed(tmp_path):
+    young = ("preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat")
+    text = json.dumps(settings(**dict.fromkeys(young, LEFT_OUT), stride=0, alpha1=2))
+    argv = ["--resume", str(saved_phase(tmp_path / "x.safetensors", text)), "--view-batch-size", "3"]
+    args, saved = resumed(parse(argv), argv)
+    config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DemoFusionConfig)})
+    assert config == DemoFusionConfig(scale=3.0, alpha1=2, view_batch_size=3)
+    assert (saved.number, args.prompt, args.seed, args.model) == (2, "one red ring", 0, "/nowhere/model")
+
+
+# --------------------------------------------------------------------------------------- what begins with a dash is a value
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["a", "--negative-prompt", "-x"], dict(prompt="a", negative_prompt="-x")),
+        (["a", "--negative-prompt", "--x"], dict(negative_prompt="--x")),
+        (["a", "--negative-prompt=-x"], dict(negative_prompt="-x")),
+        (["a", "--negative-prompt", "-o x"], dict(negative_prompt="-o x", output=Path("out.png"))),
+        (["a", "--neg", "-x"], dict(negative_prompt="-x")),
+        (["a", "--negative-prompt", "-"], dict(negative_prompt="-")),
+        (["a", "--negative-prompt", ""], dict(negative_prompt="")),
+        (["a", "-o", "-x.png"], dict(output=Path("-x.png"))),
+        (["a", "-o-x.png"], dict(output=Path("-x.png"))),
+        (["a", "-o", "-a=b.png"], dict(output=Path("-a=b.png"))),
+        (["--seed", "4", "--", "-a"], dict(prompt="-a", seed=4)),
+        (["-a b"], dict(prompt="-a b")),
+        (["a", "--seed", "-1"], dict(seed=-1)),
+        (["a", "--no-jitter", "--plan"], dict(prompt="a", jitter=False, plan=True)),
+        (["a", "--model", "-m", "--compare"], dict(model="-m", compare=True)),
+    ],
+)
+def test_a_value_may_begin_with_a_dash(argv, wanted):
+    args = vars(parse(argv))
+    assert {name: args[name] for name in wanted} == wanted
+
+
+# ------------------------------------------------------------------------------------------------ what is finished is written
+
+
+def test_a_folder_that_is_gone_at_the_end_costs_nothing(run, tmp_path, monkeypatch):
+    """The picture goes to the home folder, so do the phases that are asked for, and the user is told where."""
+    home, folder = tmp_path / "home", tmp_path / "folder"
+    home.mkdir(), folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    predict = Fusion.predict
+
+    def remove(fusion, *args):
+        if folder.exists():
+            shutil.rmtree(folder)
+        return predict(fusion, *args)
+
+    monkeypatch.setattr(Fusion, "predict", remove)
+    code, _, err, path = run("one red ring", "--scale", "3", "--save-phases", "--batch-count", "2", output="folder/out.png")
+    assert code == 1
+    place = re.search(r"; the picture is in (.*)$", err.splitlines()[-1])[1]
+    missing = folder / "out-1.png"
+    assert (
+        err.splitlines()[-1] == f"demofusion: {missing} cannot be written: No such file or directory; the picture is in {place}"
+    )
+    with Image.open(place) as image:
+        assert image.size == (192, 192)
+        assert "Seed: 0," in image.info["parameters"]
+    told = re.findall(r"(\S+) cannot be written: No such file or directory; it is in (\S+)", err)
+    assert [Path(asked).name for asked, _ in told] == ["out-1-phase2.safetensors", "out-1-phase2.png"]
+    assert {Path(place), *(Path(there) for _, there in told)} == set(home.iterdir())
+
+
+@pytest.mark.parametrize("name", ["comparison", "infotext", "settings_to_resume"])
+@pytest.mark.parametrize("error", [KeyError("x"), MemoryError(), ValueError("no\nway")])
+def test_whatever_is_raised_the_picture_is_written(run, monkeypatch, name, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(job, name, fail)
+    code, _, err, path = run("one red ring", "--scale", "1.5", "--save-phases", "--compare")
+    assert code == 1
+    assert Image.open(path).size == (96, 96)
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("demofusion: ")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), MemoryError(), TypeError("no\nway"), OSError(5, "Input/output error")])
+def test_what_the_decoder_raises_leaves_the_phase_before(run, monkeypatch, error):
+    decode = AutoencoderKL.decode
+
+    def fail(vae, z, *args, **kwargs):
+        if z.shape[-1] > 8:
+            raise error
+        return decode(vae, z, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", fail)
+    code, _, err, path = run("one red ring", "--scale", "1.5")
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("demofusion: phase 2 cannot be decoded: ")
+    assert last.endswith(f"; the last finished phase, 1 of 2, is in {path}")
+    assert Image.open(path).size == (64, 64)
+
+
+def test_a_base_that_cannot_be_decoded_is_one_line(run, monkeypatch):
+    def fail(vae, z, *args, **kwargs):
+        raise KeyError("x")
+
+    monkeypatch.setattr(AutoencoderKL, "decode", fail)
+    code, _, err, path = run("one red ring", "--scale", "1.5")
+    assert code == 1
+    assert err.splitlines()[-1] == "demofusion: phase 2 cannot be decoded: KeyError: 'x'; nothing could be written"
+    assert not path.exists()
+
+
+class Broken(TextIOWrapper):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("kind", ["ascii", "broken", "closed", "none"])
+def test_a_console_that_cannot_show_it_ends_no_batch(model, tmp_path, monkeypatch, kind):
+    for name in ("stdout", "stderr"):
+        stream = None if kind == "none" else (Broken if kind == "broken" else TextIOWrapper)(BytesIO(), "ascii")
+        if kind == "closed":
+            stream.close()
+        monkeypatch.setattr(sys, name, stream)
+    output = tmp_path / "日本.png"
+    args = ["--model", model, "--steps", "1", "--scale", "1.5", "--device", "cpu", "--batch-count", "2", "-o", str(output)]
+    code = main(["one red ring", *args])
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["日本-1.png", "日本-2.png"]
+    assert code == 0
+    if kind == "ascii":
+        sys.stdout.flush()
+        assert rb"\u65e5\u672c-2.png: " in sys.stdout.buffer.getvalue()
+
+
+def test_where_an_error_came_from_can_be_asked_for(run, monkeypatch):
+    monkeypatch.setenv("DEMOFUSION_TRACEBACK", "1")
+    code, _, err, _ = run("ring", "--scale", "9")
+    assert code == 2
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1] == "demofusion: scale must be above 1 and at most 8, got 9"
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(run, monkeypatch):
+    monkeypatch.setattr("lib_demofusion.__main__.free_space", lambda path: 10_000)
+    monkeypatch.setattr(Fusion, "predict", None)
+    code, _, err, path = run("one red ring", "--scale", "2")
+    refused(code, err, "out.png may not fit: .* are free there, and the picture takes up to .*; make room", path)
+
+
+def test_the_record_holds_odd_names_and_the_link_stays(run, model, tmp_path):
+    """A model whose folder's name would be read as settings, a prompt of several lines, a link of bytes that are no UTF-8."""
+    (tmp_path / "real.png").write_bytes(b"old")
+    link = tmp_path / os.fsdecode(b"caf\xe9.png")
+    link.symlink_to("real.png")
+    folder = tmp_path / "a, Seed: 9, b-1.0"
+    folder.symlink_to(model)
+    prompt = "one red ring (big)\nSteps: 1, Sampler: x, Seed: 9"
+    code, out, err, path = run(prompt, "--model", str(folder), "--negative-prompt", "-x", "--scale", "1.5", output=link.name)
+    assert code == 0, err
+    assert link.is_symlink()
+    with Image.open(tmp_path / "real.png") as image:
+        assert image.info["parameters"] == (
+            "one red ring \\(big\\)\nSteps: 1, Sampler: x, Seed: 9\nNegative prompt: -x\n"
+            "Steps: 3, Sampler: Euler, CFG scale: 7.5, Seed: 0, Size: 64x64, "
+            f'Model: "a, Seed: 9, b-1.0", DemoFusion scale: 1.5, Version: demofusion {__version__}'
+        )
+
+
+def test_help_says_what_the_exit_codes_are(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C." in text

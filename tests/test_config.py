@@ -81,3 +81,19 @@ def test_infotext_restores_every_setting():
 def test_infotext_that_cannot_be_read_is_refused(label, text):
     with pytest.raises(ValueError, match=label):
         DemoFusionConfig.from_infotext({"DemoFusion scale": "2", f"DemoFusion {label}": text})
+
+
+@pytest.mark.parametrize("text", ["1" + "0" * 400, "-" + "9" * 400])
+def test_whole_numbers_beyond_all_bounds_are_refused(text):
+    with pytest.raises(ValueError, match=r"^phase steps must be from 0 to 1000, got -?\d+$"):
+        DemoFusionConfig(phase_steps=int(text))
+
+
+JUNK = ["", " ", "x", "nan", "inf", "1e999", "-1", "9" * 400, "9" * 5000, "1,5", "True ", "none", "\0", "[1]", [], {}]
+
+
+@pytest.mark.parametrize("f", fields(DemoFusionConfig), ids=lambda f: f.name)
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:12])
+def test_what_cannot_be_read_is_one_line_that_names_it(f, junk):
+    with pytest.raises(ValueError, match=rf"^{f.metadata['label']} .+$"):
+        DemoFusionConfig.from_infotext({"DemoFusion scale": "2", f"DemoFusion {f.metadata['label']}": junk})

@@ -8,8 +8,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "lib_demofusion"
 # Each module may import those before it in this order, and nothing after it.
-LAYERS = [["config", "memory", "saved"], ["schedule", "views"], ["fusion", "decode"], ["phases"], ["hosts"], ["__main__"]]
-CORE = ["config", "memory", "schedule", "views", "fusion", "decode", "phases"]
+LAYERS = [
+    ["config", "memory"],
+    ["files"],
+    ["saved", "pictures"],
+    ["schedule", "views"],
+    ["fusion", "decode"],
+    ["phases"],
+    ["hosts"],
+    ["arguments"],
+    ["job"],
+    ["__main__"],
+]
+CORE = ["config", "memory", "files", "schedule", "views", "fusion", "decode", "phases", "arguments"]
 
 
 def imports(path):
@@ -49,15 +60,29 @@ def test_imports_point_one_way(path, name):
     rank = {module: i for i, layer in enumerate(LAYERS) for module in layer}
     modules = {p.stem for p in ROOT.glob("*.py")} | {"hosts"}
     _, own = imports(path)
-    for other in own & modules - {"__init__"}:
+    for other in own & modules - {"__init__"} - ({name} & {"hosts"}):  # a host may be more than one file
         assert rank[other] < rank[name], f"{name} imports {other}"
+
+
+def test_hosts_do_not_import_one_another():
+    """A host's files begin with its name; prompts are the same for all."""
+    for path in (ROOT / "hosts").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("lib_demofusion.hosts"):
+                modules = [node.module.split(".")[2]] if node.module.count(".") > 1 else [alias.name for alias in node.names]
+                host = path.stem.partition("_")[0]
+                assert all(name.partition("_")[0] in (host, "prompts") for name in modules), path.name
+            elif isinstance(node, ast.Import):
+                assert not [alias.name for alias in node.names if alias.name.startswith("lib_demofusion.hosts")]
 
 
 def test_only_the_hosts_the_command_and_saved_phases_know_other_packages():
     for path in ROOT.rglob("*.py"):
         packages, _ = imports(path)
         outside = packages - {"torch", *sys.stdlib_module_names}
-        if path.parent.name != "hosts" and path.name not in ("__main__.py", "saved.py"):
+        if path.parent.name != "hosts" and path.name not in ("__main__.py", "saved.py", "job.py", "pictures.py"):
             assert not outside, f"{path.name} imports {outside}"
         if path.name != "webui.py":
             assert "modules" not in packages
+        if path.name == "webui_neighbours.py":
+            assert not outside

@@ -1,0 +1,281 @@
+"""The command's arguments: what there is, what is refused, and those of a job that goes on from a saved phase."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from lib_demofusion import __version__
+from lib_demofusion.config import PRESETS, DemoFusionConfig, first_line
+from lib_demofusion.files import check_writable, suffixed
+from lib_demofusion.pictures import check_text
+
+DESCRIPTION = "Make a high-resolution image with DemoFusion, from a prompt or from an image, with any checkpoint."
+DTYPES = ("float32", "float16", "bfloat16")
+EPILOG = (
+    "Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C. What was finished is written in any case; "
+    "if the output can no longer be written, to the home folder or the system's temporary one. "
+    "DEMOFUSION_TRACEBACK=1 in the environment shows where an error came from."
+)
+
+
+class Refused(Exception):
+    """Wrong input; its text is the one line that the user gets."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes what follows an option as its value, also if it begins with a dash; raises Refused instead of exiting."""
+
+    def __init__(self, **kwargs):
+        self.takes_value = {"-h": False, "--help": False}  # by option
+        super().__init__(**kwargs)
+
+    def add(self, *names: str, group=None, **kwargs) -> None:
+        action = (group or self).add_argument(*names, **kwargs)
+        self.takes_value.update(dict.fromkeys(action.option_strings, action.nargs is None))
+
+    def option(self, text: str) -> str | None:
+        """The option that a text stands for, if it is one or the beginning of just one."""
+        name = text.partition("=")[0]
+        if name in self.takes_value:
+            return name
+        found = [known for known in self.takes_value if name.startswith("--") and name != "--" and known.startswith(name)]
+        return found[0] if len(found) == 1 else None
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        args, joined = list(sys.argv[1:] if args is None else args), []
+        while args:
+            text = args.pop(0)
+            if text == "--":
+                joined += [text, *args]
+                break
+            option = self.option(text)
+            wants = option is not None and "=" not in text and self.takes_value[option]
+            if wants and args and args[0].startswith("-") and args[0] != "--" and self.option(args[0]) is None:
+                text = f"{option}={args.pop(0)}"
+            joined.append(text)
+        return super().parse_args(joined, namespace)
+
+    def error(self, message: str) -> None:
+        if message.startswith("unrecognized arguments: -"):
+            message += " (a prompt that begins with a dash goes last, after --)"
+        raise Refused(message)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="demofusion", description=DESCRIPTION, epilog=EPILOG)
+    add = parser.add
+    add("prompt", nargs="?", default="", help="what the image shows")
+    add("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write, or a link to it (default: %(default)s)")
+    add("--negative-prompt", default="", help="what the image does not show")
+    add("--model", help="diffusers folder, .safetensors file or hub name (default: the small embedded checkpoint)")
+    add("--image", type=Path, help="start from this image instead of a base made from the prompt")
+    add("--size", type=parse_size, help="of the result, as WIDTHxHEIGHT in pixels, instead of --scale")
+    add("--width", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
+    add("--height", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
+    add("--steps", type=int, default=50, help="sampling steps of the base and of each phase (default: %(default)s)")
+    add("--cfg-scale", type=float, default=7.5, help="guidance; 1 is none, at half the time (default: %(default)s)")
+    add(
+        "--sampler",
+        default="Euler",
+        help="Euler, Euler a, DDIM, DPM++ 2M, Heun, LCM, UniPC, or its diffusers class (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of the first image; the next ones count up (default: %(default)s)")
+    add("--batch-count", type=int, default=1, help="how many images (default: %(default)s)")
+    add("--device", help="cuda, mps or cpu (default: the first of these that is here)")
+    add("--dtype", choices=DTYPES, help="default: float16 on cuda, else float32")
+    add("--plan", action="store_true", help="print what would be done, and stop")
+    add("--save-phases", action="store_true", help="write each phase when it is finished: its image, and a file to resume from")
+    add("--resume", type=Path, metavar="FILE", help="go on after the phase in this file, with the settings it was made with")
+    add("--compare", action="store_true", help="also write base and result side by side, with one crop of both enlarged")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    method = parser.add_argument_group("DemoFusion", "the method's settings; the defaults are the paper's, or the preset's")
+    presets = ", ".join(PRESETS)
+    text = f"what the settings start from: {presets}, each faster than the one before (default: %(default)s)"
+    add("--preset", group=method, default="Paper", help=text)
+    for f in fields(DemoFusionConfig):
+        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+        if isinstance(f.default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        else:
+            kind, text = dict(type=type(f.default)), f"{text} (default: {f.default})"
+        add(flag, group=method, default=f.default, help=text, **kind)
+    return parser
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT -> (height, width)."""
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be like 1024x768, got {text}")
+    return int(match[2]), int(match[1])
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with the preset's settings where none are given. Raises Refused, ValueError."""
+    parser = build_parser()
+    preset = DemoFusionConfig.preset(parser.parse_args(argv).preset)
+    parser.set_defaults(**{f.name: getattr(preset, f.name) for f in fields(preset)})
+    return parser.parse_args(argv)
+
+
+# What may differ between a job and its resumption; all else is what the file says.
+FREE_TO_CHANGE = ("output", "resume", "device", "view_batch_size", "save_phases", "compare", "plan")
+# The settings in the file, beside the method's; and those that files of version 0.3 do not have.
+SETTINGS = {
+    **dict.fromkeys(("prompt", "negative_prompt", "sampler", "dtype", "preset"), str),
+    **dict.fromkeys(("width", "height", "steps", "seed", "batch_count"), int),
+    **dict.fromkeys(("image", "size"), type(None)),
+    "cfg_scale": (int, float),
+    "model": (str, type(None)),
+}
+YOUNG = {"preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat"}
+
+
+def resumed(args: argparse.Namespace, argv: list[str] | None):
+    """The settings of the job that a saved phase belongs to, with those of `argv` that may differ; and the phase.
+
+    Raises Refused or ValueError, one line that names the file, for one that cannot be read. What its settings say has the
+    right types then; whether a job can have them is for check_arguments and check_phase.
+    """
+    from lib_demofusion.saved import read_saved
+
+    parser, absent = build_parser(), object()
+    parser.set_defaults(**dict.fromkeys(vars(args), absent))  # what is not absent was given
+    given = [name for name, value in vars(parser.parse_args(argv)).items() if value is not absent]
+    fixed = [name.replace("_", " ") for name in given if name not in FREE_TO_CHANGE]
+    if fixed:
+        raise Refused(f"--resume takes {', '.join(fixed)} from the file; leave that out")
+    saved = read_saved(args.resume, "command")
+    with blamed_on(args.resume):
+        settings = {**vars(args), **read_settings(saved.settings)}
+        for name in given:
+            settings[name] = getattr(args, name)
+    return argparse.Namespace(**settings), saved
+
+
+@contextmanager
+def blamed_on(path: Path | None):
+    """What is wrong in here is wrong in that file."""
+    try:
+        yield
+    except (Refused, ValueError) as error:
+        raise Refused(f"{path} cannot be resumed: {error}" if path else str(error)) from error
+
+
+def read_settings(text: str) -> dict:
+    """A saved phase's settings by name. Raises ValueError, one line, for what is missing, unknown or of the wrong type."""
+    from lib_demofusion.saved import read_json
+
+    try:
+        settings = read_json(text)
+    except ValueError as error:
+        raise ValueError(f"its settings are no JSON: {first_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"its settings are no JSON object, but {type(settings).__name__}")
+    method = {f.name for f in fields(DemoFusionConfig)} - set(FREE_TO_CHANGE)
+    known = method | set(SETTINGS)
+    if missing := sorted(known - set(settings) - YOUNG):
+        raise ValueError(f"its settings lack {', '.join(missing)}")
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"its settings have {', '.join(unknown)}, which this version does not know")
+    for name, kind in SETTINGS.items():
+        value = settings.get(name, "")
+        if isinstance(value, bool) or not isinstance(value, kind) and name in settings:
+            raise ValueError(f"its {name.replace('_', ' ')} is {value!r}, of the wrong type")
+    if settings["batch_count"] != 1:
+        raise ValueError(f"its batch count is {settings['batch_count']}, and a saved phase is of one image")
+    if settings["dtype"] not in DTYPES:
+        raise ValueError(f"its dtype is {settings['dtype']!r}; {', '.join(DTYPES)} are known")
+    if "doubling" not in settings:  # version 0.3, whose stride is in latent pixels, and 0 is half the window
+        if settings["stride"] != 0:
+            raise ValueError(f"its stride is {settings['stride']!r} latent pixels, as version 0.3 had it; make it again")
+        settings["stride"] = 0.5
+    DemoFusionConfig.preset(settings.get("preset", "Paper"), **{name: settings[name] for name in method if name in settings})
+    return settings
+
+
+def check_phase(args: argparse.Namespace, saved) -> None:
+    """Raises ValueError, one line, unless the saved phase is one of those that the settings make."""
+    from lib_demofusion.phases import phase_scales
+
+    scales = [1.0, *phase_scales(args.scale, args.doubling)]
+    if saved.number >= len(scales):
+        raise ValueError(f"phase {saved.number} is saved, and scale {args.scale:g} has none after it")
+    if len(saved.base) != 1:
+        raise ValueError(f"it holds {len(saved.base)} images, and the command goes on with one")
+    (h, w), scale = saved.base.shape[-2:], scales[saved.number - 1]
+    if saved.latents.shape[-2:] != (round(h * scale), round(w * scale)):
+        latents = "x".join(map(str, saved.latents.shape[-2:]))
+        raise ValueError(f"its latents are {latents}, and phase {saved.number} is {scale:g} times its base of {h}x{w}")
+    if args.height % h or args.width % w or args.height // h != args.width // w:
+        raise ValueError(f"its base is {w}x{h} latent pixels, which is no image of {args.width}x{args.height}")
+
+
+def check_channels(saved, channels: int | None) -> None:
+    if channels is not None and saved.latents.shape[1] != channels:
+        raise Refused(f"its latents have {saved.latents.shape[1]} channels, and the checkpoint takes {channels}")
+
+
+def channels_of(model: str | Path) -> int | None:
+    """What a diffusers folder says that its UNet takes; None for another checkpoint, which says it once it is loaded."""
+    try:
+        return json.loads((Path(model) / "unet" / "config.json").read_bytes())["in_channels"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def settings_to_resume(args: argparse.Namespace, config: DemoFusionConfig, pipe, plan, seed: int) -> str:
+    """What `resumed` reads: every setting that the picture depends on, with the defaults and files resolved."""
+    h, w = (side * pipe.vae_scale_factor for side in plan.window)
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings.update(scale=config.scale, size=None, height=h, width=w, image=None, seed=seed, batch_count=1)
+    settings["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
+    if args.model and Path(args.model).exists():
+        settings["model"] = str(Path(args.model).resolve())
+    return json.dumps(settings)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises Refused or ValueError, one line, for settings that cannot work whatever the checkpoint is."""
+    if args.size and args.scale != DemoFusionConfig().scale:
+        raise Refused("give --size or --scale, not both")
+    if not args.prompt.strip() and not args.image and not args.resume:
+        raise Refused("say what the image shows, or give --image")
+    for name in ("prompt", "negative_prompt"):
+        check_text(getattr(args, name), name.replace("_", " "))
+    if args.model == "":
+        raise Refused("the model has no name; leave --model out for the small embedded checkpoint")
+    for name, low in (("width", 8), ("height", 8), ("steps", 1), ("batch_count", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise Refused(f"{name.replace('_', ' ')} must be at least {low}, got {value}")
+        if value is not None and value >= 2**63:
+            raise Refused(f"{name.replace('_', ' ')} is too large; use one below 2**63")
+    if args.seed + args.batch_count > 2**63:
+        raise Refused("the last image's seed is too large; it must be below 2**63")
+    if not math.isfinite(args.cfg_scale) or args.cfg_scale < 1:
+        raise Refused(f"CFG scale must be at least 1, got {args.cfg_scale:g}")
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises Refused or ValueError, one line, unless all that the job writes can be written, as far as that can be told."""
+    if args.output.suffix.lower() != ".png":
+        raise Refused(f"the output must be a .png file, got {args.output}")
+    if args.plan:
+        return
+    paths = [args.output]
+    if args.batch_count > 1:
+        paths = [suffixed(args.output, f"{number}") for number in (1, args.batch_count)]
+    for path in tuple(paths):
+        if args.save_phases:
+            paths += [suffixed(path, "phase1"), suffixed(path, "phase1").with_suffix(".safetensors")]
+        if args.compare:
+            paths.append(suffixed(path, "compare"))
+    check_writable(*paths)

@@ -1,0 +1,219 @@
+"""The command's job: images from their seeds to their files. What is finished is written, whatever fails."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lib_demofusion import __version__
+from lib_demofusion.arguments import settings_to_resume
+from lib_demofusion.config import DemoFusionConfig, first_line
+from lib_demofusion.files import reason, suffixed, write_somewhere
+from lib_demofusion.hosts.prompts import as_webui_prompt
+from lib_demofusion.pictures import comparison, model_name, parameters_text, save_png
+
+
+class Ended(Exception):
+    """Not all was done as asked for: its text is the one line that the user gets, `code` the exit code."""
+
+    def __init__(self, line: str, code: int):
+        super().__init__(line)
+        self.code = code
+
+
+def trace(error: BaseException) -> None:
+    if os.environ.get("DEMOFUSION_TRACEBACK"):
+        traceback.print_exception(type(error), error, error.__traceback__)
+
+
+def told(error: BaseException) -> str:
+    """An error in one line; with its type, unless it is of those whose text is for people."""
+    line = first_line(error)
+    return line if isinstance(error, (OSError, RuntimeError, FloatingPointError)) else f"{type(error).__name__}: {line}"
+
+
+class Console:
+    """The progress bar, and lines above it. A console that is gone, or that cannot show something, ends no job."""
+
+    def __init__(self, total: int, done: int):
+        self.bar = None
+        with suppress(Exception):
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="call", file=sys.stderr, dynamic_ncols=True)
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(Exception):
+            self.bar.close()
+
+    def advance(self, description: str, calls: int) -> None:
+        with suppress(Exception):
+            self.bar.set_description(description)
+            self.bar.update(calls)
+
+    def say(self, line: str) -> None:
+        self._write(line, sys.stdout)
+
+    def note(self, line: str) -> None:
+        self._write(line, sys.stderr)
+
+    def _write(self, line: str, stream) -> None:
+        with suppress(Exception):
+            self.bar.write(line, stream) if self.bar is not None else stream.write(f"{line}\n")
+
+
+@dataclass
+class Job:
+    """The images of one command. misplaced: how many files of intermediate phases are not where they should be."""
+
+    args: argparse.Namespace
+    config: DemoFusionConfig
+    host: Any
+    pipe: Any
+    plan: Any
+    image: Any
+    resume: Any
+    shape: dict[str, Any]  # of the base, and how it is sampled
+    console: Console
+    misplaced: int = 0
+
+    def make(self, path: Path, seed: int, stopped: Callable[[], bool]) -> None:
+        """One image, from its seed to its file. Raises Ended, once what is there is written, if it is not as asked for."""
+        from lib_demofusion.phases import Pace
+
+        pace, stop, last = Pace(self.plan), None, len(self.plan.phases)
+
+        def advance(phase, views):
+            pace.count(phase.number, views)
+            self.console.advance(f"phase {phase.number} of {last}", views * self.plan.branches)
+
+        def keep(result, saved):
+            number = result.phases[-1][0].number
+            if number == last:
+                return
+            if line := pace.to_come(number):
+                self.console.note(line)
+            if self.args.save_phases:
+                self.write_phase(result, saved, suffixed(path, f"phase{number}"), seed)
+
+        try:
+            result = self.host.generate(
+                self.pipe,
+                self.args.prompt,
+                negative_prompt=self.args.negative_prompt,
+                config=self.config,
+                seed=seed,
+                image=self.image,
+                progress=advance,
+                cancelled=stopped,
+                finished=keep,
+                resume=self.resume,
+                **self.shape,
+            )
+        except self.host.Incomplete as error:
+            stop, result = error, error.result
+        if result.view_batch.size < self.config.view_batch_size:
+            asked = self.config.view_batch_size
+            self.console.note(f"a view batch size of {asked} did not fit; {result.view_batch.size} did")
+        place, lost = self.write(result, path, seed) if result.phases else (None, [])
+        if not stop and not lost:
+            self.console.say(f"{path}: {result.evaluations:,} model calls")
+            return
+        reached = result.phases[-1][0].number if result.phases else 0
+        if place is None:
+            left = "nothing could be written" if lost else "nothing was finished yet"
+        else:
+            left = f"{'the picture' if reached == last else f'the last finished phase, {reached} of {last},'} is in {place}"
+        raise Ended("; ".join([*([str(stop)] if stop else []), *lost, left]), 130 if stop and stop.cancelled else 1) from stop
+
+    def write(self, result: Any, path: Path, seed: int) -> tuple[Path | None, list[str]]:
+        """Write the last finished phase to path, and the comparison beside it if it was asked for; raises nothing.
+
+        Returns where the picture is, None if it could be written nowhere, and a line for each thing that is not as asked for.
+        Phases that cannot be decoded are taken off the result, all but the base.
+        """
+        image, lost = None, []
+        while image is None:
+            phase = result.phases[-1][0]
+            try:
+                image = result.images()[0]
+            except Exception as error:  # out of memory, or NaN
+                trace(error)
+                lost = lost or [f"phase {phase.number} cannot be decoded: {told(error)}"]
+                if len(result.phases) == 1:
+                    return None, lost
+                result.phases.pop()
+        try:
+            parameters = infotext(self.args, self.config, result, seed)
+        except Exception as error:
+            trace(error)
+            parameters = ""
+            lost.append(f"the picture's parameters are not in it: {told(error)}")
+        try:
+            place, why = write_somewhere(path, lambda file: save_png(file, image, parameters))
+            if why:
+                lost.append(f"{path} cannot be written: {why}")
+            if self.args.compare and len(result.phases) > 1:
+                lost += self.write_comparison(result, image, suffixed(path, "compare"))
+        except Exception as error:
+            trace(error)
+            return None, [*lost, f"{path} cannot be written: {reason(error)}"]
+        return place, lost
+
+    def write_comparison(self, result: Any, image: Any, path: Path) -> list[str]:
+        try:
+            sheet = comparison(result.images(0)[0], image)
+            place, why = write_somewhere(path, lambda file: save_png(file, sheet))
+        except Exception as error:
+            trace(error)
+            return [f"there is no comparison: {told(error)}"]
+        return [f"{path} cannot be written: {why}, and is in {place}"] if why else []
+
+    def write_phase(self, result: Any, saved: Any, path: Path, seed: int) -> None:
+        """The files of an intermediate phase; what fails here, a full disk for one, must not end what can still be finished."""
+
+        def saved_phase(file):
+            settings = settings_to_resume(self.args, self.config, self.pipe, self.plan, seed)
+            file.write(replace(saved, settings=settings).to_bytes())
+
+        def picture(file):
+            save_png(file, result.images()[0], infotext(self.args, self.config, result, seed))
+
+        for file, write in ((path.with_suffix(".safetensors"), saved_phase), (path, picture)):
+            try:
+                place, why = write_somewhere(file, write)
+                line = f"{file} cannot be written: {why}; it is in {place}" if why else ""
+            except Exception as error:
+                trace(error)
+                line = f"{file} cannot be written: {told(error)}"
+            if line:
+                self.misplaced += 1
+                self.console.note(line)
+
+
+def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, seed: int) -> str:
+    """The last phase's settings as the WebUI writes them; size is the base's, and the scale is the one that was reached."""
+    phase, factor = result.phases[-1][0], result.pipe.vae_scale_factor
+    h, w = result.plan.window
+    values = {
+        "Steps": args.steps,
+        "Sampler": args.sampler,
+        "CFG scale": f"{args.cfg_scale:.12g}",
+        "Seed": seed,
+        "Size": f"{w * factor}x{h * factor}",
+        "Model": model_name(args.model),
+    }
+    if phase.number > 1:
+        values.update(replace(config, scale=phase.scale).to_infotext())
+    values["Version"] = f"demofusion {__version__}"
+    return parameters_text(as_webui_prompt(args.prompt), as_webui_prompt(args.negative_prompt), values)
