@@ -1,23 +1,39 @@
-"""The form in the txt2img tab, and the host's callbacks; what they do is in lib_demofusion.hosts.webui."""
+"""The form in the txt2img tab, and the host's callbacks; what they do is in lib_demofusion.hosts.webui.
 
+Where that cannot be imported, or cannot run, the form says so and what is asked for is refused; that much is in this file.
+"""
+
+import html
 import json
 import sys
+import textwrap
+import traceback
 
 import gradio as gr
 from modules import script_callbacks, scripts
-from modules.infotext_utils import PasteField
-from modules.ui_components import InputAccordion
+
+TITLE = "DemoFusion Upscale"  # in the API and in lists of scripts; one of Tiled Diffusion's is called "demofusion"
+NAME = "DemoFusion"  # in what people read; what is said of a picture begins with it in its infotext
 
 for name in [name for name in sys.modules if name.partition(".")[0] == "lib_demofusion"]:
     del sys.modules[name]  # "Apply and restart UI" after an update loads this file again, and the rest with it
 
+problem = None  # why DemoFusion cannot run here, and what to do, in one line
+
+
+def cannot_load(error):
+    traceback.print_exc()
+    return f"it could not be loaded ({type(error).__name__}: {error}); update it, and the WebUI to 1.10; the console says more"
+
+
 try:
-    from lib_demofusion.config import infotext_label
+    from modules.ui_components import InputAccordion
+
     from lib_demofusion.hosts import webui
 
     problem = webui.unsupported()
-except (ImportError, AttributeError) as error:
-    problem = f"it lacks what the extension needs ({error})"
+except Exception as error:  # whatever it is, what is asked for from now on must be refused
+    problem = cannot_load(error)
 
 
 class DemoFusionScript(scripts.Script):
@@ -25,33 +41,41 @@ class DemoFusionScript(scripts.Script):
     create_group = False
 
     def title(self):
-        return "DemoFusion"
+        return TITLE
+
+    def elem_id(self, item_id):
+        return f"script_demofusion_{item_id}"  # whatever the title; Tiled Diffusion's begin with script_txt2img_
 
     def show(self, is_img2img):
         return False if is_img2img else scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        if problem:
-            gr.HTML(f"DemoFusion does not support this host yet: {problem}.", elem_id=self.elem_id("unsupported"))
-            return []
+        global problem
+        if not problem:
+            try:
+                return self.form()
+            except Exception as error:
+                problem = cannot_load(error)
+        line = html.escape(f"{NAME} cannot run here: {problem}.")
+        gr.HTML(line, elem_id=self.elem_id("unsupported"))
+        enabled = gr.Checkbox(False, label=NAME, elem_id=self.elem_id("enable"))  # so that it is known who asks for it
+        self.infotext_fields = [(enabled, lambda d: f"{NAME} scale" in d)]
+        return [enabled]
+
+    def form(self):
         controls = {}
         with InputAccordion(False, label="DemoFusion", elem_id=self.elem_id("enable")) as controls["enabled"]:
             with controls["enabled"].extra():
                 table = json.dumps(webui.readout_table()).replace('"', "&quot;")
                 gr.HTML(
-                    f'<span class="demofusion-readout" data-table="{table}"></span>',
+                    f'<span class="demofusion-readout" data-id="{self.elem_id("")}" data-table="{table}"></span>',
                     elem_id=self.elem_id("readout"),
                     min_width=0,
                 )
             with gr.Row():
                 controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
-                preset = gr.Radio(
-                    list(webui.PRESETS),
-                    value=webui.PRESET,
-                    label="Preset",
-                    elem_id=self.elem_id("preset"),
-                    tooltip="sets what is under Advanced; nothing is chosen where that is no preset",
-                )
+                preset = gr.Radio(list(webui.PRESETS), value=webui.PRESET, label="Preset", elem_id=self.elem_id("preset"))
+            gr.HTML('<span class="demofusion-preset-help"></span>', elem_id=self.elem_id("preset_help"))
             with gr.Accordion("Advanced", open=False, elem_id=self.elem_id("advanced")):
                 with gr.Row():
                     controls["phase_steps"] = self.slider("phase_steps", "Steps per phase", maximum=150, step=1)
@@ -88,17 +112,27 @@ class DemoFusionScript(scripts.Script):
         # Choosing a preset sets the controls, and the controls, whoever sets them, say which preset they are.
         table = json.dumps(webui.presets_table())
         shown = [controls[name] for name in webui.PRESET_SETTINGS]
-        preset.input(fn=None, _js=f"(name) => ({table})[name]", inputs=[preset], outputs=shown)
+        self.in_browser(preset.input, f"(name) => ({table})[name]", [preset], shown)
         for control in shown:
-            control.change(fn=None, _js=f"(...shown) => demofusionPreset({table}, shown)", inputs=shown, outputs=[preset])
+            self.in_browser(control.change, f"(...shown) => demofusionPreset({table}, shown)", shown, [preset])
 
         settings = [name for name in webui.ARGUMENTS if name in webui.CONFIG_FIELDS]
-        scale = infotext_label(webui.CONFIG_FIELDS["scale"])
-        self.infotext_fields = [PasteField(controls["enabled"], lambda d: scale in d)]
+        self.infotext_fields = [(controls["enabled"], lambda d: webui.read_pasted(d)[0] is not None)]
         for name in settings:
-            self.infotext_fields.append(PasteField(controls[name], self.pasted(name)))
-        self.infotext_fields.append(PasteField(controls["resume"], lambda d: ""))
-        return [controls[name] for name in webui.ARGUMENTS]
+            self.infotext_fields.append((controls[name], self.pasted(name)))
+        self.infotext_fields.append((controls["resume"], lambda d: ""))
+
+        # Behind what the API promises: the host cuts longer lists off here, so that one argument too many arrives as this.
+        end = gr.Textbox(webui.END, label="end of the arguments", visible=False, elem_id=self.elem_id("end"))
+        # What a pasted text says and nobody can read; shown until it is emptied, or something else is pasted.
+        unread = gr.Textbox("", label=f"{NAME} cannot read", visible=False, elem_id=self.elem_id("unread"))
+        end.do_not_save_to_config = unread.do_not_save_to_config = True
+        self.infotext_fields.append((unread, self.pasted_unread))
+        return [*(controls[name] for name in webui.ARGUMENTS), end, unread]
+
+    def in_browser(self, event, script, inputs, outputs):
+        """At an event the page runs a script. Its argument is gradio 3's; where there is none the form is not drawn (`ui`)."""
+        event(fn=None, _js=script, inputs=inputs, outputs=outputs)
 
     def slider(self, name, label, minimum=0, **kwargs):
         return gr.Slider(minimum=minimum, **self.shared(name, label), **kwargs)
@@ -108,38 +142,125 @@ class DemoFusionScript(scripts.Script):
 
     def shared(self, name, label):
         """What every control of a setting has."""
-        value = getattr(webui.DemoFusionConfig.preset(webui.PRESET), name)
         help = webui.CONFIG_FIELDS[name].metadata["help"]
-        return dict(value=value, label=label, elem_id=self.elem_id(name), tooltip=help)
+        return dict(value=getattr(webui.FORM, name), label=label, elem_id=self.elem_id(name), tooltip=help)
 
     def pasted(self, name):
         """The value of a control for pasted parameters: as written, else the default; none without DemoFusion."""
-        scale, label = (infotext_label(webui.CONFIG_FIELDS[key]) for key in ("scale", name))
-        default = webui.CONFIG_FIELDS[name].default
 
         def value(parameters):
-            if scale not in parameters:
-                return None
-            text = parameters.get(label)
-            if text is None:
-                return default
-            return text == "True" if isinstance(default, bool) else type(default)(text)
+            read, _ = webui.read_pasted(parameters)
+            return None if read is None else read[name]
 
         return value
 
+    def pasted_unread(self, parameters):
+        _, unread = webui.read_pasted(parameters)
+        return gr.update(value=unread, visible=bool(unread))
+
     def process(self, p, *args):
-        if args:
-            webui.prepare(p, args)
+        """Before anything is sampled. Whatever is wrong by then refuses the job."""
+        forget(p)
+        try:
+            asked = bool(args) and args[0] not in (False, None)
+            twin = self.twin(p, asked)
+            if asked and problem:
+                raise ValueError(f"it cannot run here: {problem}")
+            if twin is not None:
+                raise ValueError(f"another script is called {TITLE} as well ({twin.filename}); remove one of the two")
+            if args and not problem:
+                webui.prepare(p, args)
+        except Exception as error:
+            refuse_because(p, error)
+
+    def twin(self, p, asked):
+        """Another script of our name, if DemoFusion may be meant: the API gives the arguments of both to the first."""
+        for script in p.scripts.alwayson_scripts if p.scripts else []:
+            if script is self or str(script.name).lower() != TITLE.lower():
+                continue
+            given = p.script_args[script.args_from : script.args_to]
+            untouched = [getattr(control, "value", None) for control in script.controls or []]
+            if asked or (getattr(p, "is_api", False) and repr(list(given)) != repr(untouched)):
+                return script
+        return None
+
+    def before_process_batch(self, p, *args, **kwargs):
+        """Before anything of a batch is sampled, when all scripts have had their turn."""
+        if args and not problem and not refused(p):
+            try:
+                webui.before_batch(p, args)
+            except Exception as error:
+                refuse_because(p, error)
+        if refused(p):
+            p.prompts = []  # ends the host's loop over the batches, however many another script has asked for since
 
     def process_before_every_sampling(self, p, *args, **kwargs):
-        if args:
+        if args and not problem and not refused(p):
             webui.before_sampling(p, args)
 
     def post_sample(self, p, ps, *args):
-        if args:
+        if args and not problem and not refused(p):
             webui.post_sample(p, ps, args)
 
+    def postprocess(self, p, processed, *args):
+        """A refused job of another script, a cell of a plot, say, becomes a picture of the refusal: they need one, or fail."""
+        chosen = p.script_args[0]  # the number of a script; a pasted text puts "None" there
+        if refused(p) and not processed.images and isinstance(chosen, int) and chosen > 0:
+            words = picture_of(f"{NAME}: {refused(p)}", p.width, p.height)
+            processed.images = [words.copy() for _ in p.all_prompts]
+            processed.infotexts = [processed.infotext(p, i) for i in range(len(p.all_prompts))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+REFUSED = f"{NAME} refused"
+
+
+def refuse(p, line):
+    """No image is made; the line reaches the form's comments and, through the infotext, the API's reply."""
+    line = " ".join(str(line).split())
+    if hasattr(p, "comment"):  # hosts that are too old have none
+        p.comment(f"{NAME}: {line}")
+    p.extra_generation_params[REFUSED] = line
+    p.n_iter = 0
+    p.do_not_save_grid = True
+
+
+def refuse_because(p, error):
+    """Refuse for what was raised: a ValueError says it in words for the user, anything else is a fault."""
+    if isinstance(error, ValueError):
+        refuse(p, error)
+    else:
+        traceback.print_exc()
+        refuse(p, f"it failed before it began ({type(error).__name__}: {error}); the console says more")
+
+
+def refused(p):
+    return p.extra_generation_params.get(REFUSED)
+
+
+def forget(p):
+    """What was said of another job: the host's plots make their jobs as copies that share these parameters."""
+    for key in [key for key in p.extra_generation_params if key.startswith(f"{NAME} ")]:
+        del p.extra_generation_params[key]
+
+
+def picture_of(line, width, height):
+    from modules import images
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (max(width, 256), max(height, 256)), "white")
+    size = max(picture.width // 24, 10)
+    text = "\n".join(textwrap.wrap(line, width=picture.width * 2 // size - 4))
+    ImageDraw.Draw(picture).multiline_text((size, size), text, font=images.get_font(size), fill="black")
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 if not problem:
     script_callbacks.on_cfg_denoiser(webui.on_cfg_denoiser)
-    script_callbacks.on_before_ui(webui.add_plot_axes)
+    script_callbacks.on_before_ui(lambda: webui.add_plot_axes(DemoFusionScript))
+    script_callbacks.on_app_started(webui.add_routes)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from arguments import script_arguments
+from PIL import Image, ImageFont
 from torch import nn
 from webui_autoencoder import WebuiNetwork
 
@@ -44,7 +45,8 @@ class State:
     def begin(self, job="(unknown)"):
         self.job, self.textinfo = job, None
         self.job_no, self.job_count = 0, -1
-        self.sampling_step = self.sampling_steps = self.current_image_sampling_step = 0
+        self.sampling_step = self.sampling_steps = self.current_image_sampling_step = self.id_live_preview = 0
+        self.current_latent = self.current_image = None
         self.interrupted = self.skipped = self.stopping_generation = False
 
     def end(self):
@@ -61,7 +63,22 @@ class State:
 
     def nextjob(self):
         self.job_no += 1
-        self.sampling_step = 0
+        self.sampling_step = self.current_image_sampling_step = 0
+
+    def set_current_image(self):
+        """The page asks."""
+        every, made = shared.opts.show_progress_every_n_steps, self.sampling_step - self.current_image_sampling_step
+        if shared.parallel_processing_allowed and shared.opts.live_previews_enable and every != -1 and made >= every:
+            self.do_set_current_image()
+
+    def do_set_current_image(self):
+        if self.current_latent is not None:
+            self.assign_current_image(sample_to_image(self.current_latent))
+            self.current_image_sampling_step = self.sampling_step
+
+    def assign_current_image(self, image):
+        self.current_image = image
+        self.id_live_preview += 1
 
 
 class TotalTQDM:
@@ -83,7 +100,8 @@ class Options:
         self.export_for_4chan, self.target_side_length = True, 4000
         self.batch_cond_uncond = True
         self.sdxl_crop_top = self.sdxl_crop_left = 0
-        self.eta_ancestral, self.eta_ddim, self.s_churn = 1.0, 0.0, 0.0
+        self.eta_ancestral, self.eta_ddim, self.s_churn, self.uni_pc_order = 1.0, 0.0, 0.0, 3
+        self.live_previews_enable, self.show_progress_every_n_steps, self.show_progress_type = True, 10, "Full"
 
 
 # ----------------------------------------------------------------------------------------- modules.devices, errors, images
@@ -114,6 +132,10 @@ def test_for_nans(x, where):
 
 def report(message, *, exc_info=False):
     reports.append(message)
+
+
+def get_font(fontsize):
+    return ImageFont.load_default()
 
 
 def save_image(image, path, basename, seed=None, prompt=None, extension="png", info=None, *, p=None, suffix=""):
@@ -243,8 +265,15 @@ _models = {}  # name -> ToyModel
 
 
 def reload_model_weights(sd_model=None, info=None, forced_reload=False):
-    shared.sd_model = _models[info.name if info else shared.opts.sd_model_checkpoint]
+    shared.sd_model = model_data.sd_model = _models[info.name if info else shared.opts.sd_model_checkpoint]
     return shared.sd_model
+
+
+class SdModelData:
+    sd_model = None  # what is loaded; the host's shared.sd_model loads what is not
+
+
+model_data = SdModelData()
 
 
 def apply_alpha_schedule_override(sd_model, p=None):
@@ -331,7 +360,7 @@ class CFGDenoiserParams:
         self.text_cond, self.text_uncond, self.denoiser = text_cond, text_uncond, denoiser
 
 
-_callbacks = {"cfg_denoiser": [], "before_ui": []}
+_callbacks = {"cfg_denoiser": [], "before_ui": [], "app_started": []}
 
 
 def on_cfg_denoiser(callback, *, name=None):
@@ -342,6 +371,10 @@ def on_before_ui(callback, *, name=None):
     _callbacks["before_ui"].append(callback)
 
 
+def on_app_started(callback, *, name=None):
+    _callbacks["app_started"].append(callback)
+
+
 def cfg_denoiser_callback(params):
     for callback in _callbacks["cfg_denoiser"]:
         callback(params)
@@ -350,6 +383,11 @@ def cfg_denoiser_callback(params):
 def before_ui_callback():
     for callback in _callbacks["before_ui"]:
         callback()
+
+
+def app_started_callback(demo, app):
+    for callback in _callbacks["app_started"]:
+        callback(demo, app)
 
 
 # ----------------------------------------------------------- modules.sd_samplers_common, _cfg_denoiser, _kdiffusion, _timesteps
@@ -422,8 +460,18 @@ class CFGDenoiser(nn.Module):
         for answer, (image, part) in zip(answers, parts):
             result[image] += (answer - without[image]) * (part.weight * cond_scale * self.cond_scale_miltiplier)
         self.sampler.last_latent = self.get_pred_x0(x, result, sigma)
+        store_latent(self.sampler.last_latent)
         self.step += 1
         return result
+
+
+def store_latent(decoded):
+    shared.state.current_latent = decoded
+
+
+def sample_to_image(samples, index=0, approximation=None):
+    """The image, without colours, of one of the latents."""
+    return Image.fromarray(shared.sd_model.decode_first_stage(samples[index : index + 1])[0, 0].byte().numpy())
 
 
 def images_tensor_to_samples(image, approximation=None, model=None):
@@ -658,6 +706,8 @@ class StableDiffusionProcessingTxt2Img:
     refiner_switch_at: float = None
     disable_extra_networks: bool = False
     enable_hr: bool = False
+    firstpass_image: Any = None
+    is_api: bool = field(default=False, init=False)
     scripts: Any = field(default=None, init=False)
     script_args: list = field(default=None, init=False)
 
@@ -665,6 +715,7 @@ class StableDiffusionProcessingTxt2Img:
         self.comments, self.extra_generation_params = {}, {}
         self.rng = self.sampler = self.c = self.uc = self.extra_network_data = self.refiner_checkpoint_info = None
         self.prompts = self.negative_prompts = self.seeds = self.subseeds = None
+        self.all_prompts = self.all_seeds = self.all_subseeds = None
         self.step_multiplier = 1
 
     @property
@@ -706,7 +757,11 @@ class StableDiffusionProcessingTxt2Img:
 class Processed:
     def __init__(self, p, images_list, *, infotexts=None, comments=""):
         self.images, self.infotexts = images_list, infotexts
+        self.all_prompts, self.all_seeds, self.all_subseeds = p.all_prompts, p.all_seeds, p.all_subseeds
         self.comments = "\n".join(p.comments)
+
+    def infotext(self, p, index):
+        return create_infotext(p, self.all_prompts, self.all_seeds, self.all_subseeds, index=index)
 
 
 class DecodedSamples(list):
@@ -734,6 +789,8 @@ def create_infotext(p, all_prompts, all_seeds, all_subseeds, comments=None, *, i
 def process_images(p):
     state = shared.state
     prompts = [p.prompt] * (p.batch_size * p.n_iter)
+    p.all_prompts = prompts
+    p.all_seeds, p.all_subseeds = ([first + i for i in range(len(prompts))] for first in (p.seed, p.subseed))
     p.refiner_checkpoint_info = _models[p.refiner_checkpoint].sd_checkpoint_info if p.refiner_checkpoint else None
     model_hijack.apply_circular(p.tiling)
     p.scripts.process(p)
@@ -749,6 +806,9 @@ def process_images(p):
         p.prompts, p.negative_prompts = [prompts[i] for i in own], [p.negative_prompt for i in own]
         p.seeds, p.subseeds = [p.seed + i for i in own], [p.subseed + i for i in own]
         p.rng = ImageRNG((CHANNELS, p.height // FACTOR, p.width // FACTOR), p.seeds)
+        p.scripts.before_process_batch(p, batch_number=n, prompts=p.prompts, seeds=p.seeds, subseeds=p.subseeds)
+        if len(p.prompts) == 0:
+            break
         p.setup_conds()
         with torch.no_grad():
             samples = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
@@ -761,7 +821,9 @@ def process_images(p):
         infotexts += [create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i) for i in range(len(own))]
     if not infotexts:
         infotexts = [create_infotext(p, prompts or [p.prompt], [p.seed], [p.subseed])]
-    return Processed(p, images, infotexts=infotexts)
+    processed = Processed(p, images, infotexts=infotexts)
+    p.scripts.postprocess(p, processed)
+    return processed
 
 
 # ----------------------------------------------------------------------------------- modules.scripts and modules.infotext_utils
@@ -782,7 +844,7 @@ class ScriptClassData(NamedTuple):
 
 
 class Script:
-    name = section = args_from = args_to = infotext_fields = controls = None
+    name = filename = section = args_from = args_to = infotext_fields = controls = None
     alwayson = is_img2img = False
     create_group = True
 
@@ -798,19 +860,26 @@ class Script:
     def process(self, p, *args):
         pass
 
+    def before_process_batch(self, p, *args, **kwargs):
+        pass
+
     def process_before_every_sampling(self, p, *args, **kwargs):
         pass
 
     def post_sample(self, p, ps, *args):
         pass
 
+    def postprocess(self, p, processed, *args):
+        pass
+
     def elem_id(self, item_id):
-        return f"script_{self.title().lower()}_{item_id}"
+        return f"script_{self.title().lower().replace(' ', '_')}_{item_id}"
 
 
 class ScriptRunner:
     def __init__(self):
-        self.alwayson_scripts, self.inputs, self.infotext_fields = [], [None], []
+        self.alwayson_scripts, self.selectable_scripts = [], []
+        self.inputs, self.infotext_fields = [None], []
 
     def create_script_ui(self, script):
         script.controls = script.ui(script.is_img2img)
@@ -826,6 +895,10 @@ class ScriptRunner:
         for script, args in self._own(p):
             script.process(p, *args)
 
+    def before_process_batch(self, p, **kwargs):
+        for script, args in self._own(p):
+            script.before_process_batch(p, *args, **kwargs)
+
     def process_before_every_sampling(self, p, **kwargs):
         for script, args in self._own(p):
             script.process_before_every_sampling(p, *args, **kwargs)
@@ -834,10 +907,9 @@ class ScriptRunner:
         for script, args in self._own(p):
             script.post_sample(p, ps, *args)
 
-
-class PasteField(tuple):
-    def __new__(cls, component, target, *, api=None):
-        return super().__new__(cls, (component, target))
+    def postprocess(self, p, processed):
+        for script, args in self._own(p):
+            script.postprocess(p, processed, *args)
 
 
 def quote(text):
@@ -916,8 +988,14 @@ class Radio(_Block):
 
 
 class Textbox(_Block):
-    def __init__(self, value="", *, label=None, placeholder=None, max_lines=20, elem_id=None):
-        super().__init__(value=value, label=label, placeholder=placeholder, max_lines=max_lines, elem_id=elem_id)
+    def __init__(self, value="", *, label=None, placeholder=None, max_lines=20, elem_id=None, visible=True):
+        super().__init__(
+            value=value, label=label, placeholder=placeholder, max_lines=max_lines, elem_id=elem_id, visible=visible
+        )
+
+
+def update(**kwargs):
+    return {**kwargs, "__type__": "generic_update"}
 
 
 class InputAccordion(Checkbox):
@@ -935,7 +1013,7 @@ model_hijack = StableDiffusionModelHijack()
 # Module -> its names and what they are; what starts with "_" here is the fake's own.
 MODULES = {
     "modules": dict(),
-    "modules.shared": dict(state=None, opts=None, total_tqdm=None, sd_model=None),
+    "modules.shared": dict(state=None, opts=None, total_tqdm=None, sd_model=None, parallel_processing_allowed=True),
     "modules.devices": dict(
         cpu=cpu,
         device=cpu,
@@ -948,11 +1026,12 @@ MODULES = {
         test_for_nans=test_for_nans,
     ),
     "modules.errors": dict(report=report),
-    "modules.images": dict(save_image=save_image),
+    "modules.images": dict(get_font=get_font, save_image=save_image),
     "modules.rng": dict(ImageRNG=ImageRNG),
     "modules.extra_networks": dict(activate=activate),
     "modules.sd_models": dict(
         CheckpointInfo=CheckpointInfo,
+        model_data=model_data,
         reload_model_weights=reload_model_weights,
         apply_alpha_schedule_override=apply_alpha_schedule_override,
     ),
@@ -970,13 +1049,17 @@ MODULES = {
         CFGDenoiserParams=CFGDenoiserParams,
         on_cfg_denoiser=on_cfg_denoiser,
         on_before_ui=on_before_ui,
+        on_app_started=on_app_started,
         cfg_denoiser_callback=cfg_denoiser_callback,
         before_ui_callback=before_ui_callback,
+        app_started_callback=app_started_callback,
     ),
     "modules.sd_samplers_common": dict(
         InterruptedException=InterruptedException,
         apply_refiner=apply_refiner,
         images_tensor_to_samples=images_tensor_to_samples,
+        sample_to_image=sample_to_image,
+        store_latent=store_latent,
         setup_img2img_steps=setup_img2img_steps,
         Sampler=Sampler,
         SamplerData=SamplerData,
@@ -1004,10 +1087,18 @@ MODULES = {
         ScriptRunner=ScriptRunner,
         scripts_data=None,
     ),
-    "modules.infotext_utils": dict(PasteField=PasteField, quote=quote, parse_generation_parameters=parse_generation_parameters),
+    "modules.infotext_utils": dict(quote=quote, parse_generation_parameters=parse_generation_parameters),
     "modules.ui_components": dict(InputAccordion=InputAccordion),
     "gradio": dict(
-        Row=Row, Column=Column, Accordion=Accordion, HTML=HTML, Checkbox=Checkbox, Slider=Slider, Radio=Radio, Textbox=Textbox
+        Row=Row,
+        Column=Column,
+        Accordion=Accordion,
+        HTML=HTML,
+        Checkbox=Checkbox,
+        Slider=Slider,
+        Radio=Radio,
+        Textbox=Textbox,
+        update=update,
     ),
 }
 
@@ -1032,6 +1123,7 @@ def reset():
     for kept in (decoded, saved, reports, _models):
         kept.clear()
     shared.state, shared.opts, shared.total_tqdm = State(), Options(), TotalTQDM()
+    shared.parallel_processing_allowed = True
     model_hijack.apply_circular(False)
     add_model(ToyModel())
 
@@ -1096,8 +1188,10 @@ class Host:
         p = StableDiffusionProcessingTxt2Img(**{"prompt": "a ring", "negative_prompt": "blue", **settings})
         p.scripts = self.runner
         p.script_args = [getattr(control, "value", None) for control in self.runner.inputs]
-        first, args = self.script.args_from, script_arguments(self.webui, args)
-        p.script_args[first : first + len(args)] = args
+        args = script_arguments(self.webui, args) if len(args) > 1 else args
+        own = range(self.script.args_from, self.script.args_to)
+        for i, arg in zip(own, args):  # what is too long for the script the API cuts off
+            p.script_args[i] = arg
         return p
 
     def generate(self, *args, **settings):
@@ -1111,11 +1205,17 @@ class Host:
 
 
 @contextmanager
-def installed(extra=(), without=()):
+def installed(extra=(), without=(), broken=None):
     """The fake in place of the WebUI, with the extension loaded on it; afterwards sys.modules is as before.
 
-    extra: modules that another host has. without: modules of the fake that an older host lacks.
+    extra: modules that another host has. without: modules of the fake that an older host lacks. broken: what the import
+    of the extension's own module raises.
     """
+
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if broken is not None and name == "lib_demofusion.hosts.webui":
+                raise broken
 
     def ours():
         return [name for name in sys.modules if name.partition(".")[0] in ("modules", "gradio", "lib_demofusion", *extra)]
@@ -1130,12 +1230,15 @@ def installed(extra=(), without=()):
         modules[name] = ModuleType(name)
         modules[name].__spec__ = ModuleSpec(name, None)
     sys.modules.update(modules)
+    finder = Broken()
+    sys.meta_path.insert(0, finder)
     try:
         spec = importlib.util.spec_from_file_location("demofusion", ROOT / "scripts" / "demofusion.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         yield Host(modules, module.DemoFusionScript())
     finally:
+        sys.meta_path.remove(finder)
         for name in ours():
             del sys.modules[name]
         sys.modules.update(before)

@@ -8,11 +8,13 @@ import fake_webui
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from readout import NODE, readouts
+from readout import NODE, in_node, readouts
 
-from lib_demofusion.decode import SMALLEST_TILE, _side, decoding_bytes
-from lib_demofusion.memory import latents_bytes
+from lib_demofusion.decode import _features
+from lib_demofusion.memory import call_bytes, in_words
+from lib_demofusion.phases import clock_time
 
+COSTS = ("phase_steps", "denoising_strength", "stride", "doubling")  # the settings on which a plan's size depends
 PAPER = {"stride": 0.5, "phaseSteps": 0, "doubling": False, "strength": 1}
 pytestmark = pytest.mark.skipif(not NODE, reason="needs node, to run javascript/demofusion.js")
 
@@ -44,13 +46,22 @@ def random_form(rng, webui):
         cfg=rng.choice([1, 1.5, 7]),
         sampler=rng.choice(list(webui.SAMPLERS)),
         scheduler=rng.choice(["Automatic", "Karras", "DDIM", "KL Optimal"]),
+        batchSize=rng.randint(1, 4),
+        batchCount=rng.randint(1, 4),
         hires=False,
+        uniPcOrder=webui.shared.opts.uni_pc_order,
+        facts={},
         table=webui.readout_table(),
     )
 
 
 def plan_of(form, webui):
     """The form's plan; None if it is refused."""
+    return plan_or_refusal(form, webui)[0]
+
+
+def plan_or_refusal(form, webui):
+    """The form's plan and None, or None and the line that refuses it."""
     p = SimpleNamespace(
         sampler_name=form["sampler"], **{name: form[name] for name in ("width", "height", "steps", "scheduler")}
     )
@@ -62,9 +73,9 @@ def plan_of(form, webui):
             doubling=form["doubling"],
             denoising_strength=form["strength"],
         )
-        return webui.plan_for(p, config)
-    except ValueError:
-        return None
+        return webui.plan_for(p, config), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def expected(form, plan, webui):
@@ -86,66 +97,205 @@ def test_the_readout_is_the_plan(webui):
     assert {form["sampler"] for form, _ in forms} == set(webui.SAMPLERS)
     lines = readouts([form for form, _ in forms])
     for (form, plan), line in zip(forms, lines, strict=True):
-        assert line.rpartition(", +")[0] == expected(form, plan, webui), {
-            key: value for key, value in form.items() if key != "table"
-        }
+        assert line == expected(form, plan, webui), {key: value for key, value in form.items() if key != "table"}
 
 
-def test_every_way_of_counting(webui):
-    """Each sampler with each scheduler, at the step counts where they part."""
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_every_way_of_counting_and_of_lacking_steps(webui, monkeypatch, order):
+    """Each sampler with each scheduler, at the step counts where they part, or fail."""
+    monkeypatch.setattr(webui.shared.opts, "uni_pc_order", order)
     form = dict(random_form(random.Random(1), webui), width=64, height=64, scale=2.0, **PAPER, cfg=7)
     forms = [
-        dict(form, sampler=sampler, scheduler=scheduler, steps=steps)
+        dict(form, sampler=sampler, scheduler=scheduler, steps=steps, strength=strength)
         for sampler in webui.SAMPLERS
         for scheduler in ("Automatic", "Karras", "DDIM", "KL Optimal")
-        for steps in (1, 2, 7, 30, 149, 150)
+        for steps in (1, 2, 3, 7, 30, 149, 150)
+        for strength in (1, 0.3)
     ]
-    plans = [(form, plan) for form in forms if (plan := plan_of(form, webui))]
-    assert len(forms) - len(plans) <= 8, "refused: DDIM's two kinds in one step, which is none"
-    lines = [line.rpartition(", +")[0] for line in readouts([form for form, _ in plans])]
-    assert lines == [expected(form, plan, webui) for form, plan in plans]
+    refused = 0
+    for form, line in zip(forms, readouts(forms), strict=True):
+        plan, refusal = plan_or_refusal(form, webui)
+        assert line == (f"cannot run: {refusal}" if refusal else expected(form, plan, webui))
+        refused += refusal is not None
+    assert len(webui.SAMPLERS) < refused < len(forms) / 4
 
 
-@pytest.mark.parametrize(("size", "scale"), [((512, 512), 2.0), ((512, 512), 8.0), ((832, 1216), 3.0), ((1024, 1024), 4.0)])
-def test_the_memory_is_what_stable_diffusions_autoencoder_takes_by_its_shapes(webui, size, scale):
-    """Beyond the base image's: for the latents, or for the decoding."""
-    form = dict(random_form(random.Random(4), webui), height=size[0], width=size[1], scale=scale, **PAPER, sampler="Euler")
-    [line] = readouts([form])
-    number, unit = re.search(r", \+([\d.]+) (.iB) memory$", line).groups()
+def has_free(webui, monkeypatch, device, main):
+    """Let so many bytes be free; returns what the server then says of memory."""
+
+    def free_memory(where):
+        return main if where.type == "cpu" else device
+
+    for module in (webui.facts, webui.check_fits):
+        monkeypatch.setitem(module.__globals__, "free_memory", free_memory)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_it_says_that_it_fits_or_what_the_refusal_will_say(webui, monkeypatch, kind):
+    rng = random.Random(4)
+    forms, lines = [], []
+    while len(forms) < 200:
+        form = random_form(rng, webui)
+        if (plan := plan_of(form, webui)) is None:
+            continue
+        last = plan.phases[-1]
+        has_free(webui, monkeypatch, *(int(10 ** rng.uniform(6, 11)) for _ in range(2)))
+        forms.append(dict(form, facts={"memory": webui._memory(torch.device(kind))}))
+        try:
+            webui.check_fits(last.size, last.scale, torch.device(kind), 4, form["batchSize"], webui.FACTOR, webui.PICTURES)
+            lines.append(f"{expected(form, plan, webui)}, fits")
+        except ValueError as error:
+            lines.append(f"{expected(form, plan, webui)}, does not fit: {error}")
+    refused = [line for line in lines if "does not fit" in line]
+    assert len([line for line in refused if "; scale " in line]) > 20
+    assert len([line for line in refused if "; no scale fits" in line]) > 20
+    assert len(lines) - len(refused) > 20
+    for line, said in zip(lines, readouts(forms), strict=True):
+        assert said.startswith(line) if line.endswith(", fits") else said == line
+
+
+@pytest.mark.parametrize(("free", "scale"), [(100_000, ""), (500_000, ": scale 1.15"), (1_000_000, None)])
+def test_where_tiles_would_not_see_one_another_it_says_what_decoding_takes(webui, monkeypatch, free, scale):
+    """The condition is the decoder's own: it runs here, and makes the whole image's features or does not."""
+    form = dict(random_form(random.Random(5), webui), height=64 * 8, width=64 * 8, scale=1.25, **PAPER, sampler="Euler")
+    has_free(webui, monkeypatch, free, 10**12)
+    memory = webui._memory(torch.device("cuda"))
+    assert memory["device"] == ["cuda memory", free]
+    made = []
+    tiles, model = webui.tiles, webui.sd_models.model_data.sd_model
+    monkeypatch.setattr(tiles, "free_memory", lambda device: free)
+    monkeypatch.setattr(tiles, "_features", lambda *args: made.append(args) or torch.zeros(1, 16, 80, 80))
+    monkeypatch.setattr(tiles, "_in_passes", lambda *args: torch.zeros(1, 3, 640, 640))
+    tiles.decode(model.decode_first_stage, torch.zeros(1, 4, 80, 80), model.first_stage_model.decoder, tile=64)
+    memory["latents"] = memory["pictures"] = 0
+    [line] = readouts([dict(form, facts={"memory": memory})])
+    if scale is None:
+        assert made
+        assert line.endswith(", fits in memory")
+    else:
+        assert not made
+        need, there = in_words(memory["features"] * 80 * 80), in_words(free)
+        assert line.endswith(f", fits, but decoding at its best takes {need} of cuda memory, and {there} are free{scale}")
+
+
+@pytest.mark.parametrize("size", [(192, 192), (208, 304), (512, 512)])
+@pytest.mark.parametrize("channels", [(128, 256, 512, 512), (64, 128, 256, 256)])
+def test_what_decoding_takes_is_of_the_checkpoints_own_autoencoder(webui, monkeypatch, channels, size):
+    """By the shapes of its features, in Stable Diffusion's widths and in others."""
     with torch.device("meta"):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
+            block_out_channels=channels,
             layers_per_block=2,
         )
-    base, last = (torch.empty(1, 4, *phase.size, device="meta") for phase in (plan_of(form, webui).phases[i] for i in (0, -1)))
-    tile = max(_side(base[0, 0].numel()), SMALLEST_TILE)
-    before, after = (decoding_bytes(lambda z: vae.decode(z).sample, z, vae.decoder, vae, tile) for z in (base, last))
-    more = max(latents_bytes(last.shape[-2:]), after - before)
-    assert float(number) * {"MiB": 2**20, "GiB": 2**30}[unit] == pytest.approx(more, rel=0.15)
+    monkeypatch.setattr(webui.sd_models.model_data, "sd_model", SimpleNamespace(first_stage_model=vae))
+    features = webui._memory(torch.device("cpu"))["features"]
+    latents = torch.empty(1, 4, *size, device="meta")
+    takes = call_bytes(vae, lambda z: _features(lambda z: vae.decode(z).sample, z, vae.decoder), latents)
+    assert features * size[0] * size[1] == pytest.approx(takes, rel=0.15)
 
 
-def test_what_is_refused_is_not_promised(webui):
+def test_of_memory_it_says_nothing_where_nothing_is_known_and_of_decoding_where_others_decode(webui, monkeypatch):
+    form = dict(random_form(random.Random(6), webui), height=512, width=512, scale=2.0, **PAPER, sampler="Euler")
+    has_free(webui, monkeypatch, 10**9, 10**12)
+    monkeypatch.setattr(webui.shared.opts, "sd_vae_decode_method", "TAESD")
+    memory = webui._memory(torch.device("cuda"))
+    assert memory["features"] is None
+    known, unknown = readouts([dict(form, facts={"memory": memory}), dict(form, facts={"memory": None})])
+    assert known == f"{unknown}, fits in memory"
+    monkeypatch.setattr(webui.sd_models.model_data, "sd_model", None)  # none is loaded yet
+    assert webui._memory(torch.device("cuda"))["features"] is None
+
+
+def test_the_time_goes_with_the_calls_the_images_and_the_pixels_of_a_view(webui):
+    form = dict(random_form(random.Random(7), webui), height=512, width=512, scale=2.0, **PAPER, sampler="Euler")
+    form = dict(form, steps=20, cfg=7, batchSize=1, batchCount=1, facts={"paces": {"4096": 0.5, "1024": 3}})
+    forms = [form, dict(form, batchSize=2, batchCount=3), dict(form, height=640), dict(form, width=256, height=240)]
+    forms += [dict(form, facts={"paces": {}}), dict(form, sampler="DPM adaptive")]
+    one, six, larger, smaller, unknown, adaptive = readouts(forms)
+    assert one.endswith(f"560 model calls, about {clock_time(560 * 0.5)}")
+    assert six.endswith(f"560 model calls, about {clock_time(6 * 560 * 0.5)} for 6 images")
+    assert larger.endswith(f"560 model calls, about {clock_time(560 * 0.5 * 640 / 512)}")
+    assert smaller.endswith(f"560 model calls, about {clock_time(560 * 3 * 30 / 32)}"), "by the pace of the nearest size"
+    assert unknown.endswith("560 model calls")
+    assert adaptive.endswith("as many model calls as it takes")
+
+
+def test_times_are_written_as_in_the_command(webui):
+    form = dict(random_form(random.Random(8), webui), height=512, width=512, scale=2.0, **PAPER, sampler="Euler")
+    form = dict(form, steps=20, cfg=7, batchSize=1, batchCount=1)
+    seconds = [0.2, 0.5, 1.5, 59.4, 59.6, 60, 3599.4, 3599.6, 36000, 200000]
+    lines = readouts([dict(form, facts={"paces": {"4096": s / 560}}) for s in seconds])
+    assert [line.rpartition("about ")[2] for line in lines] == [clock_time(s) for s in seconds]
+
+
+def test_what_the_server_said_before_its_restart_is_kept(webui):
+    now = {"paces": {"64": 1.5}, "memory": None}
+    told = in_node("demofusionTold", now, {"memory": {"free": 1}}, '{"64": 3, "256": 2}')
+    assert told == {"paces": {"64": 1.5, "256": 2}, "memory": {"free": 1}}
+    for stored in (None, "", "no JSON"):
+        assert in_node("demofusionTold", now, {}, stored) == {"paces": {"64": 1.5}}
+
+
+def test_each_preset_says_what_it_is_what_it_costs_and_when_to_take_it(webui):
+    rng = random.Random(9)
+    checked = 0
+    while checked < 20:
+        form = random_form(rng, webui)
+        said = in_node("demofusionPresets", form)
+        assert list(said) == ["", *webui.PRESETS]
+        own = dict(stride=form["stride"], phase_steps=form["phaseSteps"], doubling=form["doubling"])
+        own["denoising_strength"] = form["strength"]
+        for name, text in said.items():
+            settings = webui._costs(webui.DemoFusionConfig.preset(name)) if name else own
+            as_form = dict(zip(("phaseSteps", "strength", "stride", "doubling"), map(settings.get, COSTS)))
+            plan = plan_of({**form, **as_form}, webui)
+            what, when = webui.PRESET_HELP.get(name, ("Your own settings", None))
+            assert text.startswith(f"{name}: {what}" if name else what)
+            assert text.endswith(f". {when}." if name else ".")
+            cost = re.search(r"([\d.]+) times the base image's model calls", text)
+            assert bool(cost) == (plan is not None and webui.SAMPLERS[form["sampler"]].counts != "unknown")
+            if cost:
+                base, *phases = (phase.evaluations for phase in plan.phases)
+                times = (2 * base + (1 if form["cfg"] == 1 else 2) * sum(phases)) / (2 * base)
+                assert float(cost[1]) == pytest.approx(times, abs=0.0501 if times < 10 else 0.5)
+                checked += 1
+
+
+def test_the_presets_texts_say_the_presets_settings(webui):
+    fast, turbo = (webui.DemoFusionConfig.preset(name) for name in ("Fast", "Turbo"))
+    assert f"the last {fast.denoising_strength:.0%}".replace("%", " %") in webui.PRESET_HELP["Fast"][0]
+    phase = webui.make_plan((64, 64), 50, turbo).phases[-1]
+    assert (
+        webui.PRESET_HELP["Turbo"][0]
+        == f"Fast with {phase.steps} steps a phase, of which {phase.steps - phase.skipped} are run"
+    )
+    assert set(webui.PRESET_HELP) == set(webui.PRESETS)
+
+
+def test_what_is_refused_is_said_in_the_words_of_the_refusal(webui):
     rng = random.Random(2)
     form = dict(random_form(rng, webui), width=64, height=64, **PAPER, sampler="Euler")
     forms = [dict(form, scale=1.05), dict(form, scale=2.05)]
     forms += [dict(form, scale=2.0, sampler="DDIM", steps=20, phaseSteps=1)]
-    forms += [
-        form
-        for form in (dict(random_form(rng, webui), sampler="DDIM", strength=0.05) for _ in range(300))
-        if plan_of(form, webui) is None
-    ]
+    more = (dict(random_form(rng, webui), sampler="DDIM", strength=0.05) for _ in range(300))
+    forms += [form for form in more if plan_of(form, webui) is None]
     assert len(forms) > 10
-    assert not any(plan_of(form, webui) for form in forms)
-    for form, line in zip(forms, readouts(forms), strict=True):
-        promise = "phases" in line
-        assert not promise, (line, {key: value for key, value in form.items() if key != "table"})
+    refusals = [plan_or_refusal(form, webui)[1] for form in forms]
+    assert readouts(forms) == [f"cannot run: {refusal}" for refusal in refusals]
+    assert in_node("demofusionPresets", forms[0])["Turbo"].startswith("Turbo: "), "at a scale that adds nothing, without a cost"
 
 
-def test_why_it_is_off(webui):
+def test_what_is_refused_whatever_the_plan(webui):
     form = dict(random_form(random.Random(3), webui), width=512, height=768, scale=2.0)
     lines = readouts([dict(form, hires=True), dict(form, sampler="Euler"), dict(form, sampler="Euler of tomorrow")])
-    assert lines[0] == "off: Hires. fix is ticked"
+    both = SimpleNamespace(enable_hr=True, sampler_name="Euler", scripts=None, script_args=[])
+    unknown = SimpleNamespace(sampler_name="Euler of tomorrow", scripts=None, script_args=[])
+    for line, refuse in (
+        (lines[0], lambda: webui.prepare(both, [True])),
+        (lines[2], lambda: webui.plan_for(unknown, webui.FORM)),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(line.removeprefix('cannot run: '))}$"):
+            refuse()
     assert lines[1].startswith("from 512x768 to 1024x1536, 2 phases")
-    assert lines[2] == "cannot run with Euler of tomorrow; Euler works"

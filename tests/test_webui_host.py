@@ -1,10 +1,13 @@
 """The extension on the fake host of fake_webui.py: whatever can be seen without the WebUI."""
 
 import itertools
+import json
 import math
 import random
 import re
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,7 +18,7 @@ from readout import NODE, in_node
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.phases import flat_areas, fusion_for, make_plan, upscale
-from lib_demofusion.saved import read_saved
+from lib_demofusion.saved import SavedPhase, read_saved
 
 STEPS = 4
 VIEWS = {2: 9 + 4, 3: 25 + 9}  # of a square base at the default stride: local and dilated ones
@@ -117,24 +120,73 @@ def test_supported(host):
     assert host.webui.unsupported() is None
 
 
+def refusal(reply):
+    """The line with which a job was refused, as the API's reply and the form have it."""
+    line = reply.p.extra_generation_params["DemoFusion refused"]
+    assert reply.comments == [f"DemoFusion: {line}"]
+    assert reply.images == reply.latents == []
+    assert "\n" not in line
+    return line
+
+
 @pytest.mark.parametrize(
     ("extra", "line"),
     [("modules_forge", "Forge calls its UNet in a way of its own"), ("modules.processing_diffusers", "SD.Next calls its UNet")],
 )
-def test_other_hosts_are_told_in_the_form_and_left_alone(extra, line):
+def test_other_hosts_say_so_in_the_form_and_refuse_what_is_asked_for(extra, line, monkeypatch):
+    shown = []
+    monkeypatch.setattr(fake_webui.HTML, "__init__", lambda self, value="", **given: shown.append(value))
     with fake_webui.installed(extra=(extra,)) as host:
         assert line in host.webui.unsupported()
-        assert host.script.controls == []
-        reply = host.generate()
-        assert reply.sizes == [(8, 8)]
+        assert shown == [f"DemoFusion cannot run here: {host.webui.unsupported()}.".replace("'", "&#x27;")]
+        assert [control.value for control in host.script.controls] == [False]
+        assert host.generate().sizes == host.generate(None).sizes == [(8, 8)]
+        assert refusal(host.generate(True)) == f"it cannot run here: {host.webui.unsupported()}"
+        assert refusal(host.generate(True, 2)) == refusal(host.generate(True))
         assert not any(fake_webui._callbacks.values())
 
 
 def test_an_older_host_is_told_what_it_lacks(host, monkeypatch):
     monkeypatch.delattr(host.scripts.Script, "process_before_every_sampling")
-    assert "Script.process_before_every_sampling" in host.webui.unsupported()
+    assert "Script.process_before_every_sampling; update the WebUI to version 1.10" in host.webui.unsupported()
     with fake_webui.installed(without=("modules.rng",)) as older:
-        assert older.script.controls == []
+        assert older.generate().sizes == [(8, 8)]
+        assert refusal(older.generate(True)).startswith(
+            "it cannot run here: it could not be loaded (ImportError: cannot import"
+        )
+    with fake_webui.installed(without=("modules.ui_components",)) as older:
+        assert "'modules.ui_components'); update it, and the WebUI to 1.10" in refusal(older.generate(True))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name 'tree_leaves'"),
+        AttributeError("module 'torch' has no attribute 'young'"),
+        SyntaxError("invalid syntax"),
+        RuntimeError("two lines\nof text"),
+        OSError("a library, broken"),
+    ],
+)
+def test_whatever_fails_at_the_import_is_shown_in_the_console_and_refuses(capsys, error):
+    with fake_webui.installed(broken=error) as host:
+        assert "Traceback" in capsys.readouterr().err
+        line = refusal(host.generate(True))
+        assert f"{type(error).__name__}: {' '.join(str(error).split())}" in line
+        assert line.endswith("; update it, and the WebUI to 1.10; the console says more")
+        assert host.generate().sizes == host.generate(False).sizes == [(8, 8)]
+        [(control, function)] = host.runner.infotext_fields
+        assert control is host.script.controls[0]
+        assert [function(parameters) for parameters in ({}, {"DemoFusion scale": "2"})] == [False, True]
+
+
+def test_a_form_that_cannot_be_drawn_refuses(capsys):
+    with fake_webui.installed() as host, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.gradio, "Slider", lambda **given: fake_webui.Slider(unheard_of=1, **given)._events["no such"])
+        host.reset()
+        assert "Traceback" in capsys.readouterr().err
+        assert "(KeyError: 'no such')" in refusal(host.generate(True))
+        assert host.generate().sizes == [(8, 8)]
 
 
 # --------------------------------------------------------------------------------------------------- the same as the core alone
@@ -588,6 +640,7 @@ def test_a_card_that_is_too_small(host, small_card, most, since):
     assert_same(reply.latents[0], expected)
     if most:
         told = [text for text in reply.comments if "a view batch size of 8 did not fit" in text]
+        assert said(host, reply) == ({"DemoFusion note": told[0].removeprefix("DemoFusion: ")} if told else {})
         assert reply.comments == told
         assert len(told) == 1 or since == 32  # the last call is of two views
     else:
@@ -765,6 +818,9 @@ def test_the_last_phase_that_can_be_decoded_is_not_lost(host, decoder, monkeypat
     size = 8 * SIZES[reached][0]
     assert reply.comments[-1].endswith(f"; phase {reached} of 3, {size}x{size}, is what you get.")
     assert len(reply.comments) == 3 - reached
+    assert said(host, reply) == {
+        "DemoFusion incomplete": "; ".join(text.removeprefix("DemoFusion: ") for text in reply.comments)
+    }
     parameters = host.infotext_utils.parse_generation_parameters(reply.infotexts[0])
     assert parameters.get("DemoFusion scale") == (None if reached == 1 else "2")
     assert_as_before(host, before)
@@ -808,7 +864,8 @@ def test_a_skip_goes_on_with_the_next_batch(host, at_call):
     at_call(STEPS + 2, host.shared.state.skip)
     reply = host.generate(True, 2, n_iter=2)
     assert reply.sizes == [(8, 8), (16, 16)]
-    assert ["DemoFusion" in text for text in reply.infotexts] == [False, True]
+    assert ["DemoFusion scale" in text for text in reply.infotexts] == [False, True]
+    assert ["DemoFusion incomplete" in text for text in reply.infotexts] == [True, False]
 
 
 def test_stopping_after_the_image_finishes_it(host, at_call):
@@ -819,12 +876,105 @@ def test_stopping_after_the_image_finishes_it(host, at_call):
 
 
 @pytest.mark.parametrize("stop", ["interrupt", "skip"])
-def test_a_stop_in_the_base_is_as_without_us(host, at_call, stop):
+def test_a_stop_in_the_base_is_as_without_us_and_told(host, at_call, stop):
     at_call(2, getattr(host.shared.state, stop))
     reply = host.generate(True, 2)
     assert reply.sizes == [(8, 8)]
-    assert "DemoFusion" not in reply.infotexts[0]
-    assert reply.comments == []
+    assert "DemoFusion scale" not in reply.infotexts[0]
+    line = "phase 1 of 2, 64x64, is not finished, because it was stopped"
+    assert reply.comments == [f"DemoFusion: {line}"]
+    assert said(host, reply) == {"DemoFusion incomplete": line}
+
+
+def said(host, reply, picture=0):
+    """What a picture's parameters say of DemoFusion besides its settings."""
+    parameters = host.infotext_utils.parse_generation_parameters(reply.infotexts[picture])
+    return {key: value for key, value in parameters.items() if key.split()[1:] in (["incomplete"], ["note"], ["refused"])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("interrupt", "was stopped"),
+        ("skip", "was stopped"),
+        ("error", "failed: the model broke"),
+        ("error without text", "failed: RuntimeError()"),
+    ],
+)
+@pytest.mark.parametrize("call", [STEPS + 1, 7 * STEPS])
+def test_what_is_not_finished_is_said_in_the_reply(host, at_call, kind, why, call):
+    action, _ = trouble(host, kind)
+    at_call(call, action)
+    reply = host.generate(True, 3)
+    line = f"phase {phase_done_at(call)} of 3 is the last one finished, because the next {why}"
+    assert said(host, reply) == {"DemoFusion incomplete": line}
+    assert reply.p.extra_generation_params["DemoFusion incomplete"] == line
+
+
+def test_what_is_said_of_one_batch_is_not_said_of_the_next(host, at_call):
+    def fail():
+        raise RuntimeError("the model broke")
+
+    at_call(STEPS + 2, fail)
+    reply = host.generate(True, 2, n_iter=3)
+    assert reply.sizes == [(8, 8), (16, 16), (16, 16)]
+    line = "phase 1 of 2 is the last one finished, because the next failed: the model broke"
+    assert [said(host, reply, i) for i in range(3)] == [{"DemoFusion incomplete": line}, {}, {}]
+    again = host.generate(True, 2)
+    assert said(host, again) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ['a "quoted" thing', "a, b: c", '"', "back\\slash, and", "é ü 漢字, x", "tab\tand\x0bmore", "a=b;c"]
+)
+def test_whatever_an_error_says_can_be_read_again(host, at_call, text):
+    def fail():
+        raise RuntimeError(text)
+
+    at_call(STEPS + 2, fail)
+    reply = host.generate(True, 2)
+    why = " ".join(text.splitlines()[0].split())
+    line = f"phase 1 of 2 is the last one finished, because the next failed: {why}"
+    assert said(host, reply) == {"DemoFusion incomplete": line}
+    assert pasted(host, reply.infotexts[0])[0] is False
+
+
+@pytest.mark.parametrize(
+    ("what", "size"),
+    [("_Phases", (8, 8)), ("_restored", (8, 8)), ("_Progress.pause", (8, 8)), ("_keep_what_is_finished", (8, 8)),
+     ("_may_use_tiles", (8, 8)), ("_called", (8, 8))],
+)  # fmt: skip
+def test_whatever_else_fails_the_base_stays_and_the_reply_says_so(host, at_call, monkeypatch, what, size):
+    def fail(*args, **kwargs):
+        raise KeyError("a surprise")
+
+    if what in ("_keep_what_is_finished", "_called"):
+        at_call(STEPS + 2, host.shared.state.skip)
+    owner, _, name = what.rpartition(".")
+    monkeypatch.setattr(getattr(host.webui, owner) if owner else host.webui, name, fail)
+    reply = host.generate(True, 2)
+    assert reply.sizes == [size]
+    assert "is the last one finished, because the next failed: 'a surprise'" in said(host, reply)["DemoFusion incomplete"]
+    assert len(host.reports) == 1
+
+
+def test_a_base_of_another_size_than_asked_for_is_told(host, monkeypatch):
+    sample = host.processing.StableDiffusionProcessingTxt2Img.sample
+    smaller = lambda p, *args: sample(p, *args)[..., :6, :6]  # noqa: E731
+    monkeypatch.setattr(host.processing.StableDiffusionProcessingTxt2Img, "sample", smaller)
+    reply = host.generate(True, 2)
+    assert reply.sizes == [(6, 6)]
+    line = "the base is what you get, because another extension has made the base 48x48, and not 64x64; switch it off"
+    assert said(host, reply) == {"DemoFusion incomplete": line}
+    assert reply.comments == [f"DemoFusion: {line}"]
+
+
+def test_pictures_that_are_there_already_are_told(host):
+    p = host.processing_for(True, 2)
+    ps = host.scripts.PostSampleArgs(host.processing.DecodedSamples([1]))
+    host.script.post_sample(p, ps, True, 2)
+    assert ps.samples == [1]
+    assert "something else has made pictures of it already" in p.extra_generation_params["DemoFusion incomplete"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- refusals
@@ -883,11 +1033,50 @@ def test_unknown_samplers_are_refused(host, calls, monkeypatch):
     assert_refused(host, calls, line, True, 2, sampler_name="Euler of tomorrow")
 
 
-def test_steps_without_a_prediction_are_refused(host, calls):
-    reply = host.generate(True, 2, {"phase_steps": 1}, sampler_name="DDIM")  # the host's DDIM asks once less than it has levels
-    assert reply.images == []
-    assert "DDIM" in reply.comments[0]
-    assert calls.rows == 0
+# (steps, of which so many are skipped) -> the line's end; None: the host can do with them. As tried on the real host.
+FEW_STEPS = {
+    ("DDIM", "Automatic"): {(1, 0): "1 step; it needs 2 at least", (2, 0): None, (5, 4): "the 1 of 5 steps", (5, 3): None},
+    **{
+        (name, scheduler): {(1, 0): "1 step; it needs 2 at least", (2, 0): None, (5, 4): "the 1 of 5 steps", (5, 3): None}
+        for name in ("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE")
+        for scheduler in ("Automatic", "Karras")
+    },
+    ("DPM++ 3M SDE", "KL Optimal"): {(1, 0): None, (5, 4): None},
+    ("DPM fast", "Automatic"): {(1, 0): None, (5, 4): "the 1 of 5 steps", (5, 3): None},
+    ("DPM adaptive", "Automatic"): {(1, 0): None, (5, 4): "the 1 of 5 steps", (5, 3): None},
+    ("UniPC", "Automatic"): {
+        (1, 0): "1 step; it needs 3 at least",
+        (2, 0): "2 steps; it needs 3 at least",
+        (3, 0): None,
+        (5, 3): "the 2 of 5 steps that the denoising strength leaves; it needs 3 at least",
+        (5, 2): None,
+    },
+    **{
+        (name, "Automatic"): {(1, 0): None, (5, 4): None}
+        for name in ("Euler", "Heun", "DPM2 a", "Restart", "LCM", "PLMS", "LMS")
+    },
+}
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), FEW_STEPS)
+def test_steps_with_which_the_hosts_sampler_fails_are_refused(host, sampler, scheduler):
+    for (steps, skipped), line in FEW_STEPS[sampler, scheduler].items():
+        config = DemoFusionConfig(scale=2.0, phase_steps=steps, denoising_strength=(steps - skipped) / steps)
+        p = host.processing_for(sampler_name=sampler, scheduler=scheduler, steps=1 if skipped == 0 else 20)
+        if skipped == 0:
+            p.steps = steps
+        if line is None:
+            assert host.webui.plan_for(p, config)
+            continue
+        with pytest.raises(ValueError, match="at least") as told:
+            host.webui.plan_for(p, config)
+        assert str(told.value).startswith(f"{sampler} cannot do with {line}")
+
+
+def test_they_are_refused_before_the_base(host, calls):
+    line = "DDIM cannot do with the 1 of 3 steps that the denoising strength leaves; it needs 2 at least"
+    assert_refused(host, calls, line, True, 2, {"denoising_strength": 0.4}, sampler_name="DDIM", steps=3)
+    assert_refused(host, calls, "DDIM cannot do with 1 step; it needs 2 at least", True, 2, sampler_name="DDIM", steps=1)
 
 
 def test_stable_diffusion_3_is_refused(host, calls):
@@ -904,9 +1093,18 @@ def test_edit_models_are_refused(host, calls):
 @pytest.mark.parametrize("unit", [SimpleNamespace(enabled=True), {"enabled": True}, {"model": "canny"}])
 def test_controlnet_is_refused(host, calls, unit):
     host.add_script("ControlNet", SimpleNamespace(enabled=False), unit)
-    line = "ControlNet steers the whole image and cannot follow single windows; untick one of the two"
+    line = "ControlNet is on: it steers the whole image and cannot follow single windows; untick it, or DemoFusion"
     assert_refused(host, calls, line, True, 2)
     assert host.generate(False).sizes == [(8, 8)]
+
+
+def test_a_refusal_holds_where_another_script_asks_for_images_after_it(host, calls):
+    host.add_script("Another")
+    host.runner.alwayson_scripts[-1].process = lambda p, *args: setattr(p, "n_iter", 2)
+    reply = host.generate(True, 0.5, n_iter=2)
+    assert (reply.p.n_iter, reply.images, calls.rows) == (2, [], 0)
+    assert "DemoFusion refused: " in reply.infotexts[0]
+    assert len(host.generate(False, n_iter=2).images) == 2
 
 
 @pytest.mark.parametrize("unit", [SimpleNamespace(enabled=False), {"enabled": False}, None, False])
@@ -917,23 +1115,138 @@ def test_controlnet_that_is_off_does_not_matter(host, unit):
 
 
 @pytest.mark.parametrize("args", [(True, 2), (True, 2, {"save_phases": True})])
-def test_hires_fix_wins_and_gets_a_comment(host, calls, args):
-    reply = host.generate(*args, enable_hr=True)
-    assert len(reply.comments) == 1
-    assert "Hires. fix is ticked" in reply.comments[0]
-    assert "DemoFusion" not in reply.infotexts[0]
-    assert calls.rows == 2 * STEPS
-    assert torch.equal(reply.latents[0], host.generate(enable_hr=True).latents[0])
+def test_hires_fix_beside_it_is_refused(host, calls, args):
+    line = "Hires. fix is on too, and only one of the two can enlarge the image; untick one of them"
+    assert_refused(host, calls, line, *args, enable_hr=True)
+    assert host.generate(False, enable_hr=True).sizes == [(8, 8)]
 
 
-def test_decoded_samples_are_left_alone(host):
-    class Decoded(list):
-        already_decoded = True
+@pytest.mark.parametrize("how", ["firstpass_image", "txt2img_upscale"])
+def test_the_gallerys_own_button_goes_before(host, monkeypatch, how):
+    """It runs Hires. fix on a finished picture, whatever the form says."""
+    monkeypatch.setattr(host.processing.StableDiffusionProcessingTxt2Img, "txt2img_upscale", True, raising=False)
+    picture = {"firstpass_image": object()} if how == "firstpass_image" else {}
+    if picture:
+        monkeypatch.undo()
+    reply = host.generate(True, 2, enable_hr=True, **picture)
+    line = "it stood aside, since a finished picture was enlarged, by Hires. fix"
+    assert reply.comments == [f"DemoFusion: {line}"]
+    assert said(host, reply) == {"DemoFusion note": line}
+    assert "DemoFusion scale" not in reply.infotexts[0]
+    assert torch.equal(reply.latents[0], host.generate(enable_hr=True, **picture).latents[0])
 
-    p = host.processing_for(True, 2)
-    ps = host.scripts.PostSampleArgs(Decoded([1]))
-    host.script.post_sample(p, ps, True, 2)
-    assert ps.samples == [1]
+
+# -------------------------------------------------------------------------------------------------- what a request may be
+
+
+def test_fewer_arguments_have_the_forms_values(host):
+    whole = [True, *(control.value for control in host.script.controls[1:])]
+    latents = host.generate(*whole).latents[0]
+    for count in (1, 4, 9, 16, 17):
+        assert torch.equal(host.generate(*whole[:count]).latents[0], latents)
+
+
+@pytest.mark.parametrize("surplus", ["", 0, False, None, "more", [1], {}])
+@pytest.mark.parametrize("more", [1, 2, 5])
+def test_one_argument_too_many_is_refused(host, calls, surplus, more):
+    args = [True, *(control.value for control in host.script.controls[1:17])]
+    line = f"it has 17 arguments, of which resume is the last; got one more, {surplus!r}"
+    assert_refused(host, calls, line, *args, *[surplus] * more)
+    assert host.generate(False, *args[1:], surplus).sizes == [(8, 8)]
+
+
+@pytest.mark.parametrize("position", range(1, 17))
+@pytest.mark.parametrize("value", [None, "", [2], {"a": 1}, "two", float("nan"), float("inf"), 10**400, -1, b"x"])
+def test_an_argument_of_another_kind_is_refused(host, calls, position, value):
+    args = [True, 2, *(control.value for control in host.script.controls[2:17])]
+    if position == 16 and isinstance(value, str):
+        return  # a path
+    args[position] = value
+    line = refusal(host.generate(*args))
+    assert calls.rows == 0
+    names = {"save_phases": "save phases", "resume": "resume"}
+    label = (
+        names.get(host.webui.ARGUMENTS[position]) or host.webui.CONFIG_FIELDS[host.webui.ARGUMENTS[position]].metadata["label"]
+    )
+    assert line.startswith(label) or value == 10**400
+    assert host.generate(True, 2).sizes == [(16, 16)]
+
+
+@pytest.mark.parametrize("enabled", [1, "true", "", 0, None, [], 2.0])
+def test_enabled_must_be_said_clearly(host, calls, enabled):
+    assert refusal(host.generate(enabled, 2)) == f"enabled must be true or false, got {enabled!r}"
+
+
+def test_arguments_that_nobody_filled_ask_for_nothing(host):
+    p = host.processing_for()
+    p.script_args = [None] * len(p.script_args)
+    assert fake_webui.process_images(p).images[0].shape[-1] == 64
+    p = host.processing_for()
+    host.script.args_from, host.script.args_to, before = 0, 0, (host.script.args_from, host.script.args_to)
+    assert fake_webui.process_images(p).images[0].shape[-1] == 64
+    host.script.args_from, host.script.args_to = before
+
+
+@pytest.mark.parametrize("where", ["check_fits", "_check", "plan_for", "read_settings", "_describe"])
+@pytest.mark.parametrize("error", [KeyError("what"), RuntimeError("CUDA error"), MemoryError(), OSError(28, "No space left")])
+def test_whatever_fails_before_the_base_refuses(host, calls, monkeypatch, capsys, where, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(host.webui, where, fail)
+    line = refusal(host.generate(True, 2))
+    assert line == f"it failed before it began ({type(error).__name__}: {error}); the console says more"
+    assert "Traceback" in capsys.readouterr().err
+    assert calls.rows == 0
+
+
+def test_what_was_refused_once_is_not_said_of_the_next_job(host):
+    """The host's plots make their jobs as copies, which share what is said of them."""
+    p = host.processing_for(True, 9)
+    fake_webui.process_images(p)
+    for args in ([True, 2], [False]):
+        other = host.processing_for(*args)
+        other.extra_generation_params = p.extra_generation_params
+        text = fake_webui.process_images(other).infotexts[0]
+        assert "DemoFusion refused" not in text
+        assert ("DemoFusion scale: 2" in text) == args[0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_scripts_of_one_name_refuse(host, first):
+    """The API gives what is meant for either to the first."""
+    host.add_script("DemoFusion Upscale", False, 7)
+    twin = host.runner.alwayson_scripts[-1]
+    twin.filename = "another/scripts/demofusion.py"
+    line = "another script is called DemoFusion Upscale as well (another/scripts/demofusion.py); remove one of the two"
+    assert refusal(host.generate(True, 2)) == line
+    assert host.generate().sizes == [(8, 8)]
+    p = host.processing_for()
+    p.script_args[twin.args_from] = True  # where a request for DemoFusion may have gone
+    assert len(fake_webui.process_images(p).images) == 1, "the form shows whose they are"
+    p.is_api = True
+    assert fake_webui.process_images(p).images == []
+    assert p.extra_generation_params["DemoFusion refused"] == line
+
+
+@pytest.mark.parametrize("chosen", [None, 0, "None", "X/Y/Z plot"])
+def test_a_refused_job_of_no_other_script_has_no_picture(host, chosen):
+    p = host.processing_for(True, 9)
+    p.script_args[0] = chosen
+    assert fake_webui.process_images(p).images == []
+
+
+def test_a_refused_job_of_another_script_becomes_a_picture_of_the_refusal(host):
+    """A plot's cell, say: without a picture the host shows a black one, or fails."""
+    p = host.processing_for(True, 9, n_iter=2, batch_size=2)
+    p.script_args[0] = 3
+    processed = fake_webui.process_images(p)
+    assert len(processed.images) == len(processed.infotexts) == 4
+    for image, text in zip(processed.images, processed.infotexts):
+        assert image.size == (256, 256)
+        assert len(set(image.getdata())) > 1, "nothing is written there"
+        parameters = host.infotext_utils.parse_generation_parameters(text)
+        assert parameters["DemoFusion refused"] == "scale must be above 1 and at most 8, got 9"
 
 
 # ----------------------------------------------------------------------------------------------------------------- progress
@@ -995,6 +1308,136 @@ def test_the_consoles_bar_comes_to_its_end(host, batches):
     assert bar._done == bar._total == batches * STEPS * (1 + VIEWS[2] + VIEWS[3])
 
 
+# ----------------------------------------------------------------------------------------------------------------- previews
+
+
+@pytest.fixture
+def page(host, calls):
+    """A page that asks for a preview at every call of the model. page.made: (views so far, latents' sides) of each preview."""
+    seen, state = SimpleNamespace(made=[]), host.shared.state
+
+    def ask(module, args):
+        before = state.id_live_preview
+        state.set_current_image()
+        if state.id_live_preview != before:
+            seen.made.append((calls.rows // 2, tuple(state.current_latent.shape[-2:])))
+
+    host.unet.register_forward_pre_hook(ask)
+    return seen
+
+
+FAST = dict(denoising_strength=0.4, doubling=True, pixel_upsampling=True, stride=0.625, feather=True, view_batch_size=1)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 10, 20, 32])
+@pytest.mark.parametrize(("scale", "steps"), [(2, 20), (4, 20), (8, 10), (4, 3)])
+def test_phases_show_themselves_at_no_more_cost_than_the_base(host, page, calls, every, scale, steps):
+    host.shared.opts.show_progress_every_n_steps = every
+    reply = host.generate(True, scale, FAST, steps=steps)
+    plan = host.webui.plan_for(reply.p, DemoFusionConfig(scale=float(scale), **FAST))
+    every = min(every, host.webui.PREVIEW_STEPS)
+    views = [sum(phase.evaluations for phase in plan.phases[:n]) for n in range(len(plan.phases) + 1)]
+    for phase, first, last in zip(plan.phases[1:], views[1:], views[2:]):
+        made = [views for views, size in page.made if size == phase.size and first < views <= last]
+        step, share = phase.views, every * phase.scale**2  # so many views for each preview in the base
+        # All but the first step, whose result is there when the second begins, and the wait for the one before.
+        assert len(made) >= (last - first - 2 * step - every * (phase.scale / 2) ** 2) // max(share, step)
+        assert len(made) <= (last - first) / share + 1
+    ours = [(views, size) for views, size in page.made if views > steps + 1]
+    decoded = sum(math.prod(size) for _, size in ours[1:])
+    if every > 1:
+        assert every * decoded <= 64 * (ours[-1][0] - steps), "more pixels than in the base, for what the model sees"
+    assert len({views for views, _ in page.made}) == len(page.made)
+
+
+def test_a_long_first_step_shows_the_phase_before(host, page):
+    """At 8x a step is 233 views; the phase of 4x is due after 160."""
+    host.generate(True, 8, FAST, steps=10)
+    assert (16, 16) in [size for _, size in page.made]
+    assert (32, 32) in [size for _, size in page.made]
+    assert (64, 64) in [size for _, size in page.made]
+
+
+@pytest.mark.parametrize(("setting", "value"), [("show_progress_every_n_steps", -1), ("live_previews_enable", False)])
+def test_who_wants_no_previews_gets_none(host, page, setting, value):
+    setattr(host.shared.opts, setting, value)
+    host.generate(True, 4, FAST, steps=20)
+    assert page.made == []
+
+
+def test_where_the_page_may_not_decode_the_phase_does(host, calls, monkeypatch):
+    """With --medvram the host makes previews between steps, and only where its own count of them is due."""
+    host.shared.parallel_processing_allowed = False
+    made, show = [], host.sd_samplers_common.sample_to_image
+    monkeypatch.setattr(
+        host.sd_samplers_common, "sample_to_image", lambda latents: made.append(tuple(latents.shape[-2:])) or show(latents)
+    )
+    host.generate(True, 4, FAST, steps=20)
+    assert 2 <= made.count((16, 16)) <= 4
+    assert 2 <= made.count((32, 32)) <= 4
+
+
+def test_a_preview_that_fails_ends_nothing(host, monkeypatch):
+    host.shared.parallel_processing_allowed = False
+
+    def fail(latents):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    expected = host.generate(True, 2, FAST, steps=20).latents[-1]
+    monkeypatch.setattr(host.sd_samplers_common, "sample_to_image", fail)
+    reply = host.generate(True, 2, FAST, steps=20)
+    assert torch.equal(reply.latents[-1], expected)
+    assert reply.comments == []
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("Full", 24), ("Approx NN", 64), ("TAESD", 64)])
+def test_previews_by_the_whole_decoder_are_no_larger_than_a_tile(host, page, decoder, kind, largest):
+    host.shared.opts.show_progress_type = kind
+    host.generate(True, 8, {**FAST, "pixel_upsampling": False}, steps=10)
+    sides = {size[0] for _, size in page.made}
+    assert max(sides) == largest
+    assert 16 in sides
+
+
+def test_while_we_decode_in_tiles_nobody_else_decodes(host, decoder, monkeypatch):
+    """Tiles change the decoder for as long; a preview at the same time would spoil both."""
+    free, begun, state = [], [], host.shared.state
+
+    def look(network, args):
+        def other():
+            got = host.webui._coding.acquire(blocking=False)
+            free.append(got)
+            if got:
+                host.webui._coding.release()
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        begun.append(state.current_latent is not None)
+
+    handle = decoder.network.register_forward_pre_hook(look)
+    host.generate(True, 4)
+    handle.remove()
+    assert len(free) > 8
+    assert not any(free)
+    assert not any(begun)
+    assert state.current_latent is not None
+
+
+def test_a_preview_waits_until_the_decoder_is_whole_again(host, monkeypatch):
+    """The page's own call of the model, on its thread, takes its turn with ours."""
+    model, turns = host.shared.sd_model, []
+    before = dict(vars(model))
+    with host.webui._in_turns(model):
+        with host.webui._coding:
+            thread = threading.Thread(target=lambda: turns.append(model.decode_first_stage(torch.zeros(1, 4, 8, 8)).shape))
+            thread.start()
+            turns.append("ours")
+        thread.join()
+    assert turns == ["ours", (1, 3, 64, 64)]
+    assert vars(model).keys() == before.keys()
+
+
 # ---------------------------------------------------------------------------------------------------- the form and the infotext
 
 
@@ -1004,22 +1447,81 @@ FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.
 def pasted(host, text):
     parameters = host.infotext_utils.parse_generation_parameters(text)
     values = {id(component): function(parameters) for component, function in host.runner.infotext_fields}
-    return [values.get(id(control)) for control in host.script.controls]
+    return [values.get(id(control)) for control in host.script.controls[: len(host.webui.ARGUMENTS)]]
 
 
 def test_the_form_has_every_argument_at_its_default(host):
     names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
-    assert names == ["enable", *host.webui.ARGUMENTS[1:]]
-    preset = host.webui.DemoFusionConfig.preset(host.webui.PRESET)
-    values = [getattr(preset, name) for name in host.webui.ARGUMENTS[1:-2]]
-    assert [control.value for control in host.script.controls] == [False, *values, False, ""]
-    assert host.gradio.Radio._made.value == host.webui.PRESET
-    assert host.webui.read_settings([True]) == host.webui.Settings(preset)
+    assert names == ["enable", *host.webui.ARGUMENTS[1:], "end", "unread"]
+    form = host.webui.DemoFusionConfig.preset("Fast", scale=2.0)
+    values = [getattr(form, name) for name in host.webui.ARGUMENTS[1:-2]]
+    assert [control.value for control in host.script.controls] == [False, *values, False, "", host.webui.END, ""]
+    assert [control.visible for control in host.script.controls[-2:]] == [False, False]
+    assert host.gradio.Radio._made.value == "Fast"
+    assert host.webui.read_settings([True]) == host.webui.Settings(form)
+    assert pasted(host, "Steps: 4, DemoFusion scale: 4")[1] == 4, "a picture says its scale, whatever the form starts at"
+
+
+@pytest.fixture
+def clock(host, monkeypatch):
+    """A clock that goes on by a second at every look."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(host.webui, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    monkeypatch.setattr(host.webui, "paces", {})
+
+
+JOBS = {
+    "plain": dict(),
+    "a batch": dict(batch_size=3),
+    "without guidance": dict(cfg_scale=1),
+    "two prompts": dict(prompt="a ring AND a disc"),
+    "one call for each prompt": dict(batch_cond_uncond=False),
+    "another sampler": dict(sampler_name="DDIM"),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_pace_of_the_last_job_is_all_its_time_by_all_that_the_model_saw(host, calls, clock, job):
+    settings = dict(JOBS[job])
+    host.shared.opts.batch_cond_uncond = settings.pop("batch_cond_uncond", True)
+    host.generate(True, 3, height=64, width=80, **settings)
+    assert host.webui.paces == {"main": {80: 1 / calls.rows}}
+    assert host.webui.facts()["paces"] == {"80": 1 / calls.rows}
+    host.shared.opts.sd_model_checkpoint = "another"
+    assert host.webui.facts()["paces"] == {}
+
+
+def test_a_job_that_was_stopped_has_a_pace_and_one_that_made_nothing_has_none(host, calls, at_call, clock):
+    host.generate(True, 1.05)
+    host.generate()
+    assert host.webui.paces == {}
+    calls.rows = 0
+    at_call(STEPS + 2, host.shared.state.interrupt)
+    host.generate(True, 3)
+    assert host.webui.paces == {"main": {64: 1 / calls.rows}}
+
+
+def test_the_browser_is_told_what_the_server_knows(host, at_call, clock):
+    routes = {}
+    app = SimpleNamespace(add_api_route=lambda path, endpoint, methods: routes.update({path: (endpoint, methods)}))
+    host.script_callbacks.app_started_callback(None, app)
+    [(path, (facts, methods))] = routes.items()
+    assert (path, methods) == ("/internal/demofusion", ["GET"])
+    host.generate(True, 3)
+    told = facts()
+    assert json.loads(json.dumps(told)) == told
+    assert (told["checkpoint"], told["device"], list(told["paces"])) == ("main", "cpu", ["64"])
+    assert told["memory"]["main"][1] > 0
+    during = []
+    at_call(1, lambda: during.append(facts()))
+    host.generate()
+    assert during[0]["memory"] is None, "what is free while a job runs says nothing of the next one"
+    assert facts()["memory"]
 
 
 @pytest.mark.skipif(not NODE, reason="needs node, to run the form's scripts")
 def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
-    controls = dict(zip(host.webui.ARGUMENTS, host.script.controls, strict=True))
+    controls = dict(zip(host.webui.ARGUMENTS, host.script.controls))
     shown = [controls[name] for name in host.webui.PRESET_SETTINGS]
     radio = host.gradio.Radio._made
     [(script, inputs, outputs)] = radio._events["input"]
@@ -1052,6 +1554,37 @@ def test_pasting_resets_what_is_the_papers(host):
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
     assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 15, ""]
+
+
+JUNK = ["abc", "", "nan", "inf", "1e9", "-1", "1e999", "2x2", "2, 3", '"', "None", "0x10", "1" + "0" * 400, "\u0663\u0664e"]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("name", list(DemoFusionConfig.__dataclass_fields__))
+def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, calls, name, junk):
+    label = host.webui.CONFIG_FIELDS[name].metadata["label"]
+    parameters = {"DemoFusion scale": "2", f"DemoFusion {label}": junk}
+    if junk == "2x2":  # as the host hands it over
+        del parameters[f"DemoFusion {label}"]
+        parameters |= {f"DemoFusion {label}-1": "2", f"DemoFusion {label}-2": "2"}
+    values = {id(control): function(parameters) for control, function in host.runner.infotext_fields}
+    *args, end, unread = (values.get(id(control), control.value) for control in host.script.controls)
+    assert args[0] is True
+    default = replace(DemoFusionConfig(), scale=4.0 if name == "scale" else 2.0)
+    assert args[:-2] == [True, *(getattr(default, name) for name in host.webui.ARGUMENTS[1:-2])]
+    line = unread["value"]
+    assert unread["visible"] is True
+    assert line.startswith(f"of what was pasted: {label} ")
+    assert line.endswith("; set in the form what you want, and empty this field")
+    assert_refused(host, calls, line, *args, end, line)
+    assert host.generate(*args, end, "").images
+
+
+def test_pasted_settings_that_can_be_read_show_no_line(host):
+    for text in (host.generate(*FULL).infotexts[0], host.generate().infotexts[0], "Steps: 4, DemoFusion jitter: maybe"):
+        parameters = host.infotext_utils.parse_generation_parameters(text)
+        [(_, function)] = [field for field in host.runner.infotext_fields if field[0] is host.script.controls[-1]]
+        assert function(parameters) == {"__type__": "generic_update", "value": "", "visible": False}
 
 
 def test_img2img_has_no_form(host):
@@ -1122,10 +1655,40 @@ def test_what_cannot_be_resumed_is_refused(host, calls, phase_2, change, says):
     assert says in reply.comments[0]
 
 
+@pytest.mark.parametrize(
+    ("latents", "base", "says"),
+    [
+        (
+            torch.zeros(1, 16, 16, 16),
+            torch.zeros(1, 16, 8, 8),
+            "the saved phase has 16 channels, and latents of this checkpoint 4",
+        ),
+        (torch.zeros(2, 4, 16, 16), torch.zeros(2, 4, 8, 8), "the saved phase is of 2 images"),
+        (torch.zeros(1, 4, 20, 20), torch.zeros(1, 4, 10, 10), "the saved phase is of other sizes than these settings make"),
+        (torch.zeros(1, 4, 15, 15), torch.zeros(1, 4, 8, 8), "the saved phase is of other sizes than these settings make"),
+    ],
+)
+def test_another_jobs_phase_is_refused(host, calls, tmp_path, latents, base, says):
+    """What only the host can know of a file that is a saved phase."""
+    file = tmp_path / "phase.safetensors"
+    SavedPhase(2, latents, base, "WebUI").write(file)
+    assert refusal(host.generate(*saving(3, str(file)))).startswith(says)
+    assert calls.rows == 0
+
+
+@pytest.mark.parametrize("name", ["", "a" * 300, "no\nsuch", "nul\0", "\ud800", "."])
+def test_a_file_that_cannot_be_is_refused_in_one_line(host, calls, tmp_path, name):
+    assert refusal(host.generate(*saving(3, f"{tmp_path}/{name}")))
+    assert calls.rows == 0
+
+
 def test_a_phase_that_cannot_be_saved_ends_nothing(host):
     host.shared.opts.samples_save = True
     reply = host.generate(*saving(3), outpath_samples="/nowhere")
     assert reply.sizes[-1] == SIZES[3]
+    [[key, note]] = said(host, reply).items()
+    assert key == "DemoFusion note"
+    assert note.count(" was not saved: ") == 2
     assert [text.split(":")[1] for text in reply.comments] == [" phase 1 was not saved", " phase 2 was not saved"]
 
 
@@ -1157,8 +1720,24 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
 
     axes["[DemoFusion] preset"].apply(p, "Turbo", [])
     assert axes["[DemoFusion] preset"].choices() == ["Paper", "Fast", "Turbo"]
-    settings = host.webui.read_settings(p.script_args[host.script.args_from :])
+    settings = host.webui.read_settings(p.script_args[host.script.args_from : host.script.args_to])
     assert settings.config == host.webui.DemoFusionConfig.preset("Turbo", scale=2.0)
+
+    axes["[DemoFusion] preset"].apply(p, "Tubro", [])
+    fake_webui.process_images(p)
+    assert p.extra_generation_params["DemoFusion refused"] == "no preset called 'Tubro'; there are: Paper, Fast, Turbo"
+
+
+def test_the_plot_finds_our_script_by_what_it_is(host):
+    """Another one, from another file of the same name, may have any title."""
+    host.add_script("demofusion", False, 3)
+    other = host.runner.alwayson_scripts.pop()
+    host.runner.alwayson_scripts.insert(0, other)
+    p = host.processing_for()
+    host.webui._set_argument(type(host.script), "scale", p, 3.0, [])
+    assert p.script_args[other.args_from : other.args_to] == [False, 3]
+    assert p.script_args[host.script.args_from :][:2] == [True, 3.0]
+    assert host.generate(True, 2).sizes == [(16, 16)]
 
 
 def test_other_scripts_hear_of_every_phase(host, monkeypatch):

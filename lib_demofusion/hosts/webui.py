@@ -15,7 +15,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -29,17 +31,26 @@ from PIL import Image
 from torch import Tensor
 
 from lib_demofusion import decode as tiles
-from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line
+from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line, infotext_label
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
-from lib_demofusion.memory import OutOfMemory, ViewBatch, check_fits, is_out_of_memory, latents_bytes
+from lib_demofusion.hosts import webui_neighbours
+from lib_demofusion.memory import (
+    OutOfMemory,
+    ViewBatch,
+    check_fits,
+    free_memory,
+    is_out_of_memory,
+    latents_bytes,
+    picture_bytes,
+)
 from lib_demofusion.phases import Pace, Phase, Plan, clock_time, enlarge, fusion_for, make_plan, upscale
 from lib_demofusion.saved import SavedPhase, read_saved
 from lib_demofusion.views import Size, View, jitter_generator
 
 FACTOR = 8  # image pixels per latent pixel, as the host has it
-WIDTHS = (512, 128)  # channels of Stable Diffusion's decoder, at the latents' resolution and at the image's
+PREVIEW_STEPS = 10  # after how many steps the host shows what it has, unless set otherwise
 PICTURES = 4  # how often the host has each finished picture in main memory, in single precision
-NAME = "DemoFusion"  # the script's title, and so its name in the API
+NAME = "DemoFusion"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the host has
@@ -52,7 +63,8 @@ class Sampler:
     counts: how the model calls follow from the steps (`model_calls`). noise: whether it adds noise of its own: "never",
     "always", or if its "eta" or its "churn" is above 0. timesteps: its x is sqrt(alphas_cumprod) * z +
     sqrt(1 - alphas_cumprod) * n and its sigma a timestep, instead of z + sigma * n. levels: how many noise levels its
-    model has. discards: the last level but one of its schedule is left out.
+    model has. discards: the last level but one of its schedule is left out. least: it fails with fewer predictions than
+    that on the way to noise level 0.
     """
 
     counts: str
@@ -60,15 +72,16 @@ class Sampler:
     timesteps: bool = False
     levels: int = 1000
     discards: bool = False
+    least: int = 1
 
 
 SAMPLERS = {
     "DPM++ 2M": Sampler("first"),
     "DPM++ SDE": Sampler("second", "eta"),
-    "DPM++ 2M SDE": Sampler("first", "eta"),
-    "DPM++ 2M SDE Heun": Sampler("first", "eta"),
+    "DPM++ 2M SDE": Sampler("first", "eta", least=2),
+    "DPM++ 2M SDE Heun": Sampler("first", "eta", least=2),
     "DPM++ 2S a": Sampler("second", "eta"),
-    "DPM++ 3M SDE": Sampler("first", "eta", discards=True),
+    "DPM++ 3M SDE": Sampler("first", "eta", discards=True, least=2),
     "Euler a": Sampler("first", "eta"),
     "Euler": Sampler("first", "churn"),
     "LMS": Sampler("first"),
@@ -87,10 +100,10 @@ SAMPLERS = {
 
 
 def unsupported() -> str | None:
-    """Why this host cannot run the extension, in one line; None if it can."""
+    """Why this host cannot run the extension, and what to do, in one line; None if it can."""
     for package, host in (("modules_forge", "Forge"), ("modules.processing_diffusers", "SD.Next")):
         if importlib.util.find_spec(package) is not None:
-            return f"{host} calls its UNet in a way of its own"
+            return f"{host} calls its UNet in a way of its own; version 1.10 of AUTOMATIC1111's WebUI works"
     from modules import scripts, sd_samplers_cfg_denoiser
 
     needed = {
@@ -99,7 +112,7 @@ def unsupported() -> str | None:
         "CFGDenoiser.inner_model": hasattr(sd_samplers_cfg_denoiser.CFGDenoiser, "inner_model"),
     }
     missing = [name for name, there in needed.items() if not there]
-    return f"it has no {', '.join(missing)}; version 1.10 of the WebUI has" if missing else None
+    return f"it has no {', '.join(missing)}; update the WebUI to version 1.10, which has" if missing else None
 
 
 def model_calls(sampler: str, scheduler: str | None, steps: int, skipped: int = 0) -> int | None:
@@ -124,26 +137,80 @@ def model_calls(sampler: str, scheduler: str | None, steps: int, skipped: int = 
     return run
 
 
-def readout_table() -> dict[str, Any]:
-    """What the readout in the browser computes with: how each sampler's model calls count, as in `model_calls`, and memory.
+def least_calls(sampler: str, scheduler: str | None, skipped: int = 0) -> int:
+    """With how many predictions the host's sampler can do; with fewer it fails, as it does without us."""
+    known = SAMPLERS[sampler]
+    if sampler == "UniPC":
+        return shared.opts.uni_pc_order
+    if known.counts in ("fixed", "unknown"):  # between two noise levels, which of a single step's are one
+        return 2 if skipped else 1
+    return 1 if scheduler == "KL Optimal" else known.least  # which ends above 0
 
-    Bytes a latent pixel: of sampling's latents, and of decoding with Stable Diffusion's autoencoder.
+
+def readout_table() -> dict[str, Any]:
+    """What the readout in the browser computes with: how each sampler's model calls count (`model_calls`, `least_calls`), and
+    the presets.
+
+    A preset: what it is and when to take it, and those of its settings on which the number of model calls depends.
     """
-    itemsize = devices.dtype_vae.itemsize
     return {
-        "samplers": {name: [known.counts, known.levels, int(known.discards)] for name, known in SAMPLERS.items()},
-        "latents": latents_bytes((1, 1)),
-        "whole": tiles.LIVE * WIDTHS[1] * FACTOR**2 * itemsize,
-        "features": int(tiles.LIVE_FEATURES * WIDTHS[0] * itemsize),
-        "kept": WIDTHS[0] * itemsize,
+        "samplers": {name: [known.counts, known.levels, int(known.discards), known.least] for name, known in SAMPLERS.items()},
+        "presets": {name: {"help": PRESET_HELP[name], **_costs(DemoFusionConfig.preset(name))} for name in PRESETS},
+    }
+
+
+def _costs(config: DemoFusionConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("phase_steps", "denoising_strength", "stride", "doubling")}
+
+
+# Seconds that a model call took in the last job of a checkpoint: its title -> latent pixels of the base -> seconds, all
+# that the job did beside the model's calls included. For as long as the process runs; the browser keeps what it was told.
+paces: dict[str, dict[int, float]] = {}
+
+
+def facts() -> dict[str, Any]:
+    """What the readout in the browser is to know and only the server does, as of now. Loads no model.
+
+    paces: those of the checkpoint on this device. memory: None while a job runs, whose memory is free when it is over.
+    """
+    device = devices.device
+    return {
+        "checkpoint": shared.opts.sd_model_checkpoint,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "paces": {str(area): seconds for area, seconds in paces.get(shared.opts.sd_model_checkpoint, {}).items()},
+        "memory": None if shared.state.job else _memory(device),
+    }
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    """What is free, and what a job takes of it, in bytes a latent pixel of the finished image, as `check_fits` counts.
+
+    device, main: [its name, what is free there]. latents, pictures: for each image made at once. features: of decoding
+    with the checkpoint's VAE as well as it can be done (`decode`); None where others decode.
+    """
+    model = sd_models.model_data.sd_model  # None while none is loaded; shared.sd_model would load one
+    ours = model is not None and _may_use_tiles(model)
+    channels = tiles.widths(model.first_stage_model.decoder)[0] if ours else 0
+    return {
+        "device": [f"{device.type} memory" if device.type != "cpu" else "main memory", free_memory(device)],
+        "main": ["main memory", free_memory(torch.device("cpu"))],
+        "latents": latents_bytes((1, 1), getattr(model, "latent_channels", 4)),
+        "pictures": PICTURES * picture_bytes((1, 1), FACTOR),
+        "features": int(tiles.LIVE_FEATURES * channels * devices.dtype_vae.itemsize) if ours else None,
         "tile": tiles.SMALLEST_TILE,
     }
+
+
+def add_routes(demo: Any, app: Any) -> None:
+    """The host's web server has started: the browser asks for `facts` there, beside the host's own progress."""
+    app.add_api_route("/internal/demofusion", facts, methods=["GET"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: from the script's arguments, and refused in one line
 
-# The script's arguments, in the order that the API documents; those from "scale" on are optional there.
+# The script's arguments, in the order that the API documents; those from "scale" on are optional there. In the form two
+# more follow, which nobody is to send: END, and why these settings are none ("" if they are), as of pasted parameters.
 ARGUMENTS = (
     "enabled",
     "scale",
@@ -163,9 +230,16 @@ ARGUMENTS = (
     "save_phases",
     "resume",
 )
+END = "end of the arguments"
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
 PRESET_SETTINGS = [name for name in ARGUMENTS if name in CONFIG_FIELDS and name not in ("scale", "view_batch_size")]
-PRESET = "Fast"  # what the form shows at first; the API has the form's values for what is left out
+PRESET = "Fast"
+FORM = DemoFusionConfig.preset(PRESET, scale=2.0)  # what the form shows at first, and the API's values for what is left out
+PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the rest of the form
+    "Paper": ("DemoFusion as published", "Where the others add too little detail, and time does not matter"),
+    "Fast": ("the last 40 % of each phase's steps, in fewer phases and windows", "For most pictures"),
+    "Turbo": ("Fast with 18 steps a phase, of which 7 are run", "While you look for a prompt, and on slow machines"),
+}
 
 
 @dataclass(frozen=True)
@@ -179,6 +253,8 @@ class Settings:
 
 def read_settings(args: Sequence[Any]) -> Settings | None:
     """The script's arguments as settings; None if DemoFusion is off. Raises ValueError, one line, for a wrong value."""
+    if all(arg is None for arg in args):  # a list that no form and no request has filled
+        return None
     values = dict(zip(ARGUMENTS, args))
     for name in ("enabled", "save_phases"):
         if not isinstance(values.setdefault(name, False), bool):
@@ -186,13 +262,45 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
     enabled, save_phases, resume = values.pop("enabled"), values.pop("save_phases"), values.pop("resume", "")
     if not enabled:
         return None
+    more = args[len(ARGUMENTS) :]
+    if more and more[0] != END:
+        raise ValueError(f"it has {len(ARGUMENTS)} arguments, of which resume is the last; got one more, {more[0]!r}")
+    if len(more) > 1 and more[1]:
+        raise ValueError(more[1])
     if not isinstance(resume, str):
         raise ValueError(f"resume must be the path of a file, got {resume!r}")
     for name, value in values.items():  # a slider's 20.0 is the whole number 20
         if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
     path = resume.strip().strip('"')  # as file managers copy a path
-    return Settings(DemoFusionConfig.preset(PRESET, **values), save_phases, Path(path) if path else None)
+    return Settings(replace(FORM, **values), save_phases, Path(path) if path else None)
+
+
+def read_pasted(parameters: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The settings in a picture's parameters, by their names, and what is none of them, in one line ("": nothing).
+
+    What is not written, or cannot be read, has its default. No settings: the picture was made without DemoFusion.
+    """
+    labels = {name: infotext_label(field) for name, field in CONFIG_FIELDS.items()}
+    given = {}
+    for name, label in labels.items():
+        if label in parameters:
+            given[name] = str(parameters[label])
+        elif f"{label}-1" in parameters:  # the host takes "2x3" apart, as a size
+            given[name] = f"{parameters[f'{label}-1']}x{parameters.get(f'{label}-2')}"
+    if "scale" not in given:
+        return None, ""
+    values, unread = {name: field.default for name, field in CONFIG_FIELDS.items()}, []
+    for name, text in given.items():
+        default, label = CONFIG_FIELDS[name].default, CONFIG_FIELDS[name].metadata["label"]
+        try:
+            values[name] = getattr(DemoFusionConfig.from_infotext({labels["scale"]: "2", labels[name]: text}), name)
+            if name not in ARGUMENTS and values[name] != default:
+                raise ValueError(f"{label} is {text}, and always {default} here")
+        except (ValueError, OverflowError) as error:
+            unread.append(first_line(error))
+    told = f"of what was pasted: {'; '.join(unread)}; set in the form what you want, and empty this field" if unread else ""
+    return values, told
 
 
 def presets_table() -> dict[str, list]:
@@ -203,52 +311,82 @@ def presets_table() -> dict[str, list]:
 
 def plan_for(p: Any, config: DemoFusionConfig) -> Plan:
     """The plan of one image of the host's processing p. Raises ValueError, one line, if it cannot work."""
+    if p.sampler_name not in SAMPLERS:
+        raise ValueError(f"the sampler {p.sampler_name} is not one that it knows; Euler works")
 
     def calls(steps: int, skipped: int) -> int:
+        run = steps - skipped
         known = model_calls(p.sampler_name, p.scheduler, steps, skipped)
-        if known is not None and known < 1:
-            raise ValueError(f"{p.sampler_name} makes no prediction in {steps - skipped} step; it needs at least 2")
-        return steps - skipped if known is None else known
+        made, least = run if known is None else known, least_calls(p.sampler_name, p.scheduler, skipped)
+        if made < least:
+            of = f"the {run} of {steps} steps that the denoising strength leaves" if skipped else f"{run} step{'s'[: run > 1]}"
+            needed = run + least - made
+            raise ValueError(f"{p.sampler_name} cannot do with {of}; it needs {needed} at least")
+        return made
 
     return make_plan((p.height // FACTOR, p.width // FACTOR), p.steps, config, calls=calls)
 
 
 def prepare(p: Any, args: Sequence[Any]) -> None:
-    """Before anything is sampled: note the settings for the infotext, or refuse, saying why."""
-    try:
-        settings = read_settings(args)
-        if settings is None:
-            return
-        if getattr(p, "enable_hr", False):
-            p.comment(f"{NAME} did not run: Hires. fix is ticked, and only one of the two can enlarge the image.")
-            return
-        _check(p)
-        plan = plan_for(p, settings.config)
-        last = plan.phases[-1]
-        check_fits(last.size, last.scale, devices.device, _latent_channels(), p.batch_size, FACTOR, PICTURES)
-        if settings.resume:
-            _check_resume(p, _read_saved(settings.resume), plan)
-    except ValueError as error:
-        _refuse(p, str(error))
-    else:
-        _describe(p, settings.config, plan.phases[-1])
-        _warn_of_small_jpegs(p, plan.phases[-1])
+    """Before anything is sampled: note the settings for the infotext. Raises ValueError, one line, where that is refused."""
+    settings = read_settings(args)
+    if settings is None or webui_neighbours.is_inner(p):
+        return
+    if _enlarges_a_finished_picture(p):
+        _say(p, "note", "it stood aside, since a finished picture was enlarged, by Hires. fix")
+        return
+    _check(p)
+    plan = plan_for(p, settings.config)
+    last = plan.phases[-1]
+    check_fits(last.size, last.scale, devices.device, _latent_channels(), p.batch_size, FACTOR, PICTURES)
+    if settings.resume:
+        _check_resume(p, _read_saved(settings.resume), plan)
+    _describe(p, settings.config, last)
+    _warn_of_small_jpegs(p, last)
+
+
+def _enlarges_a_finished_picture(p: Any) -> bool:
+    """Whether Hires. fix runs alone, on a picture of the gallery, as its button asks for."""
+    given = getattr(p, "txt2img_upscale", False) or getattr(p, "firstpass_image", None) is not None
+    return bool(given) and getattr(p, "enable_hr", False)
+
+
+def before_batch(p: Any, args: Sequence[Any]) -> None:
+    """Every script has had its turn, and nothing of the batch is sampled yet.
+
+    Raises ValueError, one line, for what one of them has changed since `prepare` and is to be refused.
+    """
+    settings = read_settings(args)
+    if settings is None or webui_neighbours.is_inner(p) or _enlarges_a_finished_picture(p):
+        return
+    for kind in ("incomplete", "note"):  # of the batch before
+        p.extra_generation_params.pop(f"{INFOTEXT_PREFIX} {kind}", None)
+    _refuse_hires_fix(p)
+    webui_neighbours.check_again(p)
+    note = webui_neighbours.note_on(p.sd_model)
+    if note:
+        _say(p, "note", note)
+    last = plan_for(p, settings.config).phases[-1]
+    check_fits(last.size, last.scale, devices.device, _latent_channels(), p.batch_size, FACTOR, PICTURES)
 
 
 def _latent_channels() -> int:
     return getattr(shared.sd_model, "latent_channels", 4)
 
 
+def _refuse_hires_fix(p: Any) -> None:
+    if getattr(p, "enable_hr", False):
+        raise ValueError("Hires. fix is on too, and only one of the two can enlarge the image; untick one of them")
+
+
 def _check(p: Any) -> None:
     """Raises ValueError, one line, if DemoFusion cannot run on p."""
-    if p.sampler_name not in SAMPLERS:
-        raise ValueError(f"the sampler {p.sampler_name} is not one that it knows; Euler works")
+    _refuse_hires_fix(p)
     if getattr(shared.sd_model, "is_sd3", False):
         raise ValueError("Stable Diffusion 3 has no UNet; a Stable Diffusion 1.x, 2.x or XL checkpoint works")
     if getattr(shared.sd_model, "cond_stage_key", None) == "edit":
         raise ValueError("an instruct-pix2pix checkpoint edits a given image; a text-to-image checkpoint works")
-    if _controlnet_is_on(p):
-        raise ValueError("ControlNet steers the whole image and cannot follow single windows; untick one of the two")
+    webui_neighbours.check(p, NAME)
 
 
 def _read_saved(path: Path) -> SavedPhase:
@@ -267,36 +405,42 @@ def _warn_of_small_jpegs(p: Any, last: Phase) -> None:
 
 
 def _check_resume(p: Any, saved: SavedPhase, plan: Plan) -> None:
+    """Raises ValueError, one line, where a saved phase is none of this job."""
     if p.batch_size * p.n_iter != 1:
         raise ValueError("a saved phase belongs to one image; set batch size and batch count to 1")
     if saved.number >= len(plan.phases):
         raise ValueError(f"phase {saved.number} is saved, and this scale has none after it; choose a larger one")
+    images, channels = saved.latents.shape[:2]
+    if images != 1:
+        raise ValueError(f"the saved phase is of {images} images; the WebUI saves each in a file of its own")
+    if channels != _latent_channels():
+        own = _latent_channels()
+        raise ValueError(
+            f"the saved phase has {channels} channels, and latents of this checkpoint {own}; take that of its image's PNG Info"
+        )
     if saved.latents.shape[-2:] != plan.phases[saved.number - 1].size or saved.base.shape[-2:] != plan.window:
         raise ValueError("the saved phase is of other sizes than these settings make; take those in its image's PNG Info")
 
 
-def _controlnet_is_on(p: Any) -> bool:
-    for script in p.scripts.alwayson_scripts if p.scripts else []:
-        if script.name == "controlnet":
-            for unit in p.script_args[script.args_from : script.args_to]:
-                on = unit.get("enabled", True) if isinstance(unit, dict) else getattr(unit, "enabled", False)
-                if on:
-                    return True
-    return False
+def _say(p: Any, kind: str, line: str) -> None:
+    """A line for the form's comments, and through the infotext for the API's reply.
 
-
-def _refuse(p: Any, line: str) -> None:
-    """No image is made; the line reaches the form's comments and, through the infotext, the API's reply."""
+    kind: "incomplete", of what was asked for and is not there; "note", of anything else.
+    """
     p.comment(f"{NAME}: {line}")
-    p.extra_generation_params[f"{INFOTEXT_PREFIX} refused"] = line
-    p.n_iter = 0
-    p.do_not_save_grid = True
+    _write_down(p, kind, line)
+
+
+def _write_down(p: Any, kind: str, line: str) -> None:
+    key, line = f"{INFOTEXT_PREFIX} {kind}", " ".join(line.split())
+    known = p.extra_generation_params.get(key)
+    p.extra_generation_params[key] = f"{known}; {line}" if known else line
 
 
 def _describe(p: Any, config: DemoFusionConfig, reached: Phase) -> None:
     """Put the settings into the infotext of what is saved from now on, with the scale reached; none of them for the base."""
-    for key in [key for key in p.extra_generation_params if key.startswith(f"{INFOTEXT_PREFIX} ")]:
-        del p.extra_generation_params[key]
+    for field in CONFIG_FIELDS.values():
+        p.extra_generation_params.pop(infotext_label(field), None)
     if reached.number > 1:
         p.extra_generation_params.update(replace(config, scale=reached.scale).to_infotext())
 
@@ -315,6 +459,9 @@ class _Progress:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.pace = Pace(plan)
+        self.previews = _Previews(plan)
+        self.began, self.calls = time.monotonic(), 0  # of the model, those of all images and prompts
+        self.checkpoint = shared.opts.sd_model_checkpoint
         self.batch = math.ceil(shared.state.job_no)  # which of state.job_count this is
         self.ends: dict[int, int] = {}  # phase number -> what is done when it ends
         total = 0
@@ -333,9 +480,69 @@ class _Progress:
         shared.state.sampling_step = 0
         self.show(self.ends[number])
 
+    def remember(self) -> None:
+        """Keep what a model call has taken, for the readout of the next job."""
+        if self.calls:
+            seconds = (time.monotonic() - self.began) / self.calls
+            paces.setdefault(self.checkpoint, {})[math.prod(self.plan.window)] = seconds
+
     def close(self) -> None:
-        shared.state.job_no = self.batch
-        shared.state.sampling_step = shared.state.sampling_steps
+        state = shared.state
+        state.job_no = self.batch
+        state.sampling_step = state.current_image_sampling_step = state.sampling_steps
+
+
+class _Previews:
+    """When the host is to show what a phase has got to.
+
+    It does so whenever its page asks and the sampler has made so many steps since (a setting, 10 at first). A phase may
+    have fewer, but each is many views. So here a preview is due when the model has looked at as many latent pixels for each
+    pixel that is decoded as it does in the base: what previews cost is the same share of the work. Who asks for fewer than
+    the host's own gets these all the same, since else no short phase would show itself; who asks for none gets none.
+
+    Lifetime: one batch. views: since the last preview. shown: the latents of that one, as far as is known.
+    """
+
+    def __init__(self, plan: Plan):
+        self.window = math.prod(plan.window)
+        self.sides = plan.window
+        self.last, self.views, self.shown = shared.state.id_live_preview, 0, None
+
+    def fit(self) -> None:
+        """The host decodes the whole of its latents at once: of what takes us tiles it gets a reduced copy."""
+        model, latents = shared.sd_model, shared.state.current_latent
+        if latents is None or shared.opts.show_progress_type != "Full" or not _may_use_tiles(model):
+            return
+        h, w = latents.shape[-2:]
+        share = tiles.tile_for(model.first_stage_model.decoder, latents.device, self.sides) / math.sqrt(h * w)
+        if share < 1:
+            size = [max(math.floor(side * share), 1) for side in (h, w)]
+            shared.state.current_latent = torch.nn.functional.interpolate(latents, size=size, mode="area")
+
+    def count(self, views: int) -> None:
+        """So many views have just been looked at."""
+        state, opts = shared.state, shared.opts
+        if state.id_live_preview != self.last:
+            self.last, self.views, self.shown = state.id_live_preview, 0, state.current_latent
+        self.views += views
+        latents, steps = state.current_latent, min(opts.show_progress_every_n_steps, PREVIEW_STEPS)
+        if not opts.live_previews_enable or steps < 1 or latents is None or latents is self.shown:
+            return
+        if self.views * self.window < steps * math.prod(latents.shape[-2:]):
+            return
+        if shared.parallel_processing_allowed:  # due, by the host's own count, when the page asks next
+            state.current_image_sampling_step = state.sampling_step - opts.show_progress_every_n_steps
+        else:
+            self.shown = latents
+            _show(latents)
+
+
+def _show(latents: Tensor) -> None:
+    try:
+        with _autocast():
+            shared.state.assign_current_image(sd_samplers_common.sample_to_image(latents))
+    except Exception:  # no preview is worth a phase
+        errors.report(f"{NAME}: no preview", exc_info=True)
 
 
 class _BaseHooks:
@@ -350,6 +557,7 @@ class _BaseHooks:
         if self.called:  # the callback comes before the model's call
             self.progress.pace.count(1, 1)
         self.called = True
+        self.progress.calls += len(params.x)
 
 
 def before_sampling(p: Any, args: Sequence[Any]) -> None:
@@ -358,7 +566,7 @@ def before_sampling(p: Any, args: Sequence[Any]) -> None:
     if hasattr(denoiser, "demofusion") or getattr(p, "enable_hr", False):
         return
     settings = read_settings(args)
-    if settings is None:
+    if settings is None or webui_neighbours.is_inner(p):
         return
     progress = _Progress(plan_for(p, settings.config))
     denoiser.demofusion = _BaseHooks(progress)
@@ -377,22 +585,43 @@ def on_cfg_denoiser(params: Any) -> None:
 
 
 def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
-    """Replace the base latents ps.samples [B, C, h, w] with those of the last phase that could be finished."""
-    settings = read_settings(args)
-    if settings is None or getattr(p, "enable_hr", False) or getattr(ps.samples, "already_decoded", False):
+    """Replace the base latents ps.samples [B, C, h, w] with those of the last phase that could be finished.
+
+    Where that is not the last of all, whatever the reason, the job says so.
+    """
+    try:
+        settings = read_settings(args)
+        if settings is not None and not webui_neighbours.is_inner(p) and not _enlarges_a_finished_picture(p):
+            _run_phases(p, ps, settings)
+    except Exception as error:
+        errors.report(f"{NAME} failed", exc_info=True)
+        _say(p, "incomplete", f"the base is the last one finished, because the next {_verb(_reason(error))}")
+
+
+def _run_phases(p: Any, ps: Any, settings: Settings) -> None:
+    if getattr(ps.samples, "already_decoded", False):
+        _say(p, "incomplete", "the base is the last one finished, because something else has made pictures of it already")
         return
     base_hooks = getattr(p.sampler.model_wrap_cfg, "demofusion", None)
     progress = base_hooks.progress if base_hooks else _Progress(plan_for(p, settings.config))
     plan = progress.plan
-    if _stopped():  # during the base: as without us
+    try:
+        webui_neighbours.check_latents(ps.samples, plan.window, FACTOR)
+    except ValueError as error:
         progress.close()
         _describe(p, settings.config, plan.phases[0])
+        _say(p, "incomplete", f"the base is what you get, because {error}")
+        return
+    if _stopped():
+        progress.close()
+        _describe(p, settings.config, plan.phases[0])
+        _say(p, "incomplete", f"{_called(plan.phases[0], plan)}, is not finished, because it was stopped")
         return
 
     progress.pause(1)
     base, trouble = ps.samples, None
     finished = [(plan.phases[0], base)]
-    with _restored(p):
+    with _restored(p), _in_turns(p.sd_model):
         run = _Phases(p, plan, settings.config, progress)
         try:
             done = None
@@ -412,12 +641,16 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
             trouble = _reason(error)
     progress.close()
     if run.view_batch.size < settings.config.view_batch_size:
-        p.comment(f"{NAME}: a view batch size of {settings.config.view_batch_size} did not fit; {run.view_batch.size} did.")
+        _say(p, "note", f"a view batch size of {settings.config.view_batch_size} did not fit; {run.view_batch.size} did.")
     if trouble:
-        p.comment(f"{NAME}: {trouble}; {_called(finished[-1][0], plan)}, is the last one finished.")
+        last = finished[-1][0]
+        p.comment(f"{NAME}: {trouble}; {_called(last, plan)}, is the last one finished.")
+        reached = f"phase {last.number} of {len(plan.phases)} is the last one finished"
+        _write_down(p, "incomplete", f"{reached}, because the next {_verb(trouble)}")
         _keep_what_is_finished()
         devices.torch_gc()
     _hand_over(p, ps, settings.config, plan, finished)
+    progress.remember()
 
 
 def _hand_over(p: Any, ps: Any, config: DemoFusionConfig, plan: Plan, finished: list[tuple[Phase, Tensor]]) -> None:
@@ -434,7 +667,7 @@ def _hand_over(p: Any, ps: Any, config: DemoFusionConfig, plan: Plan, finished: 
         except Exception as error:
             errors.report(f"{NAME}: phase {reached.number} cannot be decoded", exc_info=True)
             lost = f"{_called(reached, plan)}, cannot be decoded: {_reason(error)}"
-            p.comment(f"{NAME}: {lost}; {_called(finished[-1][0], plan)}, is what you get.")
+            _say(p, "incomplete", f"{lost}; {_called(finished[-1][0], plan)}, is what you get.")
 
 
 def _called(phase: Phase, plan: Plan) -> str:
@@ -460,6 +693,11 @@ def _reason(error: Exception) -> str:
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):  # not in a view: the whole latents or picture
         return "out of memory beside the views; a smaller scale or base image needs less"
     return str(error) if isinstance(error, OutOfMemory) else f"failed: {first_line(error)}"
+
+
+def _verb(trouble: str) -> str:
+    """What a phase did that ended in `trouble`."""
+    return {"stopped": "was stopped"}.get(trouble, f"ran {trouble}" if trouble.startswith("out of memory") else trouble)
 
 
 @contextmanager
@@ -493,7 +731,7 @@ def _save(p: Any, config: DemoFusionConfig, plan: Plan, phase: Phase, latents: T
         _write(p, plan, phase, latents, base)
     except Exception as error:  # a full disk, or no memory to decode
         errors.report(f"{NAME}: phase {phase.number} was not saved", exc_info=True)
-        p.comment(f"{NAME}: phase {phase.number} was not saved: {first_line(error)}")
+        _say(p, "note", f"phase {phase.number} was not saved: {first_line(error)}")
 
 
 def _may_use_tiles(model: Any, kind: str = "decode") -> bool:
@@ -531,20 +769,49 @@ def _encode(model: Any, image: Tensor, plan: Plan) -> Tensor:
 def _in_tiles(model: Any, plan: Plan, kind: str, tiled: Callable) -> Iterator[None]:
     """The model decodes, or encodes, in tiles, where that may be: its method is shadowed on this one object."""
     name = f"{kind}_first_stage"
-    whole, before = getattr(model, name), vars(model).get(name)
+    whole = getattr(model, name)
 
     def code(x: Tensor) -> Any:
         network = getattr(model.first_stage_model, f"{kind}r")
-        return tiled(whole, x, network, tile=tiles.tile_for(network, x.device, plan.window))
+        with _coding:
+            return tiled(whole, x, network, tile=tiles.tile_for(network, x.device, plan.window))
 
-    if _may_use_tiles(model, kind):
-        setattr(model, name, code)
+    latents, shared.state.current_latent = shared.state.current_latent, None  # nor does the host begin a preview now
+    try:
+        with _shadowed(model, name, code if _may_use_tiles(model, kind) else whole):
+            yield
+    finally:
+        shared.state.current_latent = latents
+
+
+# The host decodes a preview whenever its page asks, on another thread. What decodes in tiles changes the decoder meanwhile.
+_coding = threading.RLock()
+
+
+@contextmanager
+def _in_turns(model: Any) -> Iterator[None]:
+    """While it lasts the model decodes for one thread at a time."""
+    whole = model.decode_first_stage
+
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        with _coding:
+            return whole(*args, **kwargs)
+
+    with _shadowed(model, "decode_first_stage", decode):
+        yield
+
+
+@contextmanager
+def _shadowed(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """thing.name is value, on this one object; then it is as before."""
+    before = vars(thing).get(name)
+    setattr(thing, name, value)
     try:
         yield
     finally:
-        vars(model).pop(name, None)
+        delattr(thing, name)
         if before is not None:
-            setattr(model, name, before)
+            setattr(thing, name, before)
 
 
 def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
@@ -615,6 +882,7 @@ class _Phases:
         shared.state.current_image_sampling_step = 0  # the steps count from 0 again, and previews with them
         self._set_up_model(phase)
         p.sampler = sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+        webui_neighbours.check_sampler(sampler)
         if p.sampler_name == "UniPC":
             sampler.func = _unipc_without_corrector
         fusion = fusion_for(
@@ -761,6 +1029,7 @@ class _PhaseHooks:
         self.row = 0
         self.answers: list[Tensor] = []
         self.announced = 1  # the host counts a step as one
+        self.progress.previews.fit()
         self.progress.show(self.done)
 
     def forward(self, original: Callable, x: Tensor, sigma: Tensor, cond: dict, **kwargs: Any) -> Tensor:
@@ -791,6 +1060,7 @@ class _PhaseHooks:
         def denoise(crops: Tensor, views: Sequence[View]) -> Tensor:
             with _autocast():
                 out = original(crops, sigma.repeat(len(views)), cond=self._cond_for(cond, views, roll), **kwargs)
+            self.progress.calls += len(crops)
             if count:
                 self._count(len(views))
             return out if self.timesteps else (crops - out) / noise
@@ -805,6 +1075,7 @@ class _PhaseHooks:
 
     def _count(self, views: int) -> None:
         self.progress.pace.count(self.phase.number, views)
+        self.progress.previews.count(views)
         self.done = min(self.done + views, self.progress.ends[self.phase.number])
         self.progress.show(self.done)
         for _ in range(views - self.announced):
@@ -877,15 +1148,19 @@ def _is_unguided(denoiser: Any) -> bool:
 # X/Y/Z plot
 
 
-def add_plot_axes() -> None:
-    """Give the host's X/Y/Z plot an axis for each setting; a plot over one of them turns DemoFusion on."""
+def add_plot_axes(script: type) -> None:
+    """Give the host's X/Y/Z plot an axis for each setting; a plot over one of them turns DemoFusion on.
+
+    script: the class of the extension's script, by which a job's arguments are found; names and files may be others' too.
+    """
     from modules import scripts
 
     for data in scripts.scripts_data:
         if data.script_class.__module__ != "xyz_grid.py":
             continue
         axis = data.module.AxisOptionTxt2Img
-        data.module.axis_options.append(axis(f"[{NAME}] preset", str, _set_preset, choices=lambda: list(PRESETS)))
+        preset = functools.partial(_set_preset, script)
+        data.module.axis_options.append(axis(f"[{NAME}] preset", str, preset, choices=lambda: list(PRESETS)))
         for name in filter(CONFIG_FIELDS.get, ARGUMENTS):
             field = CONFIG_FIELDS[name]
             flag = isinstance(field.default, bool)
@@ -893,25 +1168,31 @@ def add_plot_axes() -> None:
                 axis(
                     f"[{NAME}] {field.metadata['label']}",
                     str if flag else type(field.default),
-                    functools.partial(_set_argument, name),
+                    functools.partial(_set_argument, script, name),
                     choices=(lambda: ["True", "False"]) if flag else None,
                 )
             )
         return
 
 
-def _set_argument(name: str, p: Any, value: Any, values: Any) -> None:
-    _set_arguments(p, {name: {"True": True, "False": False}.get(value, value)})
+def _set_argument(script: type, name: str, p: Any, value: Any, values: Any) -> None:
+    _set_arguments(script, p, {name: {"True": True, "False": False}.get(value, value)})
 
 
-def _set_preset(p: Any, value: str, values: Any) -> None:
-    config = DemoFusionConfig.preset(value)
-    _set_arguments(p, {name: getattr(config, name) for name in PRESET_SETTINGS})
+def _set_preset(script: type, p: Any, value: str, values: Any) -> None:
+    try:
+        config = DemoFusionConfig.preset(value)
+    except ValueError as error:
+        _set_arguments(script, p, {}, unread=str(error))  # refuses this cell, and not the whole plot
+        return
+    _set_arguments(script, p, {name: getattr(config, name) for name in PRESET_SETTINGS})
 
 
-def _set_arguments(p: Any, values: dict[str, Any]) -> None:
-    script = next(script for script in p.scripts.alwayson_scripts if script.name == NAME.lower())
+def _set_arguments(script: type, p: Any, values: dict[str, Any], unread: str = "") -> None:
+    own = next(own for own in p.scripts.alwayson_scripts if isinstance(own, script))
     args = list(p.script_args)
     for name, value in {"enabled": True, **values}.items():
-        args[script.args_from + ARGUMENTS.index(name)] = value
+        args[own.args_from + ARGUMENTS.index(name)] = value
+    if unread:
+        args[own.args_from + len(ARGUMENTS) + 1] = unread
     p.script_args = args

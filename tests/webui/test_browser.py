@@ -1,8 +1,10 @@
 """The way of a new user, in headless Chromium: install from a URL, restart, tick, generate, PNG Info, send back, again.
 
-SCREENSHOTS=folder keeps pictures of the form there; docs/webui holds such ones.
+SCREENSHOTS=folder keeps pictures of the form there; docs/webui holds such ones. The host's buttons are emoji: where they
+are made, a font must have these in colour (Debian's package fonts-noto-color-emoji), and says so if none has.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -17,6 +19,7 @@ import pytest
 from PIL import Image
 from webui_host import ROOT, WEBUI_DIR, arguments
 
+FORM = "script_demofusion"  # what the ids of its elements begin with
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -65,6 +68,8 @@ class Server:
 def server(checkpoints, tmp_path_factory):
     """A WebUI without the extension."""
     server = Server(tmp_path_factory.mktemp("a new user's data"), checkpoints)
+    # For the pictures: what the host otherwise makes its previews with knows the colours of Stable Diffusion's latents alone.
+    (server.data / "config.json").write_text(json.dumps({"show_progress_type": "Full"}))
     server.start()
     yield server
     server.stop()
@@ -73,6 +78,8 @@ def server(checkpoints, tmp_path_factory):
 def shot(page, name):
     folder = os.environ.get("SCREENSHOTS")
     if folder:
+        fonts = subprocess.run(["fc-list", ":lang=und-zsye"], capture_output=True, text=True, check=True).stdout
+        assert fonts, "no emoji font: the buttons would be empty boxes; install one, such as fonts-noto-color-emoji"
         Path(folder).mkdir(parents=True, exist_ok=True)
         page.screenshot(path=Path(folder) / f"{name}.png")
 
@@ -98,7 +105,7 @@ def reload_ui(page):
     page.click("#settings_restart_gradio")
     page.wait_for_timeout(5000)
     page.wait_for_selector("#txt2img_generate", state="visible")
-    page.wait_for_selector("#script_demofusion_enable-visible-checkbox", state="attached")
+    page.wait_for_selector(f"#{FORM}_enable-visible-checkbox", state="attached")
 
 
 def readout(page):
@@ -112,14 +119,19 @@ def says(page, text):
 def preset(page):
     """The preset that is chosen; None if none is."""
     page.wait_for_timeout(500)
-    return page.evaluate("document.querySelector('#script_demofusion_preset input:checked')?.value ?? null")
+    return page.evaluate(f"document.querySelector('#{FORM}_preset input:checked')?.value ?? null")
+
+
+def preset_help(page):
+    return page.locator(".demofusion-preset-help").inner_text()
 
 
 def choose_preset(page, name):
-    page.locator("#script_demofusion_preset label", has_text=name).click()
+    page.locator(f"#{FORM}_preset label", has_text=name).click()
 
 
-def generate(page, data):
+def generate(page, data, running=None):
+    """The file of the image that is made; running: the name of a picture of the form on the way."""
     before = set((data / "outputs").rglob("*.png")) if (data / "outputs").exists() else set()
     page.click("#txt2img_generate")
     for _ in range(600):
@@ -127,8 +139,9 @@ def generate(page, data):
         if new and page.locator("#txt2img_gallery img").count():
             page.wait_for_timeout(1000)
             return new[0]
-        if "phase 2 of" in page.locator("#txt2img_results").inner_text():
-            shot(page, "running")
+        if running and "phase 2 of" in page.locator("#txt2img_results").inner_text():
+            shot(page, running)
+            running = None
         page.wait_for_timeout(200)
     raise TimeoutError("no image")
 
@@ -139,7 +152,7 @@ def test_a_new_user(page, server, tmp_path_factory):
     subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(clone)], check=True)
 
     open_form(page, server)
-    assert page.locator("#script_demofusion_enable").count() == 0
+    assert page.locator(f"#{FORM}_enable").count() == 0
     tab(page, "Extensions")
     page.locator("#tabs_extensions .tab-nav button", has_text="Install from URL").click()
     page.get_by_label("URL for extension's git repository").fill(clone.as_uri())
@@ -160,63 +173,92 @@ def test_a_new_user(page, server, tmp_path_factory):
     assert readout(page) == ""
     shot(page, "closed")
 
-    page.locator("#script_demofusion_enable > .label-wrap").click()  # opens the form and ticks the box
-    says(page, "from 128x128 to 512x512")
-    assert "3 phases" in readout(page), "Fast, which doubles"
-    for element in ("txt2img_width", "txt2img_height"):
-        number(page, element, 1024)
-    says(page, "from 1024x1024 to 4096x4096")
-    form, column = (page.locator(where).bounding_box() for where in ("#script_demofusion_enable", "#txt2img_settings"))
-    assert form["x"] + form["width"] <= column["x"] + column["width"], "a long line makes the form wider than its column"
-    for element in ("txt2img_width", "txt2img_height"):
-        number(page, element, 128)
-    number(page, "script_demofusion_scale", 2)
-    says(page, "248 model calls")  # 40 of the base, and 8 steps of 9 + 4 views
-    choose_preset(page, "Paper")
-    says(page, "560 model calls")
-    assert readout(page).startswith("from 128x128 to 256x256, 2 phases, 560 model calls, +")
-    page.locator("#script_demofusion_advanced .label-wrap").click()
-    number(page, "script_demofusion_denoising_strength", 0.4)
+    page.locator(f"#{FORM}_enable > .label-wrap").click()  # opens the form and ticks the box
+    says(page, "from 128x128 to 256x256, 2 phases, 248 model calls")  # 40 of the base, and 8 steps of 9 + 4 views
+    says(page, "fits in memory")
+    assert "about" not in readout(page), "no job has run"
+    assert preset(page) == "Fast"
+    page.locator(f"#{FORM}_advanced .label-wrap").click()
+    page.wait_for_timeout(500)
+    shot(page, "open")
+    page.locator(f"#{FORM}_advanced .label-wrap").click()
+
+    number(page, f"{FORM}_scale", 4)
+    says(page, "3 phases")  # it doubles
+    number(page, f"{FORM}_scale", 2)
+    says(page, "248 model calls")
+
+    assert preset_help(page).startswith("Fast: ")
+    assert "6.2 times the base image's model calls" in preset_help(page)
+    page.locator(f"#{FORM}_preset input[value=Fast]").focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("document.querySelector('.demofusion-preset-help').innerText.startsWith('Paper: ')")
+    assert "14 times the base image's model calls" in preset_help(page)
+    for name in ("Paper", "Fast", "Turbo"):
+        radio = page.locator(f"#{FORM}_preset input[value={name}]")
+        described = radio.evaluate("radio => [radio.title, radio.closest('label').title]")
+        assert described[0] == described[1]
+        assert described[0].startswith(f"{name}: ")
+        assert "times the base image's model calls" in described[0]
+    says(page, "from 128x128 to 256x256, 2 phases, 560 model calls")
+    page.locator(f"#{FORM}_advanced .label-wrap").click()
+    number(page, f"{FORM}_denoising_strength", 0.4)
     says(page, "248 model calls")
     assert preset(page) is None, "late, and otherwise the paper's"
+    assert preset_help(page) == "Your own settings: 6.2 times the base image's model calls."
     choose_preset(page, "Turbo")
-    assert page.locator("#script_demofusion_phase_steps input[type=number]").input_value() == "18"
-    number(page, "script_demofusion_phase_steps", 0)
-    page.wait_for_function("document.querySelector('#script_demofusion_preset input:checked')?.value === 'Fast'")
+    assert page.locator(f"#{FORM}_phase_steps input[type=number]").input_value() == "18"
+    number(page, f"{FORM}_phase_steps", 0)
+    page.wait_for_function(f"document.querySelector('#{FORM}_preset input:checked')?.value === 'Fast'")
     choose_preset(page, "Paper")
     says(page, "560 model calls")
-    page.locator("#script_demofusion_advanced .label-wrap").click()
+    page.locator(f"#{FORM}_advanced .label-wrap").click()
     number(page, "txt2img_cfg_scale", 1)
     says(page, "300 model calls")
     number(page, "txt2img_cfg_scale", 7)
     page.click("#txt2img_hr-visible-checkbox")
-    says(page, "Hires. fix is ticked")
+    says(page, "cannot run: Hires. fix is on too, and only one of the two can enlarge the image; untick one of them")
     page.click("#txt2img_hr-visible-checkbox")
-    page.locator("#script_demofusion_advanced .label-wrap").click()
-    page.wait_for_timeout(500)
-    shot(page, "open")
-    page.locator("#script_demofusion_advanced .label-wrap").click()
 
-    first = generate(page, data)
+    choose_preset(page, "Fast")
+    says(page, "248 model calls")
+
+    first = generate(page, data, "running")
+    says(page, "248 model calls, about ")
     shot(page, "done")
     with Image.open(first) as image:
         assert image.size == (256, 256)
         assert "DemoFusion scale: 2" in image.info["parameters"]
 
-    number(page, "script_demofusion_scale", 4)
-    page.locator("#script_demofusion_advanced .label-wrap").click()
-    number(page, "script_demofusion_alpha1", 1)
+    for element in ("txt2img_width", "txt2img_height"):
+        number(page, element, 2048)
+    number(page, f"{FORM}_scale", 8)
+    number(page, "txt2img_batch_size", 8)
+    says(page, "from 2048x2048 to 16384x16384")
+    says(page, "does not fit: the pictures of 16384x16384 take 96.0 GiB of main memory, and ")
+    form, column = (page.locator(where).bounding_box() for where in (f"#{FORM}_enable", "#txt2img_settings"))
+    assert form["x"] + form["width"] <= column["x"] + column["width"], "a long line makes the form wider than its column"
+    page.click("#txt2img_generate")
+    page.wait_for_function("document.querySelector('#txt2img_results').innerText.includes('the pictures of 16384x16384 take')")
+    for element, value in [("txt2img_width", 128), ("txt2img_height", 128), ("txt2img_batch_size", 1)]:
+        number(page, element, value)
+    number(page, f"{FORM}_scale", 2)
+    says(page, "from 128x128 to 256x256")
+
+    number(page, f"{FORM}_scale", 4)
+    page.locator(f"#{FORM}_advanced .label-wrap").click()
+    number(page, f"{FORM}_alpha1", 1)
     assert preset(page) is None
-    page.locator("#script_demofusion_enable > .label-wrap").click()
-    assert not page.locator("#script_demofusion_enable-visible-checkbox").is_checked()
+    page.locator(f"#{FORM}_enable > .label-wrap").click()
+    assert not page.locator(f"#{FORM}_enable-visible-checkbox").is_checked()
     tab(page, "PNG Info")
     page.locator("#pnginfo_image input[type=file]").set_input_files(first)
     page.wait_for_function("document.querySelector('#tab_pnginfo').innerText.includes('DemoFusion scale')")
     page.locator("#tab_pnginfo button", has_text="txt2img").click()
-    page.wait_for_function("document.querySelector('#script_demofusion_enable-visible-checkbox').checked")
-    says(page, "560 model calls")
-    assert page.locator("#script_demofusion_alpha1 input[type=number]").input_value() == "3"
-    assert preset(page) == "Paper", "as the pasted settings say"
+    page.wait_for_function(f"document.querySelector('#{FORM}_enable-visible-checkbox').checked")
+    says(page, "248 model calls")
+    assert page.locator(f"#{FORM}_alpha1 input[type=number]").input_value() == "3"
+    assert preset(page) == "Fast", "as the pasted settings say"
     second = generate(page, data)
     with Image.open(first) as a, Image.open(second) as b:
         assert np.array_equal(np.asarray(a), np.asarray(b))
@@ -237,10 +279,16 @@ def test_a_new_user(page, server, tmp_path_factory):
 
     page.locator("#txt2img_prompt textarea").fill("a disc\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64")
     page.click("#paste")
-    page.wait_for_function("!document.querySelector('#script_demofusion_enable-visible-checkbox').checked")
+    page.wait_for_function(f"!document.querySelector('#{FORM}_enable-visible-checkbox').checked")
 
     extension = data / "extensions" / "demofusion"
     written = subprocess.run(["git", "status", "--porcelain"], cwd=extension, check=True, capture_output=True, text=True)
     assert written.stdout == ""
+    server.stop()
+    server.start()
+    open_form(page, server)
+    page.locator(f"#{FORM}_enable > .label-wrap").click()
+    says(page, ", about ")  # the browser remembers the pace; of the nearest size, since the form starts at 512x512
+
     errors = [line for line in (data / "log").read_text().splitlines() if "demofusion" in line.lower() and "rror" in line]
     assert not errors

@@ -1,6 +1,7 @@
 """What the extension does to the real host: nothing that stays, and what users know of Hires. fix goes on working."""
 
 import json
+import math
 import random
 import re
 import sys
@@ -109,6 +110,12 @@ def test_what_the_phases_change_on_p_is_put_back(host, monkeypatch):
     assert not new
 
 
+def said(host, reply, picture=0):
+    """What a picture's parameters say of DemoFusion besides its settings."""
+    parameters = host.infotext_utils.parse_generation_parameters(reply.infotexts[picture])
+    return {key: value for key, value in parameters.items() if key.split()[1:] in (["incomplete"], ["note"], ["refused"])}
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_interrupt(host, at_call, seed):
     call = random.Random(seed).randint(BASE_CALLS + 1, CALLS)
@@ -121,6 +128,9 @@ def test_interrupt(host, at_call, seed):
     assert [image.size for image in reply.images] == [SIZES[reached]]
     assert ("DemoFusion scale: 2" in reply.infotexts[0]) == (reached == 2)
     assert "DemoFusion scale: 3" not in reply.infotexts[0]
+    line = f"phase {reached} of 3 is the last one finished, because the next was stopped"
+    assert said(host, reply) == {"DemoFusion incomplete": line}
+    assert reply.info["extra_generation_params"]["DemoFusion incomplete"] == line
     assert len(host.comments) == 1
     assert f"phase {reached} of 3" in host.comments[0]
     assert snapshot(host) == before
@@ -141,6 +151,7 @@ def test_an_exception_from_the_model(host, at_call, seed):
     at_call.clear()
     assert [image.size for image in reply.images] == [SIZES[phase_done_at(call)]]
     assert "the model broke" in host.comments[0]
+    assert said(host, reply)["DemoFusion incomplete"].endswith(" finished, because the next failed: the model broke")
     assert "\n" not in host.comments[0]
     assert snapshot(host) == before
     assert torch.equal(host.latents(True, 2, steps=STEPS), clean)
@@ -234,16 +245,19 @@ def test_skip_goes_on_with_the_next_batch(host, at_call):
     at_call(BASE_CALLS + 2, host.shared.state.skip)
     reply = host.generate(True, 2, steps=STEPS, n_iter=2)
     assert [image.size for image in reply.images[-2:]] == [(64, 64), (128, 128)]
-    assert "DemoFusion" not in reply.infotexts[-2]
+    assert "DemoFusion scale" not in reply.infotexts[-2]
     assert "DemoFusion scale: 2" in reply.infotexts[-1]
+    assert ["incomplete" in text for text in reply.infotexts[-2:]] == [True, False]
 
 
-def test_interrupt_during_the_base_is_as_without_us(host, at_call):
+def test_interrupt_during_the_base_is_as_without_us_and_told(host, at_call):
     at_call(2, host.shared.state.interrupt)
     reply = host.generate(True, 2, steps=STEPS)
     assert [image.size for image in reply.images] == [(64, 64)]
-    assert "DemoFusion" not in reply.infotexts[0]
-    assert not host.comments
+    assert "DemoFusion scale" not in reply.infotexts[0]
+    line = "phase 1 of 2, 64x64, is not finished, because it was stopped"
+    assert host.comments == [f"DemoFusion: {line}"]
+    assert said(host, reply) == {"DemoFusion incomplete": line}
 
 
 def test_stopping_after_the_current_image_finishes_it(host, at_call):
@@ -289,29 +303,30 @@ def pasted(host, text):
 
 def test_pasting_restores_the_form_exactly(host):
     values = pasted(host, host.generate(*FULL).infotexts[0])
-    values = [values[control] for control in host.script.controls[:-2]]
+    values = [values[control] for control in host.script.controls[:-4]]
     assert values == FULL
     assert list(map(type, values)) == list(map(type, FULL))
 
 
 def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])
-    values = [values[control] for control in host.script.controls[:-2]]
+    values = [values[control] for control in host.script.controls[:-4]]
     assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, 0.0, True, 3.0, 1.0, 1.0, 1.0, 0]
 
 
 def test_an_image_made_without_unticks_it(host):
     values = pasted(host, host.generate().infotexts[0])
     assert values[host.script.controls[0]] is False
-    assert list(values.values())[1:] == [*[None] * 14, ""]
+    *settings, resume, unread = list(values.values())[1:]
+    assert (settings, resume, unread["value"]) == ([None] * 14, "", "")
 
 
 def test_script_info_shows_names_and_ranges(host):
-    info = next(s for s in host.client.get("/sdapi/v1/script-info").json() if s["name"] == "demofusion")
+    info = next(s for s in host.client.get("/sdapi/v1/script-info").json() if s["name"] == "demofusion upscale")
     args = {a["label"]: a for a in info["args"]}
     assert [*args][:2] == ["DemoFusion", "Scale"]
-    assert (args["Scale"]["minimum"], args["Scale"]["maximum"], args["Scale"]["value"]) == (1.05, 8, 4.0)
-    assert len(args) == 17
+    assert (args["Scale"]["minimum"], args["Scale"]["maximum"], args["Scale"]["value"]) == (1.05, 8, 2.0)
+    assert len(args) == 17 + 2  # which nobody sends
 
 
 @pytest.mark.parametrize(
@@ -335,9 +350,169 @@ def test_a_wrong_value_gets_one_line_and_no_image(host, calls, args, line):
     assert host.generate(True, 2).images[0].size == (128, 128)
 
 
-def test_hires_fix_gets_a_comment(host):
-    host.generate(True, 2, enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", denoising_strength=0.7)
-    assert "Hires. fix" in host.comments[0]
+HIRES = dict(enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", denoising_strength=0.7)
+
+
+def refusal(host, reply, calls):
+    """The line with which a request was refused, as the form and the reply have it, and nothing was computed."""
+    assert reply.images == []
+    assert calls.calls == 0
+    line = reply.info["extra_generation_params"]["DemoFusion refused"]
+    assert said(host, reply) == {"DemoFusion refused": line}
+    assert host.comments == [f"DemoFusion: {line}"]
+    return line
+
+
+def test_hires_fix_beside_it_is_refused(host, calls):
+    line = "Hires. fix is on too, and only one of the two can enlarge the image; untick one of them"
+    assert refusal(host, host.generate(True, 2, **HIRES), calls) == line
+    assert host.generate(False, 2, **HIRES).images[0].size == (96, 96)
+
+
+def test_the_gallerys_button_goes_before(host, monkeypatch):
+    """It runs Hires. fix on a finished picture, with the form as it is."""
+    finished = host.generate(True, 2).images[0]
+    Job = host.processing.StableDiffusionProcessingTxt2Img
+    init = Job.init
+
+    def with_picture(p, *args):
+        p.txt2img_upscale, p.firstpass_image = True, finished
+        return init(p, *args)
+
+    process = host.scripts.ScriptRunner.process
+
+    def as_the_button(runner, p):
+        p.txt2img_upscale = True
+        return process(runner, p)
+
+    monkeypatch.setattr(Job, "init", with_picture)
+    monkeypatch.setattr(host.scripts.ScriptRunner, "process", as_the_button)
+    reply = host.generate(True, 2, **HIRES)
+    line = "it stood aside, since a finished picture was enlarged, by Hires. fix"
+    assert reply.images[0].size == (96, 96)
+    assert said(host, reply) == {"DemoFusion note": line}
+    assert host.comments == [f"DemoFusion: {line}"]
+
+
+# -------------------------------------------------------------------------------- never another picture without a word
+
+
+def test_the_form_can_run_here(host):
+    """On the host that the tests run on: nothing private or younger than that is needed."""
+    assert host.script.process.__globals__["problem"] is None
+    assert len(host.script.controls) == 19
+    names = {getattr(control, "elem_id", "") for control in host.script.controls}
+    assert "script_demofusion_scale" in names
+    assert host.script.title() == "DemoFusion Upscale"
+
+
+@pytest.fixture
+def unable(host, monkeypatch):
+    """The script where DemoFusion cannot run, with the form that it then has."""
+    import gradio
+
+    def arrange(problem):
+        space = host.script.process.__globals__
+        monkeypatch.setitem(space, "problem", problem)
+        with gradio.Blocks():
+            [enabled] = host.script.ui(False)
+        monkeypatch.setattr(host.script, "args_to", host.script.args_from + 1)  # as the host counts them then
+        return enabled
+
+    return arrange
+
+
+@pytest.mark.parametrize("args", [[True], [True, 2], ["yes", 2], [True, *[None] * 30]])
+def test_a_host_that_cannot_run_it_refuses_and_says_what_to_do(host, calls, unable, args):
+    assert unable("it has no Script.post_sample; update the WebUI to version 1.10, which has").value is False
+    line = refusal(host, host.generate(*args), calls)
+    assert line == "it cannot run here: it has no Script.post_sample; update the WebUI to version 1.10, which has"
+    assert host.generate().images[0].size == (64, 64)
+    assert host.generate(False, 2).images[0].size == (64, 64)
+
+
+def test_a_name_that_the_host_does_not_know_is_an_error(host):
+    for name in ("DemoFusion", "DemoFusion Upscaler"):
+        assert host.post(alwayson_scripts={name: {"args": [True, 2]}}).status_code == 422
+
+
+@pytest.mark.parametrize("surplus", ["", 0, None, [1]])
+def test_a_list_of_another_version_is_refused(host, calls, surplus):
+    whole = [True, *(control.value for control in host.script.controls[1:17])]
+    line = f"it has 17 arguments, of which resume is the last; got one more, {surplus!r}"
+    assert refusal(host, host.generate(*whole, surplus), calls) == line
+    assert host.generate(*whole).images[0].size == (128, 128)
+    assert host.generate(*whole[:5]).images[0].size == (128, 128)
+
+
+@pytest.mark.parametrize("what", ["check_fits", "plan_for"])
+def test_whatever_fails_before_the_base_refuses(host, calls, monkeypatch, what):
+    def fail(*args):
+        raise KeyError("a surprise")
+
+    monkeypatch.setattr(host.webui, what, fail)
+    line = "it failed before it began (KeyError: 'a surprise'); the console says more"
+    assert refusal(host, host.generate(True, 2), calls) == line
+
+
+@pytest.mark.parametrize("what", ["_Phases", "_may_use_tiles", "_restored"])
+def test_whatever_fails_after_the_base_is_told(host, monkeypatch, what):
+    def fail(*args, **kwargs):
+        raise KeyError("a surprise")
+
+    monkeypatch.setattr(host.webui, what, fail)
+    reply = host.generate(True, 2)
+    assert reply.images[0].size == (64, 64)
+    assert said(host, reply)["DemoFusion incomplete"].endswith("because the next failed: 'a surprise'")
+
+
+def test_pasted_junk_is_refused(host, calls):
+    """By the API's own way to paste."""
+    text = host.generate(True, 2).infotexts[0].replace("DemoFusion scale: 2", "DemoFusion scale: abc")
+    calls.calls = 0
+    assert refusal(host, host.generate(infotext=text), calls).startswith("of what was pasted: scale cannot be read from 'abc'")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "steps", "line"),
+    [
+        ("DPM++ 3M SDE", "Automatic", 3, "DPM++ 3M SDE cannot do with the 1 of 3 steps that the denoising strength leaves"),
+        ("DPM++ 2M SDE", "Automatic", 1, "DPM++ 2M SDE cannot do with 1 step; it needs 2 at least"),
+        ("DPM++ 2M SDE Heun", "Karras", 3, "DPM++ 2M SDE Heun cannot do with the 1 of 3"),
+        ("DPM fast", "Automatic", 3, "DPM fast cannot do with the 1 of 3 steps"),
+        ("DPM adaptive", "Automatic", 3, "DPM adaptive cannot do with the 1 of 3 steps"),
+        ("UniPC", "Automatic", 5, "UniPC cannot do with the 2 of 5 steps that the denoising strength leaves; it needs 3"),
+        ("UniPC", "Automatic", 2, "UniPC cannot do with 2 steps; it needs 3 at least"),
+        ("DDIM", "Automatic", 3, "DDIM cannot do with the 1 of 3 steps"),
+    ],
+)
+def test_steps_with_which_the_hosts_sampler_fails_are_refused(host, calls, sampler, scheduler, steps, line):
+    job = dict(sampler_name=sampler, scheduler=scheduler, steps=steps)
+    assert refusal(host, host.generate(True, **job), calls).startswith(line)
+
+
+FEWEST = [
+    *(("phase", sampler, "Automatic", 2) for sampler in ("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE", "DPM fast")),
+    *(("phase", sampler, "Automatic", 1) for sampler in ("Euler", "Euler a", "DPM++ 2M", "DPM++ SDE", "DPM++ 2S a", "LMS")),
+    *(("phase", sampler, "Automatic", 1) for sampler in ("Heun", "DPM2", "DPM2 a", "Restart", "PLMS", "LCM")),
+    *(("phase", sampler, "KL Optimal", 1) for sampler in ("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE")),
+    ("phase", "DPM adaptive", "Automatic", 2),
+    ("phase", "UniPC", "Automatic", 3),
+    ("phase", "DDIM", "Automatic", 2),
+    ("phase", "DDIM CFG++", "Automatic", 2),
+    *(("base", sampler, "Automatic", 1) for sampler in ("Euler", "DPM++ SDE", "DPM fast", "PLMS", "DPM++ 2S a", "DPM2")),
+    ("base", "UniPC", "Automatic", 3),
+]
+
+
+@pytest.mark.parametrize(("what", "sampler", "scheduler", "steps"), FEWEST)
+def test_the_fewest_steps_that_are_not_refused_are_enough(host, what, sampler, scheduler, steps):
+    run = {"phase_steps": 5, "denoising_strength": steps / 5} if what == "phase" else {"phase_steps": steps}
+    job = dict(sampler_name=sampler, scheduler=scheduler, steps=5 if what == "phase" else steps)
+    reply = host.generate(True, 2, run, **job)
+    assert host.comments == []
+    assert reply.images[0].size == (128, 128)
+    assert said(host, reply) == {}
 
 
 def test_the_reply_is_serialisable(host):
@@ -397,6 +572,41 @@ def test_previews_have_the_pictures_proportions(host, options, kind, content, sa
     assert sorted(set(sizes)) in ([(128, 64), (256, 128)], [(16, 8), (32, 16)])
 
 
+FAST = dict(denoising_strength=0.4, doubling=True, stride=0.625, feather=True, view_batch_size=1)
+
+
+@pytest.mark.parametrize("kind", ["Full", "Approx cheap"])
+@pytest.mark.parametrize("every", [3, 10, 32])
+def test_phases_of_few_steps_show_themselves_at_no_more_cost_than_the_base(host, options, monkeypatch, kind, every):
+    """A page that asks at every call of the model. The phases have 8 steps."""
+    options(show_progress_type=kind, show_progress_every_n_steps=every, live_previews_enable=True, show_progress_grid=True)
+    state, made, views = host.shared.state, [], [0]
+    decode = host.sd_samplers_common.samples_to_images_tensor
+
+    def count(sample, approximation=None, model=None):
+        if approximation is None:  # the finished picture is decoded with one
+            made.append((views[0], tuple(sample.shape[-2:])))
+        return decode(sample, approximation, model)
+
+    def look(module, args):
+        views[0] += len(args[0]) // 2
+        state.set_current_image()
+
+    monkeypatch.setattr(host.sd_samplers_common, "samples_to_images_tensor", count)
+    handle = host.shared.sd_model.model.diffusion_model.register_forward_pre_hook(look)
+    try:
+        reply = host.generate(True, 4, FAST, steps=20)
+    finally:
+        handle.remove()
+    assert reply.images[0].size == (256, 256)
+    sizes = [size for _, size in made]
+    per_preview = min(every, 10)
+    assert sizes.count((16, 16)) >= 2
+    assert sizes.count((32, 32)) >= 2
+    phases = [(at, math.prod(size)) for at, size in made if at > 20]
+    assert per_preview * sum(pixels for _, pixels in phases[1:]) <= 64 * (views[0] - 20)
+
+
 # ------------------------------------------------------------------------------------------------------- other scripts
 
 
@@ -410,6 +620,48 @@ def test_xyz_plot_over_our_settings(host, calls):
     sizes = [image.size for image in reply.images[1:]]
     assert sizes == [(128, 128), (192, 192)] * 2
     assert ["DemoFusion jitter: False" in text for text in reply.infotexts[1:]] == [False, False, True, True]
+
+
+def plot(host, x, x_values, y, y_values):
+    script = host.scripts.scripts_txt2img.script("x/y/z plot")
+    labels = [option.label for option in script.current_axis_options]
+    x, y = labels.index(x), labels.index(y)
+    flags = [0, "", [], False, True, False, False, False, False, False, 0, False]
+    return [x, x_values, x_values.split(","), y, y_values, y_values.split(","), *flags]
+
+
+@pytest.mark.parametrize("order", ["2,9", "9,2"])
+def test_a_refused_cell_of_a_plot_leaves_the_others_and_says_why(host, order):
+    args = plot(host, "[DemoFusion] scale", order, "[DemoFusion] jitter", "True,False")
+    reply = host.generate(script_name="x/y/z plot", script_args=args)
+    cells = reply.images[1:]
+    bad = order.split(",").index("9")
+    assert [image.size for image in cells[1 - bad :: 2]] == [(128, 128)] * 2
+    assert ["scale must be above 1 and at most 8, got 9" in text for text in reply.infotexts[1:]] == [bad == 0, bad == 1] * 2
+    assert ["DemoFusion scale: 2" in text for text in reply.infotexts[1:]] == [bad == 1, bad == 0] * 2
+    assert all(len(image.getcolors(65536) or "many") > 1 for image in cells), "a cell is empty"
+
+
+def test_a_preset_that_is_none_is_a_cell_that_says_so(host):
+    args = plot(host, "[DemoFusion] preset", "Turbo,Tubro", "Steps", "4,8")
+    reply = host.generate(script_name="x/y/z plot", script_args=args)
+    says = "no preset called 'Tubro'; there are: Paper, Fast, Turbo"
+    assert [says in text for text in reply.infotexts[1:]] == [False, True] * 2
+
+
+def test_a_refused_line_of_a_list_leaves_the_others(host):
+    lines = "--prompt one --steps 4\n--prompt two --sampler_name DDIM --steps 1\n--prompt three --steps 4"
+    reply = host.generate(True, 2, script_name="prompts from file or textbox", script_args=[False, False, "start", lines])
+    assert len(reply.images) == len(reply.infotexts) == 3
+    assert ["DDIM cannot do with 1 step" in text for text in reply.infotexts] == [False, True, False]
+    assert ["DemoFusion scale: 2" in text for text in reply.infotexts] == [True, False, True]
+
+
+def test_a_refused_prompt_matrix_says_so(host):
+    args = [False, False, "positive", "comma", 0]
+    reply = host.generate(True, 9, prompt="one ring|on snow|red", script_name="prompt matrix", script_args=args)
+    assert len(reply.images) == 1 + 4
+    assert all("scale must be above 1 and at most 8, got 9" in text for text in reply.infotexts)
 
 
 def test_prompt_matrix(host):

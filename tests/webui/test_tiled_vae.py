@@ -37,7 +37,7 @@ host.webui.tiles.tile_for = lambda network, device, base: 64
 def generate(enabled):
     theirs.clear(), ours.clear()
     paper = [True, 4, 0, 1, False, False, 0.5, False]
-    scripts = {"DemoFusion": {"args": paper}, "Tiled VAE": {"args": [enabled, 512, 48, True, True, True, False]}}
+    scripts = {"DemoFusion Upscale": {"args": paper}, "Tiled VAE": {"args": [enabled, 512, 48, True, True, True, False]}}
     reply = host.post(steps=2, width=160, height=160, alwayson_scripts=scripts)
     assert reply.status_code == 200, reply.text
     assert "decode_first_stage" not in vars(model)

@@ -44,7 +44,8 @@ class Host:
 
     @property
     def script(self):
-        return next(s for s in self.scripts.scripts_txt2img.alwayson_scripts if s.name == "demofusion")
+        scripts = self.scripts.scripts_txt2img.alwayson_scripts
+        return next(script for script in scripts if type(script).__name__ == "DemoFusionScript")
 
     @property
     def webui(self):
@@ -68,7 +69,7 @@ class Host:
     def generate(self, *args, **payload):
         """Images with DemoFusion's arguments; none: without it."""
         if args:
-            payload["alwayson_scripts"] = {"DemoFusion": {"args": script_arguments(self.webui, args)}}
+            payload["alwayson_scripts"] = {"DemoFusion Upscale": {"args": script_arguments(self.webui, args)}}
         self.comments = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.processing.StableDiffusionProcessing, "comment", lambda p, text: self.comments.append(text))

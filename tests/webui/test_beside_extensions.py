@@ -1,0 +1,196 @@
+"""Beside other extensions, each in a host of its own, from the folder NEIGHBOURS_DIR that holds them by their usual names."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from webui_host import ROOT
+
+NEIGHBOURS_DIR = os.environ.get("NEIGHBOURS_DIR")
+
+BESIDE = """
+import hashlib
+import json
+import sys
+from pathlib import Path
+tests, checkpoints, data, jobs, setup = sys.argv[1:]
+sys.path[:0] = [tests, str(Path(tests).parent)]
+import webui_host
+from arguments import script_arguments
+
+host = webui_host.start(Path(checkpoints), Path(data))
+host.shared.opts.data.update(live_previews_enable=False)
+from modules import errors
+reports = []
+errors.report = lambda message, *, exc_info=False: reports.append(f"{message}: {sys.exc_info()[1]}")
+unet = host.shared.sd_model.model.diffusion_model
+
+
+def hooks():
+    return [("forward" in vars(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in unet.modules()]
+
+
+exec(setup)
+calls = []
+unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+before = hooks()
+there = {script.title() for script in host.scripts.scripts_txt2img.alwayson_scripts}
+for enabled, scripts, settings in json.loads(jobs):
+    if not there.issuperset(scripts):
+        print(json.dumps(dict(missing=sorted(set(scripts) - there))))
+        break
+    calls.clear(), reports.clear()
+    options = settings.pop("options", {})
+    host.shared.opts.data.update(options)
+    scripts = {title: {"args": args} for title, args in scripts.items()}
+    if enabled:
+        scripts[host.script.title()] = {"args": script_arguments(host.webui, (True, 2, {"phase_steps": 3}))}
+    reply = host.post(alwayson_scripts=scripts, **{"steps": 4, **settings})
+    assert reply.status_code == 200, reply.text
+    reply = reply.json()
+    images = [webui_host._image(image) for image in reply["images"]]
+    print(json.dumps(dict(
+        sizes=[image.size for image in images],
+        pictures=[hashlib.md5(image.tobytes()).hexdigest() for image in images],
+        infotext=json.loads(reply["info"])["infotexts"][0],
+        calls=sum(calls),
+        reports=list(reports),
+        clean=hooks() == before,
+    )), flush=True)
+"""
+
+
+def beside(name, jobs, checkpoints, tmp_path, setup=""):
+    """What came of jobs (DemoFusion on or off, {title: arguments of other scripts}, settings) beside an extension.
+
+    setup: what is run before the first of them.
+    """
+    if name:
+        folder = Path(NEIGHBOURS_DIR) / name
+        if not folder.is_dir():
+            pytest.skip(f"there is no {name} in NEIGHBOURS_DIR")
+        shutil.copytree(folder, tmp_path / "data" / "extensions" / name, ignore=shutil.ignore_patterns(".git"))
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "ui-config.json").write_text("{}")  # as every host has that was used before
+    given = map(str, (ROOT / "tests" / "webui", checkpoints, tmp_path / "data", json.dumps(jobs), setup))
+    run = subprocess.run([sys.executable, "-c", BESIDE, *given], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    if '{"missing"' in run.stdout:
+        pytest.skip(f"{name} does not load here: it needs packages of its own")
+    replies = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"sizes"')]
+    assert len(replies) == len(jobs)
+    return replies
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints, tmp_path_factory):
+    """What DemoFusion makes with no other extension there."""
+    if not NEIGHBOURS_DIR:
+        pytest.skip("needs NEIGHBOURS_DIR, a folder with other extensions")
+    return beside(None, [(True, {}, {})], checkpoints, tmp_path_factory.mktemp("alone"))[0]
+
+
+TILED = "multidiffusion-upscaler-for-automatic1111"
+REFUSED = [  # folder, title, arguments, what the line begins with
+    (TILED, "Tiled Diffusion", [True, "MultiDiffusion"], "Tiled Diffusion is on"),
+    (TILED, "Tiled Diffusion", [True, "Mixture of Diffusers", True, True, 256, 256], "Tiled Diffusion is on"),
+    (TILED, "demofusion", [True], "the DemoFusion of Tiled Diffusion is on"),
+    ("sd-webui-regional-prompter", "Regional Prompter", [True], "Regional Prompter is on"),
+    ("sd_webui_SAG", "Self Attention Guidance", [True], "Self Attention Guidance is on"),
+    ("sd-dynamic-thresholding", "Dynamic Thresholding (CFG Scale Fix)", [True], "Dynamic Thresholding is on"),
+    ("sd-webui-animatediff", "AnimateDiff", [{"enable": True}], "AnimateDiff is on"),
+    ("sd-webui-controlnet", "ControlNet", [{"enabled": True, "model": "none"}], "ControlNet is on"),
+]
+REFUSED_BY_FOLDER = {folder: [case for case in REFUSED if case[0] == folder] for folder, *_ in REFUSED}
+
+
+@pytest.mark.parametrize("folder", REFUSED_BY_FOLDER)
+def test_refused_before_anything_is_sampled(folder, alone, checkpoints, tmp_path):
+    """And installed but off, it changes no bit."""
+    cases = REFUSED_BY_FOLDER[folder]
+    jobs = [(True, {}, {}), *((True, {title: args}, {}) for _, title, args, _ in cases), (True, {}, {})]
+    off, *refused, again = beside(folder, jobs, checkpoints, tmp_path)
+    for reply in (off, again):
+        assert reply["pictures"] == alone["pictures"]
+        assert reply["reports"] == []
+    assert off["clean"]  # after a refusal there may lie what the other extension itself leaves behind
+    for reply, (_, _, _, line) in zip(refused, cases):
+        assert reply["sizes"] == []
+        assert reply["calls"] == 0
+        assert f'DemoFusion refused: "{line}: ' in reply["infotext"] or f"DemoFusion refused: {line}: " in reply["infotext"]
+
+
+TWO = "two red striped rings on grass AND one blue disc"
+WORKS = {  # folder: scripts with their arguments, and settings
+    "stable-diffusion-webui-two-shot": ({"Latent Couple extension": [True]}, {"prompt": TWO}),
+    "stable-diffusion-webui-composable-lora": ({"Composable Lora": [True, False, False]}, {}),
+    "CFG_Rescale_webui": ({"CFG Rescale Extension": [0.7, False, 1.0, False]}, {}),
+    "sd-webui-kohya-hiresfix": ({"Kohya Hires.fix": [True, True]}, {}),
+    "sd-webui-freeu": ({"FreeU": [True]}, {}),
+    "sd-webui-neutral-prompt": ({"Neutral Prompt": [0.0]}, {"prompt": "two red rings on grass AND_PERP blue disc :0.8"}),
+    "sd-webui-negpip": ({"NegPiP": [True]}, {"prompt": "two red striped rings on grass, (blue:-1.2)"}),
+    "stable-diffusion-webui-wildcards": ({}, {"prompt": "two __colours__ rings on grass"}),
+}
+
+
+@pytest.mark.parametrize("folder", WORKS)
+def test_works_beside(folder, alone, checkpoints, tmp_path):
+    """A picture of the asked size, without an error that the host would swallow; installed but off, no bit changes."""
+    scripts, settings = WORKS[folder]
+    jobs = [(True, {}, {}), (False, scripts, settings), (True, scripts, settings), (True, {}, {})]
+    off, base, on, again = beside(folder, jobs, checkpoints, tmp_path)
+    for reply in (off, again):
+        assert reply["pictures"] == alone["pictures"]
+    assert base["sizes"] == [[64, 64]]
+    assert on["sizes"] == [[128, 128]]
+    assert "DemoFusion scale: 2" in on["infotext"]
+    assert "refused" not in on["infotext"]
+    assert on["calls"] > base["calls"]
+    for reply in (off, base, on, again):
+        assert reply["reports"] == []
+    assert again["clean"]
+
+
+# No network that finds faces: a box in the middle is what is found in every picture.
+DETECTOR = """
+from PIL import Image, ImageDraw
+found = next(s for s in host.scripts.scripts_txt2img.alwayson_scripts if s.title() == "ADetailer")
+theirs = type(found)._postprocess_image_inner.__globals__
+
+
+def predict(model, image, confidence=0.3):
+    w, h = image.size
+    box = [w // 4, h // 4, w // 2, h // 2]
+    mask = Image.new("L", image.size, 0)
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    return theirs["PredictOutput"](bboxes=[box], masks=[mask], confidences=[0.9], preview=image)
+
+
+theirs["mediapipe_predict"] = predict
+"""
+
+
+def test_adetailer_goes_over_the_finished_picture(alone, checkpoints, tmp_path):
+    """Once for each image, and with no phases of ours in its own pass, also where that carries all scripts along."""
+    pytest.importorskip("rich")
+    pytest.importorskip("cv2")
+    scripts = {"ADetailer": [True, False, {"ad_model": "mediapipe_face_full", "ad_denoising_strength": 0.5}]}
+    both = {"batch_size": 2}
+    every = {"options": {"ad_only_selected_scripts": False}}
+    jobs = [(True, {}, {}), (True, scripts, {}), (True, {}, both), (True, scripts, both), (True, scripts, every)]
+    jobs += [(False, {}, {}), (False, scripts, every)]
+    off, on, two_off, two_on, with_all, base, base_with_all = beside("adetailer", jobs, checkpoints, tmp_path, DETECTOR)
+    assert off["pictures"] == alone["pictures"]
+    assert on["sizes"] == with_all["sizes"] == [[128, 128]]
+    assert two_on["sizes"] == [[128, 128], [128, 128]]
+    own_pass = on["calls"] - off["calls"]
+    assert own_pass > 0
+    assert two_on["calls"] - two_off["calls"] == 2 * own_pass
+    assert with_all["calls"] - off["calls"] == base_with_all["calls"] - base["calls"]
+    for reply in (on, two_on, with_all):
+        assert reply["reports"] == []
+        assert "DemoFusion scale: 2" in reply["infotext"]
