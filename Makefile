@@ -29,6 +29,7 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest
 
+# TESTS: pytest's arguments; all tests without
 test-oldest: $(READY_OLDEST)
 	$(RUN_OLDEST) -m pytest $(TESTS)
 
@@ -66,6 +67,9 @@ train: $(READY)
 	$(RUN) -m training.train $(TRAIN)
 
 # On a real WebUI: WEBUI_DIR is its folder, WEBUI_PYTHON its Python (with pytest, and playwright for the browser's test).
+# SCREENSHOTS=folder keeps pictures of the form, as docs/webui has them; a font must have emoji in colour for that, such as
+# the package fonts-noto-color-emoji.
+# NEIGHBOURS_DIR, a folder with other extensions as they are cloned, adds the tests beside them.
 WEBUI_PYTHON ?= $(WEBUI_DIR)/venv/bin/python
 export DEMOFUSION_PYTHON ?= $(abspath $(RUN))
 

@@ -56,8 +56,9 @@ INTRODUCTION = """# Evaluation
 
 Written by `make evaluate`, of {model}. Captions, seeds and bases are the same for all methods.
 Evaluations of the model are counted at the base image's size (a pass at k times the area counts as k), beside those of
-the base; time is over the base's, the median of the prompts, on the machine that drew them. In brackets: 95 % intervals
-by bootstrap over the prompts. **worse** and **better**: the interval of the paired difference from the reference,
+the base, which is the same for all (the WebUI's form, the guide and `--plan` count it too: its steps, twice with guidance).
+Time is over the base's, the median of the prompts, on the machine that drew them. In brackets: 95 % intervals by
+bootstrap over the prompts. **worse** and **better**: the interval of the paired difference from the reference,
 {against}, leaves zero out.
 """
 SCENES_INTRODUCTION = """

@@ -1,0 +1,95 @@
+"""docs/webui.md says what is true: its numbers are the plan's, its settings the form's; and it keeps to one width."""
+
+import ast
+import re
+from pathlib import Path
+
+import fake_webui
+import pytest
+
+from lib_demofusion.config import PRESETS, DemoFusionConfig
+from lib_demofusion.decode import LIVE_FEATURES
+from lib_demofusion.phases import make_plan
+
+GUIDE = (Path(__file__).resolve().parent.parent / "docs" / "webui.md").read_text(encoding="utf-8")
+WIDTH = 120
+
+
+@pytest.fixture(scope="module")
+def webui():
+    with fake_webui.installed() as host:
+        yield host.webui
+
+
+def rows(heading):
+    """The cells of the first table below a heading, without its first two rows."""
+    section = GUIDE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def model_calls(preset, scale, steps):
+    """All of an image's at CFG 7, those of the base among them; a 512x512 base, but its size does not matter."""
+    return make_plan((64, 64), steps, DemoFusionConfig.preset(preset, scale=scale)).evaluations
+
+
+def said(pattern):
+    """The numbers that a sentence of the guide says."""
+    [numbers] = re.findall(pattern.replace(" ", r"\s+"), GUIDE)
+    return [int(number.replace(",", "")) for number in numbers]
+
+
+def test_the_presets_table():
+    base = 2 * 50
+    assert said(r"with (50) steps and CFG (7); the base image alone takes (\d+)") == [50, 7, base]
+    table = rows("Presets")
+    assert [row[0] for row in table] == [f"**{name}**" for name in PRESETS]
+    for name, (_, calls, times, *_) in zip(PRESETS, table, strict=True):
+        assert calls == f"{model_calls(name, 4.0, 50):,}"
+        assert times == f"{model_calls(name, 4.0, 50) / base:.0f}"
+
+
+def test_the_presets_are_described_as_in_the_form(webui):
+    for name, (*_, what, when) in zip(PRESETS, rows("Presets"), strict=True):
+        assert when.lower() == webui.PRESET_HELP[name][1].lower()
+        numbers = re.findall(r"\d+", webui.PRESET_HELP[name][0])
+        assert re.findall(r"\d+", what) == numbers
+
+
+def test_what_an_image_takes():
+    pattern = r"of 20 steps at CFG 7 takes (\d+); with Fast it is (\d+) at 2x and ([\d,]+) at 4x, "
+    numbers = said(pattern + r"with the paper's settings (\d+) and ([\d,]+)\.")
+    assert numbers == [40, *(model_calls(name, scale, 20) for name in ("Fast", "Paper") for scale in (2.0, 4.0))]
+
+
+def test_what_decoding_takes():
+    [[size, *_]] = re.findall(r"([\d.]+) GiB for (4096)x4096 with the VAE of SD", GUIDE)
+    assert float(size) == pytest.approx(LIVE_FEATURES * 512 * 512**2 * 4 / 2**30, abs=0.06)
+
+
+def test_the_settings_table_has_the_papers_values(webui):
+    paper = DemoFusionConfig()
+    labels = {"steps per phase": "phase_steps", "skip residual α1": "alpha1", "dilated sampling α2": "alpha2"}
+    labels |= {"gaussian blur α3": "alpha3", "hold flat areas": "hold_flat"}
+    found = {}
+    for label, value, _ in rows("Settings"):
+        name = labels.get(label.lower(), label.lower().replace(" ", "_"))
+        found[name] = {"on": True, "off": False}[value] if value in ("on", "off") else float(value or "nan")
+    names = [name for name in webui.ARGUMENTS if name in webui.CONFIG_FIELDS]
+    assert {name: found[name] for name in names} == {name: getattr(paper, name) for name in names}
+    assert set(found) == {*names, "save_intermediate_phases", "resume_from"}
+
+
+def test_the_apis_examples(webui):
+    order = re.search(r"\n\n    (enabled, scale[^`]+?)\n\n", GUIDE)[1].split()
+    assert len(" ".join(order).split(", ")) == len(webui.ARGUMENTS)
+    for text, name, scale in re.findall(r"`(\[True[^`]*\])`\s+(?:is\s+)?(\w+)\s+at\s+(\d)x", GUIDE):
+        settings = webui.read_settings(ast.literal_eval(text))
+        assert settings.config == webui.DemoFusionConfig.preset(name, scale=float(scale)), text
+    assert len(re.findall(r"`\[True", GUIDE)) == 3
+    assert "which are Fast at scale 2:" in GUIDE
+
+
+def test_lines_are_of_one_width():
+    for number, line in enumerate(GUIDE.splitlines(), start=1):
+        assert len(line) <= WIDTH or line.startswith("|"), f"line {number} has {len(line)} characters"
