@@ -47,7 +47,10 @@ class Console:
         with suppress(Exception):
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=done, unit="call", file=sys.stderr, dynamic_ncols=True)
+            class Bar(tqdm):
+                monitor_interval = 0  # its thread waits at the end for the lock that a bar keeps whose console has failed
+
+            self.bar = Bar(total=total, initial=done, unit="call", file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> Console:
         return self

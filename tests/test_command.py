@@ -741,3 +741,27 @@ def test_help_says_what_the_exit_codes_are(capsys):
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C." in text
+
+
+BROKEN_CONSOLE = """
+import sys, threading
+from lib_demofusion.job import Console
+class Broken:
+    def write(self, text):
+        raise OSError("gone")
+    flush = isatty = lambda self: False
+with Console(4, 0) as console:
+    sys.stderr = console.bar.fp = Broken()
+    for _ in range(4):
+        console.advance("phase 1", 1)
+        console.say("a line")
+assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
+"""
+
+
+def test_a_console_that_has_failed_lets_the_program_end():
+    """tqdm's own thread would wait for the lock that the bar keeps, and the program for that thread."""
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN_CONSOLE], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
