@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,8 +49,11 @@ class Console:
             from tqdm import tqdm
 
             class Bar(tqdm):
-                monitor_interval = 0  # its thread waits at the end for the lock that a bar keeps whose console has failed
+                monitor_interval = 0  # no thread for it
 
+            # A bar whose console fails keeps its lock. All bars share one, and the thread that watches over those of others
+            # would wait for it, and the program's end for that thread.
+            Bar.set_lock(threading.RLock())
             self.bar = Bar(total=total, initial=done, unit="call", file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> Console:

@@ -1,3 +1,4 @@
+import faulthandler
 import platform
 from importlib.metadata import version
 
@@ -10,6 +11,11 @@ def pytest_terminal_summary(terminalreporter):
     """What the tests ran on."""
     packages = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     terminalreporter.write_line(f"Python {platform.python_version()}, {packages}")
+
+
+def pytest_unconfigure():
+    """A thread that never ends must not keep the run from ending: it is shown, and the run fails."""
+    faulthandler.dump_traceback_later(60, exit=True)
 
 
 # Examples are drawn from a fixed seed, so that a run fails or passes twice alike; a timing is never a failure.

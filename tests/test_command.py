@@ -744,24 +744,31 @@ def test_help_says_what_the_exit_codes_are(capsys):
 
 
 BROKEN_CONSOLE = """
-import sys, threading
+import sys, threading, time, tqdm
 from lib_demofusion.job import Console
-class Broken:
+if {watched}:
+    tqdm.tqdm.monitor_interval = 0.01
+    list(tqdm.tqdm(range(2), file=sys.stdout))
+class Stream:
+    gone = False
     def write(self, text):
-        raise OSError("gone")
+        if self.gone:
+            raise OSError("gone")
     flush = isatty = lambda self: False
+sys.stderr = Stream()
 with Console(4, 0) as console:
-    sys.stderr = console.bar.fp = Broken()
+    Stream.gone = True
     for _ in range(4):
         console.advance("phase 1", 1)
         console.say("a line")
-assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
+    time.sleep(0.2)
+assert threading.active_count() == 1 + {watched}
 """
 
 
-def test_a_console_that_has_failed_lets_the_program_end():
-    """tqdm's own thread would wait for the lock that the bar keeps, and the program for that thread."""
-    done = subprocess.run(
-        [sys.executable, "-c", BROKEN_CONSOLE], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120
-    )
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_console_that_has_failed_lets_the_program_end(watched):
+    """Also where another library's bar has started tqdm's thread, which waits for the lock that all bars share."""
+    code, root = BROKEN_CONSOLE.format(watched=watched), Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
