@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.methods import ABLATION, HELD, METHODS, PRESETS, Method, Picture, make_job
+from evaluation.methods import ABLATION, HELD, METHODS, PRESETS, STEPS, Method, Picture, make_job
 from lib_demofusion.hosts.diffusers import load_pipeline
 from training.scenes import Scene
 
@@ -41,6 +41,12 @@ class Table:
 TABLES = {
     "Methods": Table(METHODS, "The paper's table 1, what users of the WebUI do today, and the presets."),
     "Presets": Table({**PRESETS, **HELD}, "The settings that cost less, against the paper's; and with flat areas held."),
+    "Steps": Table(
+        STEPS,
+        "Phases of fewer steps than the base's 50, the skip residual held as in 50 of them, or blended once a step (Eq. 4).",
+        "Paper, 50 steps",
+        ("4x", "16x"),
+    ),
     "Parts": Table(
         ABLATION,
         "The paper's figure 5: PU progressive upscaling, SR skip residual, DS dilated sampling.",

@@ -86,13 +86,12 @@ def make_job(pipe, caption: str, seed: int, scale: int, steps: int, size: tuple[
 def only(progressive: bool, skip_residual: bool, dilated: bool) -> Iterator[None]:
     """DemoFusion with some of its three parts. None of them is MultiDiffusion: local windows from noise, merged every step."""
 
-    def weights_at(t, config, t_max):
-        weights = schedule.weights_at(t, config, t_max)
-        return replace(weights, c1=weights.c1 * skip_residual, c2=weights.c2 * dilated)
-
     with ExitStack() as stack:
-        stack.enter_context(patch("lib_demofusion.fusion.weights_at", weights_at))
+        if not skip_residual:
+            stack.enter_context(patch("lib_demofusion.fusion.hold_at", lambda *args: 0.0))
         if not dilated:
+            weights_at = schedule.weights_at
+            stack.enter_context(patch("lib_demofusion.fusion.weights_at", lambda *args: replace(weights_at(*args), c2=0.0)))
             stack.enter_context(patch("lib_demofusion.fusion.dilated_views", lambda window, dilation: []))
             stack.enter_context(patch("lib_demofusion.phases.dilated_views", lambda window, dilation: []))
         if not progressive:
@@ -226,6 +225,13 @@ PRESETS: dict[str, Method] = {
 }
 # The presets with a setting that none of them has.
 HELD: dict[str, Method] = {f"{name}, hold flat 6": demofusion(preset=name, hold_flat=6.0) for name in ("Fast", "Turbo")}
+# Phases of fewer steps, with the skip residual as a rate and as the paper has it, once a step.
+STEPS: dict[str, Method] = {
+    f"{preset}, {steps} steps{', once a step' * (hold == 0)}": demofusion(preset=preset, phase_steps=steps, hold_steps=hold)
+    for preset, counts in {"Paper": (50, 30, 20, 12, 8), "Fast": (50, 18, 8, 4)}.items()
+    for steps in counts
+    for hold in (50, 0)
+}
 # The paper's table 1, what users of the WebUI do today, and the presets beside them.
 METHODS: dict[str, Method] = {
     "Lanczos": Method(lanczos),

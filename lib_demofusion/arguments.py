@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lib_demofusion import __version__
-from lib_demofusion.config import PRESETS, DemoFusionConfig, first_line
+from lib_demofusion.config import PRESETS, DemoFusionConfig, first_line, unwritten_settings
 from lib_demofusion.files import check_writable, suffixed
 from lib_demofusion.pictures import check_text
 
@@ -135,7 +135,7 @@ SETTINGS = {
     "cfg_scale": (int, float),
     "model": (str, type(None)),
 }
-YOUNG = {"preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat"}
+YOUNG = {"preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps"}
 
 
 def resumed(args: argparse.Namespace, argv: list[str] | None):
@@ -197,6 +197,7 @@ def read_settings(text: str) -> dict:
         if settings["stride"] != 0:
             raise ValueError(f"its stride is {settings['stride']!r} latent pixels, as version 0.3 had it; make it again")
         settings["stride"] = 0.5
+    settings.setdefault("hold_steps", unwritten_settings()["hold_steps"])
     DemoFusionConfig.preset(settings.get("preset", "Paper"), **{name: settings[name] for name in method if name in settings})
     return settings
 

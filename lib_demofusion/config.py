@@ -16,9 +16,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _setting(default: Any, label: str, help: str, low: float = 0, high: float = 0, above: bool = False) -> Any:
-    """A field with its infotext label, its tooltip and its range (`above`: the lower end itself is excluded)."""
-    return field(default=default, metadata={"label": label, "help": help, "low": low, "high": high, "above": above})
+def _setting(
+    default: Any, label: str, help: str, low: float = 0, high: float = 0, above: bool = False, unwritten: Any = None
+) -> Any:
+    """A field with its infotext label, its tooltip and its range (`above`: the lower end itself is excluded).
+
+    unwritten: what pictures were made with whose parameters do not name the setting; the default unless given.
+    """
+    unwritten = default if unwritten is None else unwritten
+    metadata = {"label": label, "help": help, "low": low, "high": high, "above": above, "unwritten": unwritten}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,15 @@ class DemoFusionConfig:
     view_batch_size: int = _setting(
         0, "view batch size", "views per model call; the picture is the same; 0: as many as fit and pay", 0, 4096
     )
+    hold_steps: int = _setting(
+        50,
+        "hold steps",
+        "skip residual: a phase is held to the one before as in so many steps, 50 being the paper's, however many there are; "
+        "more keeps more; 0: once a step",
+        0,
+        1000,
+        unwritten=0,
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -105,11 +121,11 @@ class DemoFusionConfig:
         raise ValueError(f"no preset called {name!r}; there are: {', '.join(PRESETS)}")
 
     def to_infotext(self) -> dict[str, str]:
-        """Labels and values for a picture's parameters: the scale always, the rest where it is not the default."""
+        """Labels and values for a picture's parameters: the scale always, the rest where it must be written to be read."""
         return {
             infotext_label(f): _text(getattr(self, f.name))
             for f in fields(self)
-            if f.name == "scale" or getattr(self, f.name) != f.default
+            if f.name == "scale" or getattr(self, f.name) != f.metadata["unwritten"]
         }
 
     @classmethod
@@ -118,12 +134,17 @@ class DemoFusionConfig:
 
         Raises ValueError for a value that cannot be read or is out of range.
         """
-        values: dict[str, Any] = {}
+        values = unwritten_settings()
         for f in fields(cls):
             text = parameters.get(infotext_label(f))
             if text is not None:
                 values[f.name] = _parse(text, f.default, f.metadata["label"])
-        return cls(**values) if "scale" in values else None
+        return cls(**values) if infotext_label(cls.__dataclass_fields__["scale"]) in parameters else None
+
+
+def unwritten_settings() -> dict[str, Any]:
+    """What a picture was made with as far as its parameters are silent, by the settings' names."""
+    return {f.name: f.metadata["unwritten"] for f in fields(DemoFusionConfig)}
 
 
 def first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.memory import ViewBatch
-from lib_demofusion.schedule import T_MAX, weights_at
+from lib_demofusion.schedule import T_MAX, hold_at, weights_at
 from lib_demofusion.views import Size, View, dilated_views, jitter_generator, local_views
 
 # The line to the host. Crops [len(views) * B, C, h, w], view by view, each with the B rows of x -> their noise, same
@@ -109,7 +109,7 @@ class Fusion:
     phase: the phase's number, which the jitter depends on.
     fresh_noise: whether the sampler adds noise of its own.
     cancelled: asked before every model call; if it says so, Cancelled is raised.
-    held: [B, 1, H, W] in 0..1, what c1 at least is there, at every step: 1 keeps the reference; nowhere unless given.
+    held: [B, 1, H, W] in 0..1, what c1 at least is there, at every t: 1 keeps the reference; nowhere unless given.
         After Blended Latent Diffusion (arXiv 2206.02779), which so keeps what lies outside of a mask.
     view_batch: how many views go into a model call, learned over a whole job; this phase's own unless given.
     blur_taps: size of the Gaussian filter; the paper's 4 * dilation - 3 unless given.
@@ -145,17 +145,21 @@ class Fusion:
         self.view_batch = view_batch or ViewBatch(config.view_batch_size, reference.device)
         self.blur_taps = blur_taps if blur_taps is not None else 4 * dilation - 3
         self.t_max = t_max
+        self.last_t: float | None = None  # where x was blended last
         self.window_weights = hann_weights(window, reference.device) if config.feather else None  # None: all count the same
 
     def noised_reference(self, sigma: float, signal: float = 1.0) -> Tensor:
         """signal * reference + sigma * noise: what the phase starts from, at the sampler's first noise level."""
         return signal * self.reference + sigma * self.noise
 
-    def skip_residual_(self, x: Tensor, t: float, sigma: float, signal: float = 1.0) -> Tensor:
-        """Blend x, the sampler's own state [B, C, H, W], in place with the noised reference (Eq. 4). See skip_residual_."""
-        c1: float | Tensor = weights_at(t, self.config, self.t_max).c1
-        if self.held is not None:
-            c1 = self.held.clamp_min(c1)
+    def skip_residual_(self, x: Tensor, t: float, sigma: float, signal: float = 1.0, since: float | None = None) -> Tensor:
+        """Blend x, the sampler's own state [B, C, H, W], in place with the noised reference (Eq. 4). See skip_residual_.
+
+        since: the timestep where the step began that has led to x at t; that of the last call unless given, which is right
+        for samplers that call once a step. The phase's first call makes x the noised reference.
+        """
+        since, self.last_t = self.last_t if since is None else since, t
+        c1 = hold_at(t, since, self.config, self.held, self.t_max)
         return skip_residual_(x, self.reference, self.noise, c1, sigma, signal, self.fresh_noise)
 
     def views(self, t: float) -> list[View]:

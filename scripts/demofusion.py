@@ -90,6 +90,7 @@ class DemoFusionScript(scripts.Script):
                 with gr.Row():
                     controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
                     controls["hold_flat"] = self.slider("hold_flat", "Hold flat areas", maximum=20, step=0.5)
+                    controls["hold_steps"] = self.slider("hold_steps", "Hold steps", maximum=150, step=1)
                     controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
                 with gr.Row():
                     controls["doubling"] = self.checkbox("doubling", "Doubling")

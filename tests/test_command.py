@@ -70,7 +70,8 @@ def test_a_prompt_becomes_an_image_with_its_settings_in_it(run):
         assert image.size == (128, 128)
         assert image.info["parameters"] == (
             "one red ring\nNegative prompt: star\nSteps: 3, Sampler: Euler, CFG scale: 7.5, Seed: 7, Size: 64x64, "
-            "Model: tiny-sd15, DemoFusion scale: 2, DemoFusion stride: 0.4, Version: demofusion " + __version__
+            "Model: tiny-sd15, DemoFusion scale: 2, DemoFusion stride: 0.4, DemoFusion hold steps: 50, Version: demofusion "
+            + __version__
         )
         values = dict(pair.split(": ") for pair in image.info["parameters"].splitlines()[-1].split(", "))
     assert DemoFusionConfig.from_infotext(values) == DemoFusionConfig(scale=2.0, stride=0.4)
@@ -568,12 +569,12 @@ def test_latents_that_the_settings_do_not_make_are_refused(tmp_path, capsys, mod
 
 
 def test_files_of_older_versions_are_resumed(tmp_path):
-    young = ("preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat")
+    young = ("preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps")
     text = json.dumps(settings(**dict.fromkeys(young, LEFT_OUT), stride=0, alpha1=2))
     argv = ["--resume", str(saved_phase(tmp_path / "x.safetensors", text)), "--view-batch-size", "3"]
     args, saved = resumed(parse(argv), argv)
     config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DemoFusionConfig)})
-    assert config == DemoFusionConfig(scale=3.0, alpha1=2, view_batch_size=3)
+    assert config == DemoFusionConfig(scale=3.0, alpha1=2, view_batch_size=3, hold_steps=0)
     assert (saved.number, args.prompt, args.seed, args.model) == (2, "one red ring", 0, "/nowhere/model")
 
 
@@ -731,7 +732,7 @@ def test_the_record_holds_odd_names_and_the_link_stays(run, model, tmp_path):
         assert image.info["parameters"] == (
             "one red ring \\(big\\)\nSteps: 1, Sampler: x, Seed: 9\nNegative prompt: -x\n"
             "Steps: 3, Sampler: Euler, CFG scale: 7.5, Seed: 0, Size: 64x64, "
-            f'Model: "a, Seed: 9, b-1.0", DemoFusion scale: 1.5, Version: demofusion {__version__}'
+            f'Model: "a, Seed: 9, b-1.0", DemoFusion scale: 1.5, DemoFusion hold steps: 50, Version: demofusion {__version__}'
         )
 
 

@@ -47,11 +47,12 @@ def test_every_setting_has_a_label_of_its_own_and_a_tooltip():
 
 
 def test_infotext_holds_the_scale_always_and_the_rest_where_it_differs():
-    assert DemoFusionConfig().to_infotext() == {"DemoFusion scale": "4"}
-    assert DemoFusionConfig(scale=2.5, stride=0.25, jitter=False).to_infotext() == {
+    assert DemoFusionConfig(hold_steps=0).to_infotext() == {"DemoFusion scale": "4"}
+    assert DemoFusionConfig(scale=2.5, stride=0.25, jitter=False, hold_steps=50).to_infotext() == {
         "DemoFusion scale": "2.5",
         "DemoFusion stride": "0.25",
         "DemoFusion jitter": "False",
+        "DemoFusion hold steps": "50",
     }
 
 
@@ -59,7 +60,8 @@ def test_infotext_holds_the_scale_always_and_the_rest_where_it_differs():
 def test_a_preset_is_in_the_infotext_as_the_settings_it_stands_for(name, monkeypatch):
     preset = DemoFusionConfig.preset(name.upper(), scale=2.5)
     infotext = preset.to_infotext()
-    assert set(infotext) == {"DemoFusion scale", *(f"DemoFusion {key.replace('_', ' ')}" for key in PRESETS[name])}
+    written = ("scale", "hold_steps", *PRESETS[name])
+    assert set(infotext) == {*(f"DemoFusion {key.replace('_', ' ')}" for key in written)}
     monkeypatch.setitem(PRESETS, name, {"stride": 0.125})  # a later version has another idea of it
     assert DemoFusionConfig.from_infotext(infotext) == preset
 
@@ -71,10 +73,15 @@ def test_presets_are_called_by_their_names():
 
 
 def test_infotext_restores_every_setting():
-    changed = DemoFusionConfig(3.7, 20, True, 0.65, True, 0.3, True, 7.5, False, 2.5, 0.1, 0.123456789, 0.8, 0.008, 16)
+    changed = DemoFusionConfig(3.7, 20, True, 0.65, True, 0.3, True, 7.5, False, 2.5, 0.1, 0.123456789, 0.8, 0.008, 16, 12)
     assert all(getattr(changed, f.name) != f.default for f in fields(changed))
     assert DemoFusionConfig.from_infotext(changed.to_infotext()) == changed
     assert DemoFusionConfig.from_infotext({"Steps": "20"}) is None
+
+
+def test_pictures_from_before_there_were_hold_steps_were_blended_once_a_step():
+    assert DemoFusionConfig.from_infotext({"DemoFusion scale": "2"}) == DemoFusionConfig(scale=2.0, hold_steps=0)
+    assert DemoFusionConfig().hold_steps == 50
 
 
 @pytest.mark.parametrize(("label", "text"), [("scale", "four"), ("scale", "80"), ("jitter", "yes"), ("phase steps", "1.5")])

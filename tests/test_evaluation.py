@@ -95,11 +95,11 @@ def test_the_parts_of_demofusion():
     assert names == ["none", "DS", "SR", "SR + DS", "PU", "PU + DS", "PU + SR", "PU + SR + DS"]
     with only(progressive=False, skip_residual=False, dilated=False):
         assert [phase.views for phase in phases.make_plan((8, 8), 4, config).phases] == [1, 25]
-        weights = fusion.weights_at(600, config, 1000)
-        assert (weights.c1, weights.c2) == (0, 0)
+        assert fusion.weights_at(600, config, 1000).c2 == 0
+        assert fusion.hold_at(600, 620, config, None, 1000) == 0
     with only(progressive=True, skip_residual=True, dilated=False):
         assert [phase.views for phase in phases.make_plan((8, 8), 4, config).phases] == [1, 9, 25]
-        assert fusion.weights_at(600, config, 1000).c1 > 0
+        assert fusion.hold_at(600, 620, config, None, 1000) > 0
     whole = phases.make_plan((8, 8), 4, config)
     with only(True, True, True):
         assert phases.make_plan((8, 8), 4, config) == whole

@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Cancelled, Fusion, gaussian_blur, hann_weights, match_moments, pad_edges, skip_residual_
 from lib_demofusion.memory import Meter, OutOfMemory
-from lib_demofusion.schedule import cosine_decay, weights_at
+from lib_demofusion.schedule import cosine_decay, hold_at, weights_at
 
 torch.manual_seed(0)
 WEIGHT = torch.randn(4, 4, 3, 3) / 6
@@ -199,8 +199,9 @@ def test_the_skip_residual_is_eq_4_and_in_place():
 def test_where_the_reference_is_held_the_skip_residual_is_at_least_that():
     x, reference, noise = torch.randn(3, 1, 4, 8, 8)
     held = torch.rand(1, 1, 8, 8)
-    fusion = Fusion(reference, noise, window=(4, 4), stride=(2, 2), dilation=2, config=DemoFusionConfig(scale=2.0), held=held)
-    c1 = weights_at(600.0, fusion.config).c1
+    config = DemoFusionConfig(scale=2.0, hold_steps=0)
+    fusion = Fusion(reference, noise, window=(4, 4), stride=(2, 2), dilation=2, config=config, held=held)
+    c1 = hold_at(600.0, None, config)
     assert (held < c1).any()
     assert (held > c1).any()
     weight = held.where(held > c1, c1)

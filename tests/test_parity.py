@@ -25,6 +25,7 @@ def run_case(case, arrays):
         scale=float(case["scale"]),
         stride=case["stride"] / case["window"],
         jitter=case["jitter"],
+        hold_steps=0,
         **dict(zip(("alpha1", "alpha2", "alpha3"), case["alpha"])),
         blur_sigma=case["blur_sigma"],
         blur_sigma_end=case["blur_sigma"] / 100,

@@ -7,7 +7,6 @@ import random
 import re
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -379,6 +378,65 @@ def test_a_step_that_is_asked_for_twice_is_blended_once(host, calls, monkeypatch
     twice = host.generate(True, 2).latents[0]
     assert calls.rows - rows == rows + 2 * STEPS * VIEWS[2]  # the base is sampled as ever
     assert torch.equal(once, twice)
+
+
+def heun(model, x, sigmas, extra_args, callback):
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        clean = model(x, sigma * x.new_ones(len(x)), **extra_args)
+        callback({"i": i, "x": x})
+        d = (x - clean) / sigma
+        if after > 0:
+            tried = x + (after - sigma) * d
+            d = (d + (tried - model(tried, after * x.new_ones(len(x)), **extra_args)) / after) / 2
+        x = x + (after - sigma) * d
+    return x
+
+
+def adaptive(model, x, sigmas, extra_args, callback):
+    """Asks at the step's start and in its middle, tells at its end, and rejects the second step once."""
+    rejected = False
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        for again in [True, False] if i == 1 else [False]:
+            clean = model(x, sigma * x.new_ones(len(x)), **extra_args)
+            middle = (sigma + after) / 2
+            tried = x + (middle - sigma) * (x - clean) / sigma
+            model(tried, middle * x.new_ones(len(x)), **extra_args)
+            if again:
+                rejected = True
+            else:
+                x = x + (after - sigma) * (x - clean) / sigma
+            callback({"i": i, "x": x})
+    assert rejected
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "real"), [(None, [0, 1, 2]), ("ddim", [0, 1, 2]), (heun, [0, 2, 4]), (adaptive, [0, 2, 5])]
+)
+def test_a_state_is_held_since_where_its_step_began(host, monkeypatch, function, real):
+    """Whether the sampler tells in the midst of a step or at its end; what it only tries out begins none."""
+    fusion, seen, create = host.webui.Fusion, [], host.sd_samplers.create_sampler
+    blend = fusion.skip_residual_
+
+    def look(self, x, t, sigma, signal, since):
+        seen.append((t, since))
+        return blend(self, x, t, sigma, signal, since)
+
+    def create_own(name, model):
+        sampler = create(name, model)
+        sampler.func = function if callable(function) else sampler.func
+        return sampler
+
+    monkeypatch.setattr(fusion, "skip_residual_", look)
+    monkeypatch.setattr(host.sd_samplers, "create_sampler", create_own)
+    host.generate(True, 2, sampler_name="DDIM" if function == "ddim" else "Euler", steps=4 if function == "ddim" else 3)
+    began = None
+    for index, (t, since) in enumerate(seen):
+        assert since == began, f"call {index} at {t}"
+        began = t if index in real else began
+    assert len(seen) == {heun: 5, adaptive: 7}.get(function, 3)  # a step that is tried again is not blended again
+    levels = [seen[index][0] for index in real]
+    assert levels == sorted(set(levels), reverse=True)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
@@ -1142,23 +1200,23 @@ def test_the_gallerys_own_button_goes_before(host, monkeypatch, how):
 def test_fewer_arguments_have_the_forms_values(host):
     whole = [True, *(control.value for control in host.script.controls[1:])]
     latents = host.generate(*whole).latents[0]
-    for count in (1, 4, 9, 16, 17):
+    for count in (1, 4, 9, 17, 18):
         assert torch.equal(host.generate(*whole[:count]).latents[0], latents)
 
 
 @pytest.mark.parametrize("surplus", ["", 0, False, None, "more", [1], {}])
 @pytest.mark.parametrize("more", [1, 2, 5])
 def test_one_argument_too_many_is_refused(host, calls, surplus, more):
-    args = [True, *(control.value for control in host.script.controls[1:17])]
-    line = f"it has 17 arguments, of which resume is the last; got one more, {surplus!r}"
+    args = [True, *(control.value for control in host.script.controls[1:18])]
+    line = f"it has 18 arguments, of which hold_steps is the last; got one more, {surplus!r}"
     assert_refused(host, calls, line, *args, *[surplus] * more)
     assert host.generate(False, *args[1:], surplus).sizes == [(8, 8)]
 
 
-@pytest.mark.parametrize("position", range(1, 17))
+@pytest.mark.parametrize("position", range(1, 18))
 @pytest.mark.parametrize("value", [None, "", [2], {"a": 1}, "two", float("nan"), float("inf"), 10**400, -1, b"x"])
 def test_an_argument_of_another_kind_is_refused(host, calls, position, value):
-    args = [True, 2, *(control.value for control in host.script.controls[2:17])]
+    args = [True, 2, *(control.value for control in host.script.controls[2:18])]
     if position == 16 and isinstance(value, str):
         return  # a path
     args[position] = value
@@ -1441,7 +1499,12 @@ def test_a_preview_waits_until_the_decoder_is_whole_again(host, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- the form and the infotext
 
 
-FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12]
+
+
+def settings_of(values):
+    """Without what no picture's parameters hold."""
+    return [*values[:15], *values[17:]]
 
 
 def pasted(host, text):
@@ -1454,8 +1517,8 @@ def test_the_form_has_every_argument_at_its_default(host):
     names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
     assert names == ["enable", *host.webui.ARGUMENTS[1:], "end", "unread"]
     form = host.webui.DemoFusionConfig.preset("Fast", scale=2.0)
-    values = [getattr(form, name) for name in host.webui.ARGUMENTS[1:-2]]
-    assert [control.value for control in host.script.controls] == [False, *values, False, "", host.webui.END, ""]
+    values = {name: getattr(form, name, default) for name, default in zip(host.webui.ARGUMENTS, [False] * 16 + ["", 0])}
+    assert [control.value for control in host.script.controls] == [*values.values(), host.webui.END, ""]
     assert [control.visible for control in host.script.controls[-2:]] == [False, False]
     assert host.gradio.Radio._made.value == "Fast"
     assert host.webui.read_settings([True]) == host.webui.Settings(form)
@@ -1541,19 +1604,28 @@ def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
 
 def test_pasting_restores_the_form_exactly(host):
     reply = host.generate(*FULL)
-    values = pasted(host, reply.infotexts[0])[:-2]
-    assert values == FULL
-    assert list(map(type, values)) == list(map(type, FULL))
+    values = pasted(host, reply.infotexts[0])
+    assert settings_of(values) == settings_of(FULL)
+    assert list(map(type, settings_of(values))) == list(map(type, settings_of(FULL)))
+    values[15] = False
     assert torch.equal(host.generate(*values).latents[0], reply.latents[0])
 
 
 def test_pasting_resets_what_is_the_papers(host):
-    values = pasted(host, host.generate(True, 2).infotexts[0])[:-2]
-    assert values == [True, 2.0, *(getattr(DemoFusionConfig(), name) for name in host.webui.ARGUMENTS[2:-2])]
+    values = settings_of(pasted(host, host.generate(True, 2).infotexts[0]))
+    assert values == [True, 2.0, *(getattr(DemoFusionConfig(), name) for name in settings_of(host.webui.ARGUMENTS)[2:])]
+
+
+def test_a_picture_from_before_there_were_hold_steps_keeps_its_look_when_it_is_pasted(host):
+    text = host.generate(True, 2, {"hold_steps": 0}).infotexts[0]
+    assert "hold steps" not in text
+    values = pasted(host, text)
+    assert values[host.webui.ARGUMENTS.index("hold_steps")] == 0
+    assert "DemoFusion hold steps: 50" in host.generate(True, 2).infotexts[0]
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 15, ""]
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 15, "", None]
 
 
 JUNK = ["abc", "", "nan", "inf", "1e9", "-1", "1e999", "2x2", "2, 3", '"', "None", "0x10", "1" + "0" * 400, "\u0663\u0664e"]
@@ -1570,8 +1642,8 @@ def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, ca
     values = {id(control): function(parameters) for control, function in host.runner.infotext_fields}
     *args, end, unread = (values.get(id(control), control.value) for control in host.script.controls)
     assert args[0] is True
-    default = replace(DemoFusionConfig(), scale=4.0 if name == "scale" else 2.0)
-    assert args[:-2] == [True, *(getattr(default, name) for name in host.webui.ARGUMENTS[1:-2])]
+    default = DemoFusionConfig(scale=4.0 if name == "scale" else 2.0, hold_steps=0)
+    assert settings_of(args) == [True, *(getattr(default, name) for name in settings_of(host.webui.ARGUMENTS)[1:])]
     line = unread["value"]
     assert unread["visible"] is True
     assert line.startswith(f"of what was pasted: {label} ")
@@ -1707,7 +1779,7 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
     host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
     host.script_callbacks.before_ui_callback()
-    assert len(plot.axis_options) == 15
+    assert len(plot.axis_options) == 16
     axes = {axis.label: axis for axis in plot.axis_options}
 
     p = host.processing_for()

@@ -573,7 +573,7 @@ class _Run:
         x = self.noise(phase) * self.schedule.init_noise_sigma
         everything = [View("local", 0, 0, h, w)]
 
-        def predict(x: Tensor, t: Tensor, sigma: float) -> Tensor:
+        def predict(x: Tensor, t: Tensor, sigma: float, since: float | None) -> Tensor:
             if self.cancelled():
                 raise Cancelled
             return self._model(phase, x, everything, t, sigma)
@@ -595,9 +595,9 @@ class _Run:
             t_max=self.phase_schedule.config.num_train_timesteps,
         )
 
-        def predict(x: Tensor, t: Tensor, sigma: float) -> Tensor:
+        def predict(x: Tensor, t: Tensor, sigma: float, since: float | None) -> Tensor:
             levels = self._levels(sigma)
-            fusion.skip_residual_(x, float(t), *levels)
+            fusion.skip_residual_(x, float(t), *levels, since)
             return fusion.predict(x, float(t), lambda crops, views: self._model(phase, crops, views, t, sigma), levels[0])
 
         first = phase.skipped * self.phase_schedule.order
@@ -609,7 +609,7 @@ class _Run:
         signal = 1 / math.sqrt(1 + sigma * sigma) if self.sampler.variance_preserving else 1.0
         return sigma * signal, signal
 
-    def _sample(self, schedule: Any, x: Tensor, predict: Callable[[Tensor, Tensor, float], Tensor], first: int = 0) -> Tensor:
+    def _sample(self, schedule: Any, x: Tensor, predict: Callable[..., Tensor], first: int = 0) -> Tensor:
         generators = self.generators if draws_noise(self.sampler, schedule) else None
         return take_steps(schedule, x, predict, first, generators)
 

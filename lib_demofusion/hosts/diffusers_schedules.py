@@ -173,7 +173,7 @@ def _why_not(scheduler: Any, sampler: Sampler, steps: int, more: Mapping[str, An
         if skipped is None:
             return None
         x = torch.ones(1, 4, 2, 2) * schedule.init_noise_sigma
-        x = take_steps(schedule, x, lambda x, t, sigma: torch.zeros_like(x), skipped * schedule.order)
+        x = take_steps(schedule, x, lambda x, *_: torch.zeros_like(x), skipped * schedule.order)
         return None if torch.isfinite(x).all() else "it would end in NaN"
     except InfiniteNoise:
         raise
@@ -198,14 +198,15 @@ def sigma_at(schedule: Any, index: int) -> float:
 def take_steps(
     template: Any,
     x: Tensor,
-    predict: Callable[[Tensor, Tensor, float], Tensor],
+    predict: Callable[[Tensor, Tensor, float, float | None], Tensor],
     first: int = 0,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """x from the first of the schedule's timesteps that is not skipped to the end.
 
-    predict: the noise in x at timestep t and noise level sigma. generators: what fresh noise is drawn from, one for each
-    image; needed if the sampler adds some.
+    predict: the noise in x at timestep t and noise level sigma. The step that has led there began at a timestep that it
+    gets last, None at the first; samplers of second order ask twice a step. generators: what fresh noise is drawn from, one
+    for each image; needed if the sampler adds some.
     """
     schedule = copy.deepcopy(template)  # multistep ones keep a history; it ends with the phase
     if first and hasattr(schedule, "set_begin_index"):  # DDIM's goes by the timesteps alone
@@ -216,6 +217,8 @@ def take_steps(
         extra["generator"] = list(generators) if generators else torch.Generator().manual_seed(0)
     for index, t in enumerate(schedule.timesteps[first:], start=first):
         schedule.scale_model_input(x, t)  # some warn if they are not asked; the crops are scaled one by one
-        eps = predict(x, t, sigma_at(schedule, index))
+        began = (index - 1) // schedule.order * schedule.order
+        since = float(schedule.timesteps[began]) if index > first else None
+        eps = predict(x, t, sigma_at(schedule, index), since)
         x = schedule.step(eps, t, x, return_dict=False, **extra)[0]
     return x

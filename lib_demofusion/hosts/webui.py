@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from lib_demofusion import decode as tiles
-from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line, infotext_label
+from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line, infotext_label, unwritten_settings
 from lib_demofusion.fusion import Cancelled, Fusion, pad_edges
 from lib_demofusion.hosts import webui_neighbours
 from lib_demofusion.memory import (
@@ -229,6 +229,7 @@ ARGUMENTS = (
     "view_batch_size",
     "save_phases",
     "resume",
+    "hold_steps",
 )
 END = "end of the arguments"
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
@@ -264,7 +265,7 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
         return None
     more = args[len(ARGUMENTS) :]
     if more and more[0] != END:
-        raise ValueError(f"it has {len(ARGUMENTS)} arguments, of which resume is the last; got one more, {more[0]!r}")
+        raise ValueError(f"it has {len(ARGUMENTS)} arguments, of which {ARGUMENTS[-1]} is the last; got one more, {more[0]!r}")
     if len(more) > 1 and more[1]:
         raise ValueError(more[1])
     if not isinstance(resume, str):
@@ -279,7 +280,8 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
 def read_pasted(parameters: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """The settings in a picture's parameters, by their names, and what is none of them, in one line ("": nothing).
 
-    What is not written, or cannot be read, has its default. No settings: the picture was made without DemoFusion.
+    What is not written, or cannot be read, is as in pictures that do not write it. No settings: the picture was made
+    without DemoFusion.
     """
     labels = {name: infotext_label(field) for name, field in CONFIG_FIELDS.items()}
     given = {}
@@ -290,7 +292,7 @@ def read_pasted(parameters: Mapping[str, Any]) -> tuple[dict[str, Any] | None, s
             given[name] = f"{parameters[f'{label}-1']}x{parameters.get(f'{label}-2')}"
     if "scale" not in given:
         return None, ""
-    values, unread = {name: field.default for name, field in CONFIG_FIELDS.items()}, []
+    values, unread = unwritten_settings(), []
     for name, text in given.items():
         default, label = CONFIG_FIELDS[name].default, CONFIG_FIELDS[name].metadata["label"]
         try:
@@ -898,6 +900,7 @@ class _Phases:
         )
         denoiser = sampler.model_wrap_cfg
         denoiser.demofusion = hooks = _PhaseHooks(phase, fusion, SAMPLERS[p.sampler_name], p.tiling, self.progress)
+        sampler.callback_state = hooks.told_by(sampler.callback_state)
         handle = denoiser.register_forward_pre_hook(hooks.before_step)
         try:
             if p.scripts is not None:
@@ -989,7 +992,9 @@ class _PhaseHooks:
         self.tiling = tiling
         self.progress = progress
         self.done = progress.ends[phase.number - 1]
-        self.blended: Any = None  # the x and the level that were blended last
+        self.calls: list[tuple[Tensor, float]] = []  # x and t of each since the sampler has last told of a step
+        self.since: float | None = None  # t where the last step began that it has told of; None before the first
+        self.told_midway = False  # rather than at a step's end
         self.log_alphas = shared.sd_model.alphas_cumprod.double().cpu().log().numpy()
         self.log_sigmas = 0.5 * (np.log1p(-np.exp(self.log_alphas)) - self.log_alphas)
         self.steps = np.arange(len(self.log_alphas))
@@ -1005,16 +1010,36 @@ class _PhaseHooks:
         """The skip residual, in place on the x that the sampler goes on with."""
         x, level = args[0], float(args[1][0])
         t, noise, signal = self.levels(level)
-        if self.blended is None:  # the phase begins
+        if self.since is None and not self.calls:  # the phase begins
             x.copy_(self.fusion.noised_reference(noise, signal))
             if self.phase.skipped:  # prompts that change on the way, and the refiner, go by the host's count of its calls
                 skipped = denoiser.sampler.config.total_steps(self.phase.skipped)
                 denoiser.step += skipped
                 denoiser.total_steps += skipped
-        elif self.blended[0] is x and self.blended[1] == level:
-            return  # a sampler with adaptive steps tries a step again
-        self.fusion.skip_residual_(x, t, noise, signal)
-        self.blended = x, level
+        elif any(x is before and t == at for before, at in self.calls):
+            return  # it asks again
+        since = self.since if self.told_midway or not self.calls else self.calls[0][1]
+        self.calls.append((x, t))
+        self.fusion.skip_residual_(x, t, noise, signal, since)
+
+    def told_by(self, callback: Callable) -> Callable:
+        """The sampler's callback, which it calls once a step: between its calls here, those of a new step begin.
+
+        k-diffusion's samplers tell midway, of the x that they have asked about last and that their step starts from: what
+        follows until they tell again is tried out on the way, but for the last. Others tell at a step's end, of the x that
+        it has led to, and what they try out comes after the call that the step starts with; one with adaptive steps may
+        reject a step, to start from the same x again.
+        """
+
+        def told(state: dict) -> Any:
+            if self.calls:
+                first, last = self.calls[0], self.calls[-1]
+                self.told_midway = state["x"] is last[0]
+                self.since = (last if self.told_midway else first)[1]
+                self.calls = [first] if state["x"] is first[0] and not self.told_midway else []
+            return callback(state)
+
+        return told
 
     def on_step(self, params: Any) -> None:
         """The host is about to ask its inner model, in one call or in several, rows of the prompt first."""

@@ -285,7 +285,7 @@ def test_nan_keeps_the_last_good_phase(host, monkeypatch):
 # ------------------------------------------------------------------------------------------------- settings and infotext
 
 
-FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2]
+FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12]
 
 
 def test_the_infotext_makes_the_same_picture_again(host):
@@ -293,6 +293,11 @@ def test_the_infotext_makes_the_same_picture_again(host):
     again = host.generate(infotext=first.infotexts[0])
     assert again.infotexts == first.infotexts
     assert np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
+
+
+def settings_of(values):
+    """Of the form's values those that a picture's parameters hold."""
+    return [*values[:15], values[17]]
 
 
 def pasted(host, text):
@@ -303,22 +308,22 @@ def pasted(host, text):
 
 def test_pasting_restores_the_form_exactly(host):
     values = pasted(host, host.generate(*FULL).infotexts[0])
-    values = [values[control] for control in host.script.controls[:-4]]
-    assert values == FULL
-    assert list(map(type, values)) == list(map(type, FULL))
+    values = settings_of([values.get(control) for control in host.script.controls])
+    assert values == settings_of(FULL)
+    assert list(map(type, values)) == list(map(type, settings_of(FULL)))
 
 
 def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])
-    values = [values[control] for control in host.script.controls[:-4]]
-    assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, 0.0, True, 3.0, 1.0, 1.0, 1.0, 0]
+    values = settings_of([values.get(control) for control in host.script.controls])
+    assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, 0.0, True, 3.0, 1.0, 1.0, 1.0, 0, 50]
 
 
 def test_an_image_made_without_unticks_it(host):
     values = pasted(host, host.generate().infotexts[0])
     assert values[host.script.controls[0]] is False
     *settings, resume, unread = list(values.values())[1:]
-    assert (settings, resume, unread["value"]) == ([None] * 14, "", "")
+    assert (settings, resume, unread["value"]) == ([None] * 15, "", "")
 
 
 def test_script_info_shows_names_and_ranges(host):
@@ -326,7 +331,7 @@ def test_script_info_shows_names_and_ranges(host):
     args = {a["label"]: a for a in info["args"]}
     assert [*args][:2] == ["DemoFusion", "Scale"]
     assert (args["Scale"]["minimum"], args["Scale"]["maximum"], args["Scale"]["value"]) == (1.05, 8, 2.0)
-    assert len(args) == 17 + 2  # which nobody sends
+    assert len(args) == 18 + 2  # which nobody sends
 
 
 @pytest.mark.parametrize(
@@ -438,8 +443,8 @@ def test_a_name_that_the_host_does_not_know_is_an_error(host):
 
 @pytest.mark.parametrize("surplus", ["", 0, None, [1]])
 def test_a_list_of_another_version_is_refused(host, calls, surplus):
-    whole = [True, *(control.value for control in host.script.controls[1:17])]
-    line = f"it has 17 arguments, of which resume is the last; got one more, {surplus!r}"
+    whole = [True, *(control.value for control in host.script.controls[1:18])]
+    line = f"it has 18 arguments, of which hold_steps is the last; got one more, {surplus!r}"
     assert refusal(host, host.generate(*whole, surplus), calls) == line
     assert host.generate(*whole).images[0].size == (128, 128)
     assert host.generate(*whole[:5]).images[0].size == (128, 128)
@@ -613,7 +618,7 @@ def test_phases_of_few_steps_show_themselves_at_no_more_cost_than_the_base(host,
 def test_xyz_plot_over_our_settings(host, calls):
     plot = host.scripts.scripts_txt2img.script("x/y/z plot")
     labels = [option.label for option in plot.current_axis_options]
-    assert sum(label.startswith("[DemoFusion]") for label in labels) == 15
+    assert sum(label.startswith("[DemoFusion]") for label in labels) == 16
     x, y = labels.index("[DemoFusion] scale"), labels.index("[DemoFusion] jitter")
     args = [x, "2,3", [], y, "", ["True", "False"], 0, "", [], False, True, False, False, False, False, False, 0, False]
     reply = host.generate(script_name="x/y/z plot", script_args=args)
