@@ -15,6 +15,7 @@ from lib_demofusion.hosts.diffusers import generate, load_pipeline
 PROMPT, SEED, STEPS = "two blue striped rings on sand", 3, 20
 ROWS = {  # setting -> values, the paper's among them
     "alpha1": (1.0, 3.0, 8.0),
+    "hold_steps": (0, 50, 200),
     "alpha2": (0.3, 1.0, 5.0),
     "alpha3": (0.3, 1.0, 5.0),
     "blur_sigma": (0.3, 1.0, 3.0),
