@@ -17,6 +17,7 @@ from lib_demofusion.fusion import Fusion, gaussian_blur, match_moments
 from lib_demofusion.views import Size, dilated_views, local_views
 
 FLAT_SIGMA = 4  # pixels; half a latent pixel's side
+WRAPPED = 8  # latent pixels, at least, that an image which tiles is grown by on each side before it is enlarged
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,22 @@ def enlarge(
     decode: Callable[[Tensor], Tensor],
     encode: Callable[[Tensor], Tensor],
     factor: int = 8,
+    tiling: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """A phase's latents [B, C, h, w] as the next one's reference, [B, C, *size], and where it is held, [B, 1, *size].
 
     By way of images, one after the other, as far as the settings ask for these. decode: latents [1, C, h, w] -> an
-    image [1, 3, factor * h, factor * w] in -1..1; encode: the way back. None: held nowhere.
+    image [1, 3, factor * h, factor * w] in -1..1; encode: the way back. tiling: what lies beyond a border is the other
+    side, of the image, too. None: held nowhere.
     """
+    if tiling:
+        pairs = list(zip(latents.shape[-2:], size))
+        parts = [side // math.gcd(side, larger) for side, larger in pairs]  # each becomes a whole number of latent pixels
+        margins = [min(math.ceil(WRAPPED / part) * part, side) for part, (side, _) in zip(parts, pairs)]
+        (top, left), (h, w) = ([m * larger // side for m, (side, larger) in zip(margins, pairs)], size)
+        grown = F.pad(latents, (margins[1], margins[1], margins[0], margins[0]), mode="circular")
+        both = enlarge(grown, (h + 2 * top, w + 2 * left), config, decode, encode, factor)
+        return tuple(x if x is None else x[..., top : top + h, left : left + w] for x in both)
     enlarged, held = [], []
     for z in latents.split(1) if config.pixel_upsampling or config.hold_flat else ():
         image = decode(z)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,6 +193,32 @@ def test_images_are_made_only_where_the_settings_ask_for_them():
         assert held.shape == (2, 1, 18, 24)
         assert held[..., 9, 12].max() == 0
         assert held[..., 0, 0].min() > 0.9
+
+
+@pytest.mark.parametrize("size", [(24, 36), (48, 30), (13, 17), (16, 36)])
+@pytest.mark.parametrize("settings", [{}, {"pixel_upsampling": True, "hold_flat": 20.0}])
+def test_an_image_that_tiles_is_enlarged_as_one(size, settings):
+    """Where it begins makes no difference, also to what is held and to what the autoencoder sees at its borders."""
+    latents, config = torch.randn(2, 4, 12, 18), DemoFusionConfig(scale=2.0, **settings)
+
+    def decode(z):
+        z = F.avg_pool2d(z, 3, stride=1, padding=1)
+        return F.interpolate(z[:, :3], scale_factor=8, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+    def encode(image):
+        return F.avg_pool2d(F.pad(image, (0, 0, 0, 0, 0, 1)), 8)
+
+    def enlarged(z):
+        return [x for x in enlarge(z, size, config, decode, encode, tiling=True) if x is not None]
+
+    here, plain = enlarged(latents), enlarge(latents, size, config, decode, encode)[0]
+    steps = [12 // math.gcd(12, size[0]), 18 // math.gcd(18, size[1])]
+    there = enlarged(latents.roll(steps, (-2, -1)))
+    assert [x.shape[-2:] for x in here] == [size] * (2 if settings else 1)
+    for x, moved in zip(here, there):
+        by = [step * side // of for step, side, of in zip(steps, size, (12, 18))]
+        torch.testing.assert_close(moved, x.roll(by, (-2, -1)), atol=1e-5, rtol=0)
+    assert not torch.allclose(here[0][..., 0, :], plain[..., 0, :], atol=1e-2)
 
 
 def test_each_phase_gets_what_is_held_of_the_one_before():

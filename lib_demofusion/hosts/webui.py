@@ -872,7 +872,8 @@ class _Phases:
             return _decode(model, z, self.plan)[0].float()[None]
 
         with _autocast():
-            return enlarge(latents, size, self.config, decode, lambda image: _encode(model, image, self.plan), FACTOR)
+            encode = functools.partial(_encode, model, plan=self.plan)
+            return enlarge(latents, size, self.config, decode, encode, FACTOR, self.p.tiling)
 
     def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
         """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""

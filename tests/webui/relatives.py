@@ -133,6 +133,8 @@ def make_sdxl(folder):
 
     torch.manual_seed(0)
     clip = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "demofusion-embedded-clip"))
+    # The host divides by the mean of what the encoder says, which without a bias is nothing but rounding.
+    torch.nn.init.constant_(clip.text_model.final_layer_norm.bias, 0.1)
     weights = {f"conditioner.embedders.0.transformer.{k}": v for k, v in clip.state_dict().items()}
     weights["conditioner.embedders.1.model.ln_final.weight"] = torch.ones(1)  # tells the host that CLIP is included
     for part, prefix in (("network_config", "model.diffusion_model."), ("first_stage_config", "first_stage_model.")):

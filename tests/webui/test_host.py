@@ -405,7 +405,7 @@ def test_the_gallerys_button_goes_before(host, monkeypatch):
 def test_the_form_can_run_here(host):
     """On the host that the tests run on: nothing private or younger than that is needed."""
     assert host.script.process.__globals__["problem"] is None
-    assert len(host.script.controls) == 19
+    assert len(host.script.controls) == 18 + 2
     names = {getattr(control, "elem_id", "") for control in host.script.controls}
     assert "script_demofusion_scale" in names
     assert host.script.title() == "DemoFusion Upscale"

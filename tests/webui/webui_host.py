@@ -94,9 +94,12 @@ class Host:
 
 
 def same_but_for_rounding(x, y):
-    """Whether latents differ by no more than the order of float32 sums explains, after some steps of a sampler."""
+    """Whether latents differ by no more than the order of float32 sums explains, after some steps of a sampler.
+
+    A few large steps multiply it by hundreds; another picture, or a batch mate's share in one, differs by 0.1 and more.
+    """
     error = (x - y) / y.std()
-    return error.square().mean().sqrt() < 1e-4 and error.abs().max() < 1e-3
+    return error.square().mean().sqrt() < 3e-4 and error.abs().max() < 5e-3
 
 
 def _image(data):
@@ -123,7 +126,7 @@ def start(checkpoints, data):
     """The host, with this repository as an extension in the folder `data`, and its API, whose routes are called directly."""
     webui = Path(WEBUI_DIR).resolve()
     extension = data / "extensions" / "demofusion"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "out", "__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "build", "out", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, extension, ignore=ignored)
     (data / "config.json").write_text(json.dumps({"sd_model_checkpoint": "demofusion-embedded.safetensors"}))
     os.chdir(webui)
