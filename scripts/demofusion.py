@@ -85,13 +85,13 @@ class DemoFusionScript(scripts.Script):
                     controls["stride"] = self.slider("stride", "Stride", minimum=0.025, maximum=1, step=0.025)
                 with gr.Row():
                     controls["alpha1"] = self.slider("alpha1", "Skip residual α1", maximum=10, step=0.1)
+                    controls["hold_steps"] = self.slider("hold_steps", "Hold steps", maximum=150, step=1)
+                    controls["hold_flat"] = self.slider("hold_flat", "Hold flat areas", maximum=20, step=0.5)
+                with gr.Row():
                     controls["alpha2"] = self.slider("alpha2", "Dilated sampling α2", maximum=10, step=0.1)
                     controls["alpha3"] = self.slider("alpha3", "Gaussian blur α3", maximum=10, step=0.1)
-                with gr.Row():
                     controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
-                    controls["hold_flat"] = self.slider("hold_flat", "Hold flat areas", maximum=20, step=0.5)
-                    controls["hold_steps"] = self.slider("hold_steps", "Hold steps", maximum=150, step=1)
-                    controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
+                controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
                 with gr.Row():
                     controls["doubling"] = self.checkbox("doubling", "Doubling")
                     controls["pixel_upsampling"] = self.checkbox("pixel_upsampling", "Pixel upsampling")
