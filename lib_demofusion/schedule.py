@@ -53,10 +53,10 @@ def hold_at(
 
     The paper blends with c1(t) = d(t) ** alpha1 once in each of its 50 steps, so that less of x is left the more steps there
     are. Here the hold is a rate, -ln(1 - c1(t)) over T / hold_steps, the paper's step, and exp(-its integral) is left of x,
-    however few or uneven the steps are. A blend of the paper's holds the stretch of half its step around it, and so a step
-    those from half of that step below `since` to as much below t: at even steps of the paper's number this is Eq. 4 (up to
-    the rate's curvature, see docs/tried.md). Where a phase begins, `since` None, and at pure noise x is the reference: 1.
-    With hold_steps 0 it is c1(t) at every call, the paper's formula, whatever the steps.
+    however few or uneven the steps are (not in the paper; docs/tried.md has what it was chosen from). A blend of the paper's
+    holds the stretch of half its step around it, and so a step those from half of that step below `since` to as much below
+    t: at even steps of the paper's number this is Eq. 4, up to the rate's curvature. Where a phase begins, `since` None, and
+    at pure noise x is the reference: 1. With hold_steps 0 it is c1(t) at every call, the paper's formula.
 
     held: [B, 1, H, W] in 0..1, what c1 at least is there; the share is a tensor of that shape then.
     """
@@ -70,11 +70,12 @@ def hold_at(
     table = _hold_table(config.alpha1)
     if held is None:
         return -math.expm1(-config.hold_steps * float(_hold_integral(high, table) - _hold_integral(low, table)))
-    table, rate = table.to(held), -torch.log1p(-held).clamp(min=-NEVER_LETS_GO)
-    # c1 falls with t: down to where it is `held` it counts, from there on `held` does.
-    turn = (1 - torch.acos(held ** (0.5 / max(config.alpha1, 1e-3))) * (2 / math.pi)).clamp(low, high)
+    least, table = held.float(), table.to(held.device, torch.float32)
+    rate = -torch.log1p(-least).clamp(min=-NEVER_LETS_GO)
+    # c1 falls with t: down to where it is `least` it counts, from there on `least` does.
+    turn = (1 - torch.acos(least ** (0.5 / max(config.alpha1, 1e-3))) * (2 / math.pi)).clamp(low, high)
     passed = _hold_integral(high, table) - _hold_integral(turn, table) + rate * (turn - low)
-    return -torch.expm1(-config.hold_steps * passed)
+    return -torch.expm1(-config.hold_steps * passed).to(held.dtype)
 
 
 def _hold_integral(at: float | Tensor, table: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ def test_what_has_not_moved_is_not_held_again_and_a_beginning_is_the_reference()
     assert hold_at(1000.0, 1000.0, config) == 1
     assert hold_at(100.0, 120.0, config, torch.ones(1)) == 1
     assert hold_at(100.0, 120.0, DemoFusionConfig(alpha1=0.0)) == 1
+    assert hold_at(999.0, 999.0, config, torch.ones(1).half()) == 0
+    assert hold_at(100.0, 120.0, config, torch.ones(1).half()).dtype == torch.float16
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=30), st.sampled_from(ALPHAS), st.floats(0.01, 0.95))

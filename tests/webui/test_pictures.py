@@ -202,41 +202,38 @@ def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
     assert all(error < 1e-3 for _, error in seen)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_state_is_held_since_where_its_step_began(host, monkeypatch, sampler):
-    """Also where a sampler tries out states on the way, which are held since there too, and are no beginning of a step."""
-    fusion, calls = host.webui.Fusion, []
-    blend = fusion.skip_residual_
+@pytest.fixture
+def blends(host, monkeypatch):
+    """(t, since) of each blend of a phase."""
+    calls, blend = [], host.webui.Fusion.skip_residual_
 
     def look(self, x, t, sigma, signal, since):
         calls.append((t, since))
         return blend(self, x, t, sigma, signal, since)
 
-    monkeypatch.setattr(fusion, "skip_residual_", look)
+    monkeypatch.setattr(host.webui.Fusion, "skip_residual_", look)
+    return calls
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_state_is_held_since_where_its_step_began(host, blends, sampler):
+    """Also where a sampler tries out states on the way, which are held since there too, and are no beginning of a step."""
     host.generate(True, 2, sampler_name=sampler, steps=5)
     second = host.webui.SAMPLERS[sampler].counts == "second"
-    tried = {"PLMS": {1}, "DPM fast": {1, 2, 4}}.get(sampler, set(range(1, len(calls), 2)) if second else set())
-    assert len(calls) == host.webui.model_calls(sampler, None, 5)
+    tried = {"PLMS": {1}, "DPM fast": {1, 2, 4}}.get(sampler, set(range(1, len(blends), 2)) if second else set())
+    assert len(blends) == host.webui.model_calls(sampler, None, 5)
     began = None
-    for index, (t, since) in enumerate(calls):
+    for index, (t, since) in enumerate(blends):
         assert since == began, f"call {index} at {t}"
         began = began if index in tried else t
 
 
 @pytest.mark.parametrize("steps", [22, 40])
-def test_where_the_sampler_goes_back_up_a_state_is_held_for_as_far_as_that(host, monkeypatch, steps):
-    fusion, calls = host.webui.Fusion, []
-    blend = fusion.skip_residual_
-
-    def look(self, x, t, sigma, signal, since):
-        calls.append((t, since))
-        return blend(self, x, t, sigma, signal, since)
-
-    monkeypatch.setattr(fusion, "skip_residual_", look)
+def test_where_the_sampler_goes_back_up_a_state_is_held_for_as_far_as_that(host, blends, steps):
     host.generate(True, 2, sampler_name="Restart", steps=steps)
-    real = [t for t, _ in calls[::2]]
+    real = [t for t, _ in blends[::2]]
     assert any(t > before for before, t in zip(real, real[1:])), "it never went back up"
-    assert [since for _, since in calls[2::2]] == real[:-1]
+    assert [since for _, since in blends[2::2]] == real[:-1]
 
 
 def test_same_seed_same_picture(host):
