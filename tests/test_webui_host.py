@@ -520,9 +520,16 @@ def test_a_model_that_changes_between_steps_is_fused_too(host, calls, sampler):
         assert "forward" not in vars(module)
 
 
-def test_tiling_rolls_the_plane_and_back(host, calls):
+def test_tiling_rolls_the_plane_and_back(host, calls, monkeypatch):
     fake_webui.add_model(fake_webui.ToyModel(kernel=1))
-    seen, circular = [], []
+    seen, circular, asked, enlarge = [], [], [], host.webui.enlarge
+
+    def wrapped(*args):
+        """Whatever is asked for, so that what is compared differs in nothing else."""
+        asked.append(args[-1])
+        return enlarge(*args[:-1], True)
+
+    monkeypatch.setattr(host.webui, "enlarge", wrapped)
     host.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     hijack = host.sd_hijack.model_hijack
     host.unet.register_forward_pre_hook(lambda module, args: circular.append(hijack.circular_enabled))
@@ -531,6 +538,7 @@ def test_tiling_rolls_the_plane_and_back(host, calls):
     rows, seen[:], circular[:] = seen[:], [], []
 
     tiled = host.generate(*args, tiling=True).latents[0]
+    assert asked == [False, True]
     assert (tiled - plain).abs().max() < 1e-5
     assert circular == [True] * STEPS + [False] * (len(circular) - STEPS)
     assert hijack.circular_enabled
