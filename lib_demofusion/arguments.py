@@ -197,8 +197,8 @@ def read_settings(text: str) -> dict:
         if settings["stride"] != 0:
             raise ValueError(f"its stride is {settings['stride']!r} latent pixels, as version 0.3 had it; make it again")
         settings["stride"] = 0.5
-    settings.setdefault("hold_steps", unwritten_settings()["hold_steps"])
-    DemoFusionConfig.preset(settings.get("preset", "Paper"), **{name: settings[name] for name in method if name in settings})
+    settings = {**{name: unwritten_settings()[name] for name in method}, **settings}
+    DemoFusionConfig.preset(settings.get("preset", "Paper"), **{name: settings[name] for name in method})
     return settings
 
 

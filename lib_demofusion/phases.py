@@ -204,11 +204,8 @@ def enlarge(
     side, of the image, too. None: held nowhere.
     """
     if tiling:
-        pairs = list(zip(latents.shape[-2:], size))
-        parts = [side // math.gcd(side, larger) for side, larger in pairs]  # each becomes a whole number of latent pixels
-        margins = [min(math.ceil(WRAPPED / part) * part, side) for part, (side, _) in zip(parts, pairs)]
-        (top, left), (h, w) = ([m * larger // side for m, (side, larger) in zip(margins, pairs)], size)
-        grown = F.pad(latents, (margins[1], margins[1], margins[0], margins[0]), mode="circular")
+        (h, w), ((rows, top), (columns, left)) = size, map(_margins, latents.shape[-2:], size)
+        grown = F.pad(latents, (columns, columns, rows, rows), mode="circular")
         both = enlarge(grown, (h + 2 * top, w + 2 * left), config, decode, encode, factor)
         return tuple(x if x is None else x[..., top : top + h, left : left + w] for x in both)
     enlarged, held = [], []
@@ -221,6 +218,13 @@ def enlarge(
             image = F.interpolate(image, size=[factor * side for side in size], mode="bicubic", align_corners=False)
             enlarged.append(encode(image.clamp_(-1, 1)).to(latents))
     return torch.cat(enlarged) if enlarged else enlarge_latents(latents, size), torch.cat(held) if held else None
+
+
+def _margins(side: int, larger: int) -> tuple[int, int]:
+    """By how much a side is grown at either end, WRAPPED or more and at most itself, and the whole number that becomes."""
+    part = side // math.gcd(side, larger)
+    margin = min(math.ceil(WRAPPED / part) * part, side)
+    return margin, margin * larger // side
 
 
 def flat_areas(images: Tensor, contrast: float, factor: int = 8) -> Tensor:

@@ -3,6 +3,11 @@
 from dataclasses import fields
 
 
+def settings_of(webui, values):
+    """Of the arguments' values, in their order, those that a picture's parameters hold."""
+    return [value for name, value in zip(webui.ARGUMENTS, values) if name not in ("save_phases", "resume")]
+
+
 def script_arguments(webui, args):
     """(enabled, scale) or (enabled, scale, {name: value}) as all the arguments in their order; anything else as it is."""
     if len(args) != 2 and not (len(args) == 3 and isinstance(args[2], dict)):

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import fake_webui
 import pytest
 import torch
+from arguments import settings_of
 from readout import NODE, in_node
 
 from lib_demofusion.config import DemoFusionConfig
@@ -1510,11 +1511,6 @@ def test_a_preview_waits_until_the_decoder_is_whole_again(host, monkeypatch):
 FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12]
 
 
-def settings_of(values):
-    """Without what no picture's parameters hold."""
-    return [*values[:15], *values[17:]]
-
-
 def pasted(host, text):
     parameters = host.infotext_utils.parse_generation_parameters(text)
     values = {id(component): function(parameters) for component, function in host.runner.infotext_fields}
@@ -1613,15 +1609,19 @@ def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
 def test_pasting_restores_the_form_exactly(host):
     reply = host.generate(*FULL)
     values = pasted(host, reply.infotexts[0])
-    assert settings_of(values) == settings_of(FULL)
-    assert list(map(type, settings_of(values))) == list(map(type, settings_of(FULL)))
+    assert settings_of(host.webui, values) == settings_of(host.webui, FULL)
+    assert list(map(type, settings_of(host.webui, values))) == list(map(type, settings_of(host.webui, FULL)))
     values[15] = False
     assert torch.equal(host.generate(*values).latents[0], reply.latents[0])
 
 
 def test_pasting_resets_what_is_the_papers(host):
-    values = settings_of(pasted(host, host.generate(True, 2).infotexts[0]))
-    assert values == [True, 2.0, *(getattr(DemoFusionConfig(), name) for name in settings_of(host.webui.ARGUMENTS)[2:])]
+    values = settings_of(host.webui, pasted(host, host.generate(True, 2).infotexts[0]))
+    assert values == [
+        True,
+        2.0,
+        *(getattr(DemoFusionConfig(), name) for name in settings_of(host.webui, host.webui.ARGUMENTS)[2:]),
+    ]
 
 
 def test_a_picture_from_before_there_were_hold_steps_keeps_its_look_when_it_is_pasted(host):
@@ -1651,7 +1651,10 @@ def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, ca
     *args, end, unread = (values.get(id(control), control.value) for control in host.script.controls)
     assert args[0] is True
     default = DemoFusionConfig(scale=4.0 if name == "scale" else 2.0, hold_steps=0)
-    assert settings_of(args) == [True, *(getattr(default, name) for name in settings_of(host.webui.ARGUMENTS)[1:])]
+    assert settings_of(host.webui, args) == [
+        True,
+        *(getattr(default, name) for name in settings_of(host.webui, host.webui.ARGUMENTS)[1:]),
+    ]
     line = unread["value"]
     assert unread["visible"] is True
     assert line.startswith(f"of what was pasted: {label} ")

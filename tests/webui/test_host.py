@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from arguments import settings_of
 from webui_host import same_but_for_rounding
 
 STEPS, SCALE = 4, 3
@@ -295,11 +296,6 @@ def test_the_infotext_makes_the_same_picture_again(host):
     assert np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
 
 
-def settings_of(values):
-    """Of the form's values those that a picture's parameters hold."""
-    return [*values[:15], values[17]]
-
-
 def pasted(host, text):
     parameters = host.infotext_utils.parse_generation_parameters(text)
     fields = [f for f in host.scripts.scripts_txt2img.infotext_fields if getattr(f, "component", f[0]) in host.script.controls]
@@ -308,14 +304,14 @@ def pasted(host, text):
 
 def test_pasting_restores_the_form_exactly(host):
     values = pasted(host, host.generate(*FULL).infotexts[0])
-    values = settings_of([values.get(control) for control in host.script.controls])
-    assert values == settings_of(FULL)
-    assert list(map(type, values)) == list(map(type, settings_of(FULL)))
+    values = settings_of(host.webui, [values.get(control) for control in host.script.controls])
+    assert values == settings_of(host.webui, FULL)
+    assert list(map(type, values)) == list(map(type, settings_of(host.webui, FULL)))
 
 
 def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])
-    values = settings_of([values.get(control) for control in host.script.controls])
+    values = settings_of(host.webui, [values.get(control) for control in host.script.controls])
     assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, 0.0, True, 3.0, 1.0, 1.0, 1.0, 0, 50]
 
 
