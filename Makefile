@@ -52,14 +52,14 @@ bench-decode: $(READY)
 	$(RUN) -m benchmarks.bench_decode
 
 sheet: $(READY)
-	$(RUN) -m benchmarks.contact_sheet
+	$(RUN) -m evaluation.contact_sheet
 
 # EVALUATE=--quick for a first look; see python -m evaluation --help
 evaluate: $(READY)
 	$(RUN) -m evaluation $(EVALUATE)
 
 settings-sheet: $(READY)
-	$(RUN) -m benchmarks.settings_sheet
+	$(RUN) -m evaluation.settings_sheet
 
 # TRAIN="--recipe second" makes another checkpoint, to see whether what was found holds for it, by
 # EVALUATE="--model training/build/second/second --layout row --tables Presets -o docs/evaluation-second.md"

@@ -1,6 +1,6 @@
 // The readout beside the checkbox: what will be made, what that takes and whether it fits, as the form stands now; and
-// what each preset is and costs. It counts as lib_demofusion/phases.py and model_calls in lib_demofusion/hosts/webui.py
-// do, and says that something cannot run in the words in which it will be refused; tests compare them.
+// what each preset is and costs. It counts as lib_demofusion/phases.py does, and model_calls in hosts/webui/samplers.py,
+// and says that something cannot run in the words in which it will be refused; tests compare them.
 
 function demofusionCalls([counts, levels, discards], scheduler, steps, skipped) {
     let run = steps - skipped;

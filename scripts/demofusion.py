@@ -29,9 +29,9 @@ def cannot_load(error):
 try:
     from modules.ui_components import InputAccordion
 
-    from lib_demofusion.hosts import webui
+    from lib_demofusion.hosts.webui import a1111, checks, loop, plot, readout, settings
 
-    problem = webui.unsupported()
+    problem = a1111.unsupported()
 except Exception as error:  # whatever it is, what is asked for from now on must be refused
     problem = cannot_load(error)
 
@@ -66,7 +66,7 @@ class DemoFusionScript(scripts.Script):
         controls = {}
         with InputAccordion(False, label="DemoFusion", elem_id=self.elem_id("enable")) as controls["enabled"]:
             with controls["enabled"].extra():
-                table = json.dumps(webui.readout_table()).replace('"', "&quot;")
+                table = json.dumps(readout.readout_table()).replace('"', "&quot;")
                 gr.HTML(
                     f'<span class="demofusion-readout" data-id="{self.elem_id("")}" data-table="{table}"></span>',
                     elem_id=self.elem_id("readout"),
@@ -74,7 +74,7 @@ class DemoFusionScript(scripts.Script):
                 )
             with gr.Row():
                 controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
-                preset = gr.Radio(list(webui.PRESETS), value=webui.PRESET, label="Preset", elem_id=self.elem_id("preset"))
+                preset = gr.Radio(list(settings.PRESETS), value=settings.PRESET, label="Preset", elem_id=self.elem_id("preset"))
             gr.HTML('<span class="demofusion-preset-help"></span>', elem_id=self.elem_id("preset_help"))
             with gr.Accordion("Advanced", open=False, elem_id=self.elem_id("advanced")):
                 with gr.Row():
@@ -111,25 +111,25 @@ class DemoFusionScript(scripts.Script):
                 )
 
         # Choosing a preset sets the controls, and the controls, whoever sets them, say which preset they are.
-        table = json.dumps(webui.presets_table())
-        shown = [controls[name] for name in webui.PRESET_SETTINGS]
+        table = json.dumps(settings.presets_table())
+        shown = [controls[name] for name in settings.PRESET_SETTINGS]
         self.in_browser(preset.input, f"(name) => ({table})[name]", [preset], shown)
         for control in shown:
             self.in_browser(control.change, f"(...shown) => demofusionPreset({table}, shown)", shown, [preset])
 
-        settings = [name for name in webui.ARGUMENTS if name in webui.CONFIG_FIELDS]
-        self.infotext_fields = [(controls["enabled"], lambda d: webui.read_pasted(d)[0] is not None)]
-        for name in settings:
+        named = [name for name in settings.ARGUMENTS if name in settings.CONFIG_FIELDS]
+        self.infotext_fields = [(controls["enabled"], lambda d: settings.read_pasted(d)[0] is not None)]
+        for name in named:
             self.infotext_fields.append((controls[name], self.pasted(name)))
         self.infotext_fields.append((controls["resume"], lambda d: ""))
 
         # Behind what the API promises: the host cuts longer lists off here, so that one argument too many arrives as this.
-        end = gr.Textbox(webui.END, label="end of the arguments", visible=False, elem_id=self.elem_id("end"))
+        end = gr.Textbox(settings.END, label="end of the arguments", visible=False, elem_id=self.elem_id("end"))
         # What a pasted text says and nobody can read; shown until it is emptied, or something else is pasted.
         unread = gr.Textbox("", label=f"{NAME} cannot read", visible=False, elem_id=self.elem_id("unread"))
         end.do_not_save_to_config = unread.do_not_save_to_config = True
         self.infotext_fields.append((unread, self.pasted_unread))
-        return [*(controls[name] for name in webui.ARGUMENTS), end, unread]
+        return [*(controls[name] for name in settings.ARGUMENTS), end, unread]
 
     def in_browser(self, event, script, inputs, outputs):
         """At an event the page runs a script. Its argument is gradio 3's; where there is none the form is not drawn (`ui`)."""
@@ -143,20 +143,20 @@ class DemoFusionScript(scripts.Script):
 
     def shared(self, name, label):
         """What every control of a setting has."""
-        help = webui.CONFIG_FIELDS[name].metadata["help"]
-        return dict(value=getattr(webui.FORM, name), label=label, elem_id=self.elem_id(name), tooltip=help)
+        help = settings.CONFIG_FIELDS[name].metadata["help"]
+        return dict(value=getattr(settings.FORM, name), label=label, elem_id=self.elem_id(name), tooltip=help)
 
     def pasted(self, name):
         """The value of a control for pasted parameters: as written, else the default; none without DemoFusion."""
 
         def value(parameters):
-            read, _ = webui.read_pasted(parameters)
+            read, _ = settings.read_pasted(parameters)
             return None if read is None else read[name]
 
         return value
 
     def pasted_unread(self, parameters):
-        _, unread = webui.read_pasted(parameters)
+        _, unread = settings.read_pasted(parameters)
         return gr.update(value=unread, visible=bool(unread))
 
     def process(self, p, *args):
@@ -170,7 +170,7 @@ class DemoFusionScript(scripts.Script):
             if twin is not None:
                 raise ValueError(f"another script is called {TITLE} as well ({twin.filename}); remove one of the two")
             if args and not problem:
-                webui.prepare(p, args)
+                checks.prepare(p, args)
         except Exception as error:
             refuse_because(p, error)
 
@@ -189,7 +189,7 @@ class DemoFusionScript(scripts.Script):
         """Before anything of a batch is sampled, when all scripts have had their turn."""
         if args and not problem and not refused(p):
             try:
-                webui.before_batch(p, args)
+                checks.before_batch(p, args)
             except Exception as error:
                 refuse_because(p, error)
         if refused(p):
@@ -197,11 +197,11 @@ class DemoFusionScript(scripts.Script):
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         if args and not problem and not refused(p):
-            webui.before_sampling(p, args)
+            loop.before_sampling(p, args)
 
     def post_sample(self, p, ps, *args):
         if args and not problem and not refused(p):
-            webui.post_sample(p, ps, args)
+            loop.post_sample(p, ps, args)
 
     def postprocess(self, p, processed, *args):
         """A refused job of another script, a cell of a plot, say, becomes a picture of the refusal: they need one, or fail."""
@@ -262,6 +262,6 @@ def picture_of(line, width, height):
 # ---------------------------------------------------------------------------------------------------------------------
 
 if not problem:
-    script_callbacks.on_cfg_denoiser(webui.on_cfg_denoiser)
-    script_callbacks.on_before_ui(lambda: webui.add_plot_axes(DemoFusionScript))
-    script_callbacks.on_app_started(webui.add_routes)
+    script_callbacks.on_cfg_denoiser(loop.on_cfg_denoiser)
+    script_callbacks.on_before_ui(lambda: plot.add_plot_axes(DemoFusionScript))
+    script_callbacks.on_app_started(readout.add_routes)

@@ -5,13 +5,13 @@ from dataclasses import fields
 
 def settings_of(webui, values):
     """Of the arguments' values, in their order, those that a picture's parameters hold."""
-    return [value for name, value in zip(webui.ARGUMENTS, values) if name not in ("save_phases", "resume")]
+    return [value for name, value in zip(webui.settings.ARGUMENTS, values) if name not in ("save_phases", "resume")]
 
 
 def script_arguments(webui, args):
     """(enabled, scale) or (enabled, scale, {name: value}) as all the arguments in their order; anything else as it is."""
     if len(args) != 2 and not (len(args) == 3 and isinstance(args[2], dict)):
         return list(args)
-    paper = {f.name: f.default for f in fields(webui.DemoFusionConfig)}
+    paper = {f.name: f.default for f in fields(webui.settings.DemoFusionConfig)}
     given = {"save_phases": False, "resume": "", **dict(zip(("enabled", "scale"), args)), **dict(*args[2:])}
-    return [{**paper, **given}[name] for name in webui.ARGUMENTS]
+    return [{**paper, **given}[name] for name in webui.settings.ARGUMENTS]

@@ -51,8 +51,8 @@ def test_the_presets_table():
 
 def test_the_presets_are_described_as_in_the_form(webui):
     for name, (*_, what, when) in zip(PRESETS, rows("Presets"), strict=True):
-        assert when.lower() == webui.PRESET_HELP[name][1].lower()
-        numbers = re.findall(r"\d+", webui.PRESET_HELP[name][0])
+        assert when.lower() == webui.settings.PRESET_HELP[name][1].lower()
+        numbers = re.findall(r"\d+", webui.settings.PRESET_HELP[name][0])
         assert re.findall(r"\d+", what) == numbers
 
 
@@ -75,17 +75,17 @@ def test_the_settings_table_has_the_papers_values(webui):
     for label, value, _ in rows("Settings"):
         name = labels.get(label.lower(), label.lower().replace(" ", "_"))
         found[name] = {"on": True, "off": False}[value] if value in ("on", "off") else float(value or "nan")
-    names = [name for name in webui.ARGUMENTS if name in webui.CONFIG_FIELDS]
+    names = [name for name in webui.settings.ARGUMENTS if name in webui.settings.CONFIG_FIELDS]
     assert {name: found[name] for name in names} == {name: getattr(paper, name) for name in names}
     assert set(found) == {*names, "save_intermediate_phases", "resume_from"}
 
 
 def test_the_apis_examples(webui):
     order = re.search(r"\n\n    (enabled, scale[^`]+?)\n\n", GUIDE)[1].split()
-    assert len(" ".join(order).split(", ")) == len(webui.ARGUMENTS)
+    assert len(" ".join(order).split(", ")) == len(webui.settings.ARGUMENTS)
     for text, name, scale in re.findall(r"`(\[True[^`]*\])`\s+(?:is\s+)?(\w+)\s+at\s+(\d)x", GUIDE):
-        settings = webui.read_settings(ast.literal_eval(text))
-        assert settings.config == webui.DemoFusionConfig.preset(name, scale=float(scale)), text
+        settings = webui.settings.read_settings(ast.literal_eval(text))
+        assert settings.config == webui.settings.DemoFusionConfig.preset(name, scale=float(scale)), text
     assert len(re.findall(r"`\[True", GUIDE)) == 3
     assert "which are Fast at scale 2:" in GUIDE
 

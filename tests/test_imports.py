@@ -65,12 +65,12 @@ def test_imports_point_one_way(path, name):
 
 
 def test_hosts_do_not_import_one_another():
-    """A host's files begin with its name; prompts are the same for all."""
-    for path in (ROOT / "hosts").glob("*.py"):
+    """A host is a folder, or files that begin with its name; prompts are the same for all."""
+    for path in (ROOT / "hosts").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("lib_demofusion.hosts"):
                 modules = [node.module.split(".")[2]] if node.module.count(".") > 1 else [alias.name for alias in node.names]
-                host = path.stem.partition("_")[0]
+                host = path.relative_to(ROOT / "hosts").parts[0].removesuffix(".py").partition("_")[0]
                 assert all(name.partition("_")[0] in (host, "prompts") for name in modules), path.name
             elif isinstance(node, ast.Import):
                 assert not [alias.name for alias in node.names if alias.name.startswith("lib_demofusion.hosts")]
@@ -80,9 +80,40 @@ def test_only_the_hosts_the_command_and_saved_phases_know_other_packages():
     for path in ROOT.rglob("*.py"):
         packages, _ = imports(path)
         outside = packages - {"torch", *sys.stdlib_module_names}
-        if path.parent.name != "hosts" and path.name not in ("__main__.py", "saved.py", "job.py", "pictures.py"):
+        if "hosts" not in path.parts and path.name not in ("__main__.py", "saved.py", "job.py", "pictures.py"):
             assert not outside, f"{path.name} imports {outside}"
-        if path.name != "webui.py":
+        if path.parent.name != "webui":
             assert "modules" not in packages
-        if path.name == "webui_neighbours.py":
+        if path.name == "neighbours.py":
             assert not outside
+
+
+# The files of the WebUI's package, each of which may import those before it. A second host of the family replaces A1111.
+WEBUI = ["embedded", "neighbours", "settings", "samplers", "a1111", "checks", "decoding", "readout", "progress", "step", "loop"]
+SIDEWAYS = ["plot"]  # nothing imports these
+
+
+def test_the_webuis_files_import_one_way_and_fit_a_sitting():
+    files = {path.stem: path for path in (ROOT / "hosts" / "webui").glob("*.py") if path.stem != "__init__"}
+    assert set(files) == {*WEBUI, *SIDEWAYS}
+    for name, path in files.items():
+        text = path.read_text()
+        assert text.count("\n") <= 350, f"{name} is longer than a sitting"
+        before = WEBUI[: WEBUI.index(name)] if name in WEBUI else WEBUI
+        package = "lib_demofusion.hosts.webui"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(package):
+                rest = node.module.removeprefix(package).lstrip(".")
+                for other in [rest] if rest else [alias.name for alias in node.names]:
+                    assert other in before, f"{name} imports {other}"
+
+
+# Development's own packages, each of which may import those before it, and the product.
+DEVELOPMENT = ["training", "benchmarks", "evaluation"]
+
+
+def test_developments_packages_import_one_way():
+    for position, package in enumerate(DEVELOPMENT):
+        for path in (ROOT.parent / package).glob("*.py"):
+            packages, _ = imports(path)
+            assert not packages & set(DEVELOPMENT[position + 1 :]), f"{package}/{path.name}"

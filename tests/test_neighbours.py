@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_demofusion.hosts import webui_neighbours
-from lib_demofusion.hosts.webui_neighbours import (
+from lib_demofusion.hosts.webui import neighbours
+from lib_demofusion.hosts.webui.neighbours import (
     NEIGHBOURS,
     check,
     check_again,
@@ -194,4 +194,4 @@ def test_titles_are_said_once():
     titles = [known.title for known in NEIGHBOURS]
     assert len(set(titles)) == len(titles)
     assert "DemoFusion" not in titles  # ours
-    assert "modules" not in sys.modules or not hasattr(webui_neighbours, "modules")
+    assert "modules" not in sys.modules or not hasattr(neighbours, "modules")

@@ -44,14 +44,14 @@ def random_form(rng, webui):
         steps=rng.randint(1, 150),
         phaseSteps=rng.choice([0, rng.randint(1, 150)]),
         cfg=rng.choice([1, 1.5, 7]),
-        sampler=rng.choice(list(webui.SAMPLERS)),
+        sampler=rng.choice(list(webui.samplers.SAMPLERS)),
         scheduler=rng.choice(["Automatic", "Karras", "DDIM", "KL Optimal"]),
         batchSize=rng.randint(1, 4),
         batchCount=rng.randint(1, 4),
         hires=False,
-        uniPcOrder=webui.shared.opts.uni_pc_order,
+        uniPcOrder=webui.readout.shared.opts.uni_pc_order,
         facts={},
-        table=webui.readout_table(),
+        table=webui.readout.readout_table(),
     )
 
 
@@ -66,14 +66,14 @@ def plan_or_refusal(form, webui):
         sampler_name=form["sampler"], **{name: form[name] for name in ("width", "height", "steps", "scheduler")}
     )
     try:
-        config = webui.DemoFusionConfig(
+        config = webui.settings.DemoFusionConfig(
             scale=form["scale"],
             stride=form["stride"],
             phase_steps=form["phaseSteps"],
             doubling=form["doubling"],
             denoising_strength=form["strength"],
         )
-        return webui.plan_for(p, config), None
+        return webui.checks.plan_for(p, config), None
     except ValueError as error:
         return None, str(error)
 
@@ -83,7 +83,9 @@ def expected(form, plan, webui):
     base, *phases = plan.phases
     total = 2 * base.evaluations + (1 if form["cfg"] == 1 else 2) * sum(phase.evaluations for phase in phases)
     calls = (
-        f"{total:,} model calls" if webui.SAMPLERS[form["sampler"]].counts != "unknown" else "as many model calls as it takes"
+        f"{total:,} model calls"
+        if webui.samplers.SAMPLERS[form["sampler"]].counts != "unknown"
+        else "as many model calls as it takes"
     )
     first, last = (f"{8 * phase.size[1]}x{8 * phase.size[0]}" for phase in (base, phases[-1]))
     return f"from {first} to {last}, {len(plan.phases)} phases, {calls}"
@@ -94,7 +96,7 @@ def test_the_readout_is_the_plan(webui):
     forms = [random_form(rng, webui) for _ in range(600)]
     forms = [(form, plan) for form in forms if (plan := plan_of(form, webui))]
     assert len(forms) > 300
-    assert {form["sampler"] for form, _ in forms} == set(webui.SAMPLERS)
+    assert {form["sampler"] for form, _ in forms} == set(webui.samplers.SAMPLERS)
     lines = readouts([form for form, _ in forms])
     for (form, plan), line in zip(forms, lines, strict=True):
         assert line == expected(form, plan, webui), {key: value for key, value in form.items() if key != "table"}
@@ -103,11 +105,11 @@ def test_the_readout_is_the_plan(webui):
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_every_way_of_counting_and_of_lacking_steps(webui, monkeypatch, order):
     """Each sampler with each scheduler, at the step counts where they part, or fail."""
-    monkeypatch.setattr(webui.shared.opts, "uni_pc_order", order)
+    monkeypatch.setattr(webui.readout.shared.opts, "uni_pc_order", order)
     form = dict(random_form(random.Random(1), webui), width=64, height=64, scale=2.0, **PAPER, cfg=7)
     forms = [
         dict(form, sampler=sampler, scheduler=scheduler, steps=steps, strength=strength)
-        for sampler in webui.SAMPLERS
+        for sampler in webui.samplers.SAMPLERS
         for scheduler in ("Automatic", "Karras", "DDIM", "KL Optimal")
         for steps in (1, 2, 3, 7, 30, 149, 150)
         for strength in (1, 0.3)
@@ -117,7 +119,7 @@ def test_every_way_of_counting_and_of_lacking_steps(webui, monkeypatch, order):
         plan, refusal = plan_or_refusal(form, webui)
         assert line == (f"cannot run: {refusal}" if refusal else expected(form, plan, webui))
         refused += refusal is not None
-    assert len(webui.SAMPLERS) < refused < len(forms) / 4
+    assert len(webui.samplers.SAMPLERS) < refused < len(forms) / 4
 
 
 def has_free(webui, monkeypatch, device, main):
@@ -126,7 +128,7 @@ def has_free(webui, monkeypatch, device, main):
     def free_memory(where):
         return main if where.type == "cpu" else device
 
-    for module in (webui.facts, webui.check_fits):
+    for module in (webui.readout.facts, webui.checks.check_fits):
         monkeypatch.setitem(module.__globals__, "free_memory", free_memory)
 
 
@@ -140,9 +142,11 @@ def test_it_says_that_it_fits_or_what_the_refusal_will_say(webui, monkeypatch, k
             continue
         last = plan.phases[-1]
         has_free(webui, monkeypatch, *(int(10 ** rng.uniform(6, 11)) for _ in range(2)))
-        forms.append(dict(form, facts={"memory": webui._memory(torch.device(kind))}))
+        forms.append(dict(form, facts={"memory": webui.readout._memory(torch.device(kind))}))
         try:
-            webui.check_fits(last.size, last.scale, torch.device(kind), 4, form["batchSize"], webui.FACTOR, webui.PICTURES)
+            webui.checks.check_fits(
+                last.size, last.scale, torch.device(kind), 4, form["batchSize"], webui.a1111.FACTOR, webui.checks.PICTURES
+            )
             lines.append(f"{expected(form, plan, webui)}, fits")
         except ValueError as error:
             lines.append(f"{expected(form, plan, webui)}, does not fit: {error}")
@@ -159,10 +163,10 @@ def test_where_tiles_would_not_see_one_another_it_says_what_decoding_takes(webui
     """The condition is the decoder's own: it runs here, and makes the whole image's features or does not."""
     form = dict(random_form(random.Random(5), webui), height=64 * 8, width=64 * 8, scale=1.25, **PAPER, sampler="Euler")
     has_free(webui, monkeypatch, free, 10**12)
-    memory = webui._memory(torch.device("cuda"))
+    memory = webui.readout._memory(torch.device("cuda"))
     assert memory["device"] == ["cuda memory", free]
     made = []
-    tiles, model = webui.tiles, webui.sd_models.model_data.sd_model
+    tiles, model = webui.decoding.tiles, webui.readout.sd_models.model_data.sd_model
     monkeypatch.setattr(tiles, "free_memory", lambda device: free)
     monkeypatch.setattr(tiles, "_features", lambda *args: made.append(args) or torch.zeros(1, 16, 80, 80))
     monkeypatch.setattr(tiles, "_in_passes", lambda *args: torch.zeros(1, 3, 640, 640))
@@ -189,8 +193,8 @@ def test_what_decoding_takes_is_of_the_checkpoints_own_autoencoder(webui, monkey
             block_out_channels=channels,
             layers_per_block=2,
         )
-    monkeypatch.setattr(webui.sd_models.model_data, "sd_model", SimpleNamespace(first_stage_model=vae))
-    features = webui._memory(torch.device("cpu"))["features"]
+    monkeypatch.setattr(webui.readout.sd_models.model_data, "sd_model", SimpleNamespace(first_stage_model=vae))
+    features = webui.readout._memory(torch.device("cpu"))["features"]
     latents = torch.empty(1, 4, *size, device="meta")
     takes = call_bytes(vae, lambda z: _features(lambda z: vae.decode(z).sample, z, vae.decoder), latents)
     assert features * size[0] * size[1] == pytest.approx(takes, rel=0.15)
@@ -199,13 +203,13 @@ def test_what_decoding_takes_is_of_the_checkpoints_own_autoencoder(webui, monkey
 def test_of_memory_it_says_nothing_where_nothing_is_known_and_of_decoding_where_others_decode(webui, monkeypatch):
     form = dict(random_form(random.Random(6), webui), height=512, width=512, scale=2.0, **PAPER, sampler="Euler")
     has_free(webui, monkeypatch, 10**9, 10**12)
-    monkeypatch.setattr(webui.shared.opts, "sd_vae_decode_method", "TAESD")
-    memory = webui._memory(torch.device("cuda"))
+    monkeypatch.setattr(webui.readout.shared.opts, "sd_vae_decode_method", "TAESD")
+    memory = webui.readout._memory(torch.device("cuda"))
     assert memory["features"] is None
     known, unknown = readouts([dict(form, facts={"memory": memory}), dict(form, facts={"memory": None})])
     assert known == f"{unknown}, fits in memory"
-    monkeypatch.setattr(webui.sd_models.model_data, "sd_model", None)  # none is loaded yet
-    assert webui._memory(torch.device("cuda"))["features"] is None
+    monkeypatch.setattr(webui.readout.sd_models.model_data, "sd_model", None)  # none is loaded yet
+    assert webui.readout._memory(torch.device("cuda"))["features"] is None
 
 
 def test_the_time_goes_with_the_calls_the_images_and_the_pixels_of_a_view(webui):
@@ -244,18 +248,18 @@ def test_each_preset_says_what_it_is_what_it_costs_and_when_to_take_it(webui):
     while checked < 20:
         form = random_form(rng, webui)
         said = in_node("demofusionPresets", form)
-        assert list(said) == ["", *webui.PRESETS]
+        assert list(said) == ["", *webui.settings.PRESETS]
         own = dict(stride=form["stride"], phase_steps=form["phaseSteps"], doubling=form["doubling"])
         own["denoising_strength"] = form["strength"]
         for name, text in said.items():
-            settings = webui._costs(webui.DemoFusionConfig.preset(name)) if name else own
+            settings = webui.readout._costs(webui.settings.DemoFusionConfig.preset(name)) if name else own
             as_form = dict(zip(("phaseSteps", "strength", "stride", "doubling"), map(settings.get, COSTS)))
             plan = plan_of({**form, **as_form}, webui)
-            what, when = webui.PRESET_HELP.get(name, ("Your own settings", None))
+            what, when = webui.settings.PRESET_HELP.get(name, ("Your own settings", None))
             assert text.startswith(f"{name}: {what}" if name else what)
             assert text.endswith(f". {when}." if name else ".")
             cost = re.search(r"([\d.]+) times the base image's model calls", text)
-            assert bool(cost) == (plan is not None and webui.SAMPLERS[form["sampler"]].counts != "unknown")
+            assert bool(cost) == (plan is not None and webui.samplers.SAMPLERS[form["sampler"]].counts != "unknown")
             if cost:
                 base, *phases = (phase.evaluations for phase in plan.phases)
                 times = (2 * base + (1 if form["cfg"] == 1 else 2) * sum(phases)) / (2 * base)
@@ -264,14 +268,14 @@ def test_each_preset_says_what_it_is_what_it_costs_and_when_to_take_it(webui):
 
 
 def test_the_presets_texts_say_the_presets_settings(webui):
-    fast, turbo = (webui.DemoFusionConfig.preset(name) for name in ("Fast", "Turbo"))
-    assert f"the last {fast.denoising_strength:.0%}".replace("%", " %") in webui.PRESET_HELP["Fast"][0]
-    phase = webui.make_plan((64, 64), 50, turbo).phases[-1]
+    fast, turbo = (webui.settings.DemoFusionConfig.preset(name) for name in ("Fast", "Turbo"))
+    assert f"the last {fast.denoising_strength:.0%}".replace("%", " %") in webui.settings.PRESET_HELP["Fast"][0]
+    phase = webui.checks.make_plan((64, 64), 50, turbo).phases[-1]
     assert (
-        webui.PRESET_HELP["Turbo"][0]
+        webui.settings.PRESET_HELP["Turbo"][0]
         == f"Fast with {phase.steps} steps a phase, of which {phase.steps - phase.skipped} are run"
     )
-    assert set(webui.PRESET_HELP) == set(webui.PRESETS)
+    assert set(webui.settings.PRESET_HELP) == set(webui.settings.PRESETS)
 
 
 def test_what_is_refused_is_said_in_the_words_of_the_refusal(webui):
@@ -293,8 +297,8 @@ def test_what_is_refused_whatever_the_plan(webui):
     both = SimpleNamespace(enable_hr=True, sampler_name="Euler", scripts=None, script_args=[])
     unknown = SimpleNamespace(sampler_name="Euler of tomorrow", scripts=None, script_args=[])
     for line, refuse in (
-        (lines[0], lambda: webui.prepare(both, [True])),
-        (lines[2], lambda: webui.plan_for(unknown, webui.FORM)),
+        (lines[0], lambda: webui.checks.prepare(both, [True])),
+        (lines[2], lambda: webui.checks.plan_for(unknown, webui.settings.FORM)),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(line.removeprefix('cannot run: '))}$"):
             refuse()

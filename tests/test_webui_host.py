@@ -117,7 +117,7 @@ def test_off_is_the_host_alone(host, calls):
 
 
 def test_supported(host):
-    assert host.webui.unsupported() is None
+    assert host.webui.a1111.unsupported() is None
 
 
 def refusal(reply):
@@ -137,18 +137,18 @@ def test_other_hosts_say_so_in_the_form_and_refuse_what_is_asked_for(extra, line
     shown = []
     monkeypatch.setattr(fake_webui.HTML, "__init__", lambda self, value="", **given: shown.append(value))
     with fake_webui.installed(extra=(extra,)) as host:
-        assert line in host.webui.unsupported()
-        assert shown == [f"DemoFusion cannot run here: {host.webui.unsupported()}.".replace("'", "&#x27;")]
+        assert line in host.webui.a1111.unsupported()
+        assert shown == [f"DemoFusion cannot run here: {host.webui.a1111.unsupported()}.".replace("'", "&#x27;")]
         assert [control.value for control in host.script.controls] == [False]
         assert host.generate().sizes == host.generate(None).sizes == [(8, 8)]
-        assert refusal(host.generate(True)) == f"it cannot run here: {host.webui.unsupported()}"
+        assert refusal(host.generate(True)) == f"it cannot run here: {host.webui.a1111.unsupported()}"
         assert refusal(host.generate(True, 2)) == refusal(host.generate(True))
         assert not any(fake_webui._callbacks.values())
 
 
 def test_an_older_host_is_told_what_it_lacks(host, monkeypatch):
     monkeypatch.delattr(host.scripts.Script, "process_before_every_sampling")
-    assert "Script.process_before_every_sampling; update the WebUI to version 1.10" in host.webui.unsupported()
+    assert "Script.process_before_every_sampling; update the WebUI to version 1.10" in host.webui.a1111.unsupported()
     with fake_webui.installed(without=("modules.rng",)) as older:
         assert older.generate().sizes == [(8, 8)]
         assert refusal(older.generate(True)).startswith(
@@ -282,10 +282,10 @@ def test_the_view_batch_size_changes_nothing(host):
 @pytest.mark.parametrize(("scale", "settings"), [(2, {}), (3, {}), (2, dict(steps=3)), (2, dict(batch_size=2))])
 def test_the_model_sees_as_many_rows_as_planned(host, calls, sampler, scale, settings):
     p = host.generate(True, scale, sampler_name=sampler, **settings).p
-    plan = host.webui.plan_for(p, DemoFusionConfig(scale=float(scale)))
+    plan = host.webui.checks.plan_for(p, DemoFusionConfig(scale=float(scale)))
     assert calls.rows == plan.evaluations * p.batch_size
     views = sum(VIEWS[s] for s in range(2, scale + 1))
-    assert calls.rows == 2 * p.batch_size * host.webui.model_calls(sampler, None, p.steps) * (1 + views)
+    assert calls.rows == 2 * p.batch_size * host.webui.samplers.model_calls(sampler, None, p.steps) * (1 + views)
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -294,7 +294,7 @@ def test_at_cfg_1_the_phases_leave_the_negative_prompt_out(host, calls, batched,
     host.shared.opts.batch_cond_uncond = batched
     settings = dict(sampler_name=sampler, batch_size=2)
     latents = host.generate(True, 2, cfg_scale=1, **settings).latents[0]
-    predictions = host.webui.model_calls(sampler, None, STEPS)
+    predictions = host.webui.samplers.model_calls(sampler, None, STEPS)
     assert calls.rows == 2 * predictions * (2 + VIEWS[2])
     calls.rows = 0
     nearly = host.generate(True, 2, cfg_scale=1.000001, **settings).latents[0]
@@ -335,21 +335,21 @@ def test_at_cfg_1_weighed_prompts_keep_the_negative_prompt(host, calls, batched,
     ],
 )
 def test_model_calls(host, sampler, scheduler, steps, expected):
-    assert host.webui.model_calls(sampler, scheduler, steps) == expected
+    assert host.webui.samplers.model_calls(sampler, scheduler, steps) == expected
 
 
 def test_every_kind_of_counting_is_known(host):
     webui = host.webui
-    for name, sampler in webui.SAMPLERS.items():
-        counted = webui.model_calls(name, "Automatic", 10)
+    for name, sampler in webui.samplers.SAMPLERS.items():
+        counted = webui.samplers.model_calls(name, "Automatic", 10)
         assert counted is None if sampler.counts == "unknown" else 9 <= counted <= 20
-    assert webui.readout_table()["samplers"].keys() == webui.SAMPLERS.keys()
+    assert webui.readout.readout_table()["samplers"].keys() == webui.samplers.SAMPLERS.keys()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6, 7, 30, 150])
 def test_model_calls_of_ddim_are_its_samplers(host, calls, steps):
     host.generate(False, sampler_name="DDIM", steps=steps)
-    assert calls.rows == 2 * host.webui.model_calls("DDIM", None, steps)
+    assert calls.rows == 2 * host.webui.samplers.model_calls("DDIM", None, steps)
 
 
 # ------------------------------------------------------------------------------------------------- what the sampler may ask
@@ -416,7 +416,7 @@ def adaptive(model, x, sigmas, extra_args, callback):
 )
 def test_a_state_is_held_since_where_its_step_began(host, monkeypatch, function, real):
     """Whether the sampler tells in the midst of a step or at its end; what it only tries out begins none."""
-    fusion, seen, create = host.webui.Fusion, [], host.sd_samplers.create_sampler
+    fusion, seen, create = host.webui.step.Fusion, [], host.sd_samplers.create_sampler
     blend = fusion.skip_residual_
 
     def look(self, x, t, sigma, signal, since):
@@ -442,7 +442,7 @@ def test_a_state_is_held_since_where_its_step_began(host, monkeypatch, function,
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 def test_a_phase_entered_late_runs_the_last_steps_of_its_schedule(host, calls, monkeypatch, sampler):
-    levels, hooks = [], host.webui._PhaseHooks
+    levels, hooks = [], host.webui.step.PhaseHooks
     step = hooks.before_step
 
     def look(self, denoiser, args):
@@ -453,8 +453,13 @@ def test_a_phase_entered_late_runs_the_last_steps_of_its_schedule(host, calls, m
     host.generate(True, 2, sampler_name=sampler, steps=8)
     whole, levels[:], calls.rows = levels[:], [], 0
     reply = host.generate(True, 2, {"denoising_strength": 0.5}, sampler_name=sampler, steps=8)
-    assert levels == whole[-host.webui.model_calls(sampler, None, 8, 4) :]
-    assert calls.rows == host.webui.plan_for(reply.p, host.webui.DemoFusionConfig(scale=2, denoising_strength=0.5)).evaluations
+    assert levels == whole[-host.webui.samplers.model_calls(sampler, None, 8, 4) :]
+    assert (
+        calls.rows
+        == host.webui.checks.plan_for(
+            reply.p, host.webui.settings.DemoFusionConfig(scale=2, denoising_strength=0.5)
+        ).evaluations
+    )
     assert reply.p.denoising_strength == 0.75
 
 
@@ -468,7 +473,7 @@ def test_where_the_skip_residual_is_all_the_skipped_steps_change_nothing(host, s
 def test_the_host_counts_the_skipped_steps_too(host, monkeypatch):
     """So that a refiner that takes over at a share of the steps, and a prompt that changes, do so at the same noise."""
     refiner = fake_webui.add_model(fake_webui.ToyModel("refiner", seed=1))
-    counts, hooks = [], host.webui._PhaseHooks
+    counts, hooks = [], host.webui.step.PhaseHooks
     on_step = hooks.on_step
     monkeypatch.setattr(
         hooks,
@@ -486,7 +491,7 @@ def test_the_host_counts_the_skipped_steps_too(host, monkeypatch):
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
     """With alpha1 = 0 the skip residual is all: each step starts from the noised reference."""
-    hooks, errors = host.webui._PhaseHooks, []
+    hooks, errors = host.webui.step.PhaseHooks, []
     step = hooks.before_step
 
     def look(self, denoiser, args):
@@ -496,7 +501,7 @@ def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
 
     monkeypatch.setattr(hooks, "before_step", look)
     host.generate(True, 2, {"alpha1": 0}, sampler_name=sampler)
-    assert len(errors) == host.webui.model_calls(sampler, None, STEPS)
+    assert len(errors) == host.webui.samplers.model_calls(sampler, None, STEPS)
     assert max(errors) < 1e-4
 
 
@@ -510,7 +515,7 @@ def test_a_model_that_changes_between_steps_is_fused_too(host, calls, sampler):
     calls.rows = 0
 
     reply = host.generate(True, 3, **settings)
-    predictions = host.webui.model_calls(sampler, None, 5)
+    predictions = host.webui.samplers.model_calls(sampler, None, 5)
     assert calls.rows == 2 * 2 * (1 + VIEWS[2] + VIEWS[3])  # two steps
     assert sum(rows) == 2 * (predictions - 2) * (1 + VIEWS[2] + VIEWS[3])
     main = fake_webui._models["main"]
@@ -523,14 +528,14 @@ def test_a_model_that_changes_between_steps_is_fused_too(host, calls, sampler):
 
 def test_tiling_rolls_the_plane_and_back(host, calls, monkeypatch):
     fake_webui.add_model(fake_webui.ToyModel(kernel=1))
-    seen, circular, asked, enlarge = [], [], [], host.webui.enlarge
+    seen, circular, asked, enlarge = [], [], [], host.webui.loop.enlarge
 
     def wrapped(*args):
         """Whatever is asked for, so that what is compared differs in nothing else."""
         asked.append(args[-1])
         return enlarge(*args[:-1], True)
 
-    monkeypatch.setattr(host.webui, "enlarge", wrapped)
+    monkeypatch.setattr(host.webui.loop, "enlarge", wrapped)
     host.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     hijack = host.sd_hijack.model_hijack
     host.unet.register_forward_pre_hook(lambda module, args: circular.append(hijack.circular_enabled))
@@ -563,7 +568,7 @@ def test_sdxl_views_carry_their_size_and_crop(host, keys, sampler):
     seen = []
     host.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["y"].clone()), with_kwargs=True)
     host.generate(True, 2, PLAIN, sampler_name=sampler, batch_size=2)
-    predictions = host.webui.model_calls(sampler, None, STEPS)
+    predictions = host.webui.samplers.model_calls(sampler, None, STEPS)
     assert len(seen) == predictions * (1 + 13)
 
     def ids(size, crop):
@@ -720,7 +725,7 @@ def test_out_of_memory_beside_the_views(host, monkeypatch):
     def fail(fusion, *args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
-    monkeypatch.setattr(host.webui.Fusion, "skip_residual_", fail)
+    monkeypatch.setattr(host.webui.step.Fusion, "skip_residual_", fail)
     reply = host.generate(True, 2)
     assert reply.sizes == [SIZES[1]]
     assert reply.comments[0].startswith("DemoFusion: out of memory beside the views; a smaller scale or base image needs less")
@@ -753,9 +758,9 @@ def test_jpegs_that_the_host_would_reduce_are_told(host, tmp_path, settings, tol
 
 def test_phases_enlarged_as_images(host, monkeypatch):
     """By way of the host's own decoding and encoding, and the same alone as in a batch."""
-    seen, model, predict = [], host.shared.sd_model, host.webui.Fusion.predict
+    seen, model, predict = [], host.shared.sd_model, host.webui.step.Fusion.predict
     monkeypatch.setattr(
-        host.webui.Fusion, "predict", lambda self, *args: seen.append(self.reference.clone()) or predict(self, *args)
+        host.webui.step.Fusion, "predict", lambda self, *args: seen.append(self.reference.clone()) or predict(self, *args)
     )
     before, state = snapshot(host), torch.get_rng_state()
     reply = host.generate(True, 3, {"pixel_upsampling": True}, batch_size=2)
@@ -772,8 +777,10 @@ def test_phases_enlarged_as_images(host, monkeypatch):
 
 
 def test_flat_areas_are_held(host, monkeypatch):
-    seen, model, blend = [], host.shared.sd_model, host.webui.Fusion.skip_residual_
-    monkeypatch.setattr(host.webui.Fusion, "skip_residual_", lambda self, *args: seen.append(self.held) or blend(self, *args))
+    seen, model, blend = [], host.shared.sd_model, host.webui.step.Fusion.skip_residual_
+    monkeypatch.setattr(
+        host.webui.step.Fusion, "skip_residual_", lambda self, *args: seen.append(self.held) or blend(self, *args)
+    )
     before = snapshot(host)
     reply = host.generate(True, 2, {"hold_flat": 50.0}, batch_size=2)
     assert_as_before(host, before)
@@ -821,7 +828,7 @@ def test_a_phase_that_cannot_be_encoded_leaves_the_one_before(host, monkeypatch)
 @pytest.fixture
 def decoder(host, monkeypatch):
     """The model's decoder. decoder.sizes: what it is given, in tiles of 24 latent pixels."""
-    monkeypatch.setattr(host.webui.tiles, "tile_for", lambda network, device, base: 24)
+    monkeypatch.setattr(host.webui.decoding.tiles, "tile_for", lambda network, device, base: 24)
     decoder, sizes = host.shared.sd_model.first_stage_model.decoder, []
     handle = decoder.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[-2:])))
     yield SimpleNamespace(network=decoder, sizes=sizes)
@@ -1008,8 +1015,8 @@ def test_whatever_an_error_says_can_be_read_again(host, at_call, text):
 
 @pytest.mark.parametrize(
     ("what", "size"),
-    [("_Phases", (8, 8)), ("_restored", (8, 8)), ("_Progress.pause", (8, 8)), ("_keep_what_is_finished", (8, 8)),
-     ("_may_use_tiles", (8, 8)), ("_called", (8, 8))],
+    [("_Phases", (8, 8)), ("_restored", (8, 8)), ("Progress.pause", (8, 8)), ("_keep_what_is_finished", (8, 8)),
+     ("may_use_tiles", (8, 8)), ("_called", (8, 8))],
 )  # fmt: skip
 def test_whatever_else_fails_the_base_stays_and_the_reply_says_so(host, at_call, monkeypatch, what, size):
     def fail(*args, **kwargs):
@@ -1018,7 +1025,8 @@ def test_whatever_else_fails_the_base_stays_and_the_reply_says_so(host, at_call,
     if what in ("_keep_what_is_finished", "_called"):
         at_call(STEPS + 2, host.shared.state.skip)
     owner, _, name = what.rpartition(".")
-    monkeypatch.setattr(getattr(host.webui, owner) if owner else host.webui, name, fail)
+    loop = host.webui.loop
+    monkeypatch.setattr(getattr(loop, owner) if owner else loop, name, fail)
     reply = host.generate(True, 2)
     assert reply.sizes == [size]
     assert "is the last one finished, because the next failed: 'a surprise'" in said(host, reply)["DemoFusion incomplete"]
@@ -1133,10 +1141,10 @@ def test_steps_with_which_the_hosts_sampler_fails_are_refused(host, sampler, sch
         if skipped == 0:
             p.steps = steps
         if line is None:
-            assert host.webui.plan_for(p, config)
+            assert host.webui.checks.plan_for(p, config)
             continue
         with pytest.raises(ValueError, match="at least") as told:
-            host.webui.plan_for(p, config)
+            host.webui.checks.plan_for(p, config)
         assert str(told.value).startswith(f"{sampler} cannot do with {line}")
 
 
@@ -1233,7 +1241,8 @@ def test_an_argument_of_another_kind_is_refused(host, calls, position, value):
     assert calls.rows == 0
     names = {"save_phases": "save phases", "resume": "resume"}
     label = (
-        names.get(host.webui.ARGUMENTS[position]) or host.webui.CONFIG_FIELDS[host.webui.ARGUMENTS[position]].metadata["label"]
+        names.get(host.webui.settings.ARGUMENTS[position])
+        or host.webui.settings.CONFIG_FIELDS[host.webui.settings.ARGUMENTS[position]].metadata["label"]
     )
     assert line.startswith(label) or value == 10**400
     assert host.generate(True, 2).sizes == [(16, 16)]
@@ -1254,13 +1263,13 @@ def test_arguments_that_nobody_filled_ask_for_nothing(host):
     host.script.args_from, host.script.args_to = before
 
 
-@pytest.mark.parametrize("where", ["check_fits", "_check", "plan_for", "read_settings", "_describe"])
+@pytest.mark.parametrize("where", ["check_fits", "_check", "plan_for", "read_settings", "describe"])
 @pytest.mark.parametrize("error", [KeyError("what"), RuntimeError("CUDA error"), MemoryError(), OSError(28, "No space left")])
 def test_whatever_fails_before_the_base_refuses(host, calls, monkeypatch, capsys, where, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(host.webui, where, fail)
+    monkeypatch.setattr(host.webui.checks, where, fail)
     line = refusal(host.generate(True, 2))
     assert line == f"it failed before it began ({type(error).__name__}: {error}); the console says more"
     assert "Traceback" in capsys.readouterr().err
@@ -1401,8 +1410,8 @@ FAST = dict(denoising_strength=0.4, doubling=True, pixel_upsampling=True, stride
 def test_phases_show_themselves_at_no_more_cost_than_the_base(host, page, calls, every, scale, steps):
     host.shared.opts.show_progress_every_n_steps = every
     reply = host.generate(True, scale, FAST, steps=steps)
-    plan = host.webui.plan_for(reply.p, DemoFusionConfig(scale=float(scale), **FAST))
-    every = min(every, host.webui.PREVIEW_STEPS)
+    plan = host.webui.checks.plan_for(reply.p, DemoFusionConfig(scale=float(scale), **FAST))
+    every = min(every, host.webui.progress.PREVIEW_STEPS)
     views = [sum(phase.evaluations for phase in plan.phases[:n]) for n in range(len(plan.phases) + 1)]
     for phase, first, last in zip(plan.phases[1:], views[1:], views[2:]):
         made = [views for views, size in page.made if size == phase.size and first < views <= last]
@@ -1472,10 +1481,10 @@ def test_while_we_decode_in_tiles_nobody_else_decodes(host, decoder, monkeypatch
 
     def look(network, args):
         def other():
-            got = host.webui._coding.acquire(blocking=False)
+            got = host.webui.decoding._coding.acquire(blocking=False)
             free.append(got)
             if got:
-                host.webui._coding.release()
+                host.webui.decoding._coding.release()
 
         thread = threading.Thread(target=other)
         thread.start()
@@ -1495,8 +1504,8 @@ def test_a_preview_waits_until_the_decoder_is_whole_again(host, monkeypatch):
     """The page's own call of the model, on its thread, takes its turn with ours."""
     model, turns = host.shared.sd_model, []
     before = dict(vars(model))
-    with host.webui._in_turns(model):
-        with host.webui._coding:
+    with host.webui.decoding.in_turns(model):
+        with host.webui.decoding._coding:
             thread = threading.Thread(target=lambda: turns.append(model.decode_first_stage(torch.zeros(1, 4, 8, 8)).shape))
             thread.start()
             turns.append("ours")
@@ -1514,18 +1523,20 @@ FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.
 def pasted(host, text):
     parameters = host.infotext_utils.parse_generation_parameters(text)
     values = {id(component): function(parameters) for component, function in host.runner.infotext_fields}
-    return [values.get(id(control)) for control in host.script.controls[: len(host.webui.ARGUMENTS)]]
+    return [values.get(id(control)) for control in host.script.controls[: len(host.webui.settings.ARGUMENTS)]]
 
 
 def test_the_form_has_every_argument_at_its_default(host):
     names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
-    assert names == ["enable", *host.webui.ARGUMENTS[1:], "end", "unread"]
-    form = host.webui.DemoFusionConfig.preset("Fast", scale=2.0)
-    values = {name: getattr(form, name, default) for name, default in zip(host.webui.ARGUMENTS, [False] * 16 + ["", 0])}
-    assert [control.value for control in host.script.controls] == [*values.values(), host.webui.END, ""]
+    assert names == ["enable", *host.webui.settings.ARGUMENTS[1:], "end", "unread"]
+    form = host.webui.settings.DemoFusionConfig.preset("Fast", scale=2.0)
+    values = {
+        name: getattr(form, name, default) for name, default in zip(host.webui.settings.ARGUMENTS, [False] * 16 + ["", 0])
+    }
+    assert [control.value for control in host.script.controls] == [*values.values(), host.webui.settings.END, ""]
     assert [control.visible for control in host.script.controls[-2:]] == [False, False]
     assert host.gradio.Radio._made.value == "Fast"
-    assert host.webui.read_settings([True]) == host.webui.Settings(form)
+    assert host.webui.settings.read_settings([True]) == host.webui.settings.Settings(form)
     assert pasted(host, "Steps: 4, DemoFusion scale: 4")[1] == 4, "a picture says its scale, whatever the form starts at"
 
 
@@ -1533,8 +1544,8 @@ def test_the_form_has_every_argument_at_its_default(host):
 def clock(host, monkeypatch):
     """A clock that goes on by a second at every look."""
     seconds = iter(range(10**6))
-    monkeypatch.setattr(host.webui, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
-    monkeypatch.setattr(host.webui, "paces", {})
+    monkeypatch.setattr(host.webui.progress, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    monkeypatch.setattr(host.webui.readout, "paces", {})
 
 
 JOBS = {
@@ -1552,20 +1563,20 @@ def test_the_pace_of_the_last_job_is_all_its_time_by_all_that_the_model_saw(host
     settings = dict(JOBS[job])
     host.shared.opts.batch_cond_uncond = settings.pop("batch_cond_uncond", True)
     host.generate(True, 3, height=64, width=80, **settings)
-    assert host.webui.paces == {"main": {80: 1 / calls.rows}}
-    assert host.webui.facts()["paces"] == {"80": 1 / calls.rows}
+    assert host.webui.readout.paces == {"main": {80: 1 / calls.rows}}
+    assert host.webui.readout.facts()["paces"] == {"80": 1 / calls.rows}
     host.shared.opts.sd_model_checkpoint = "another"
-    assert host.webui.facts()["paces"] == {}
+    assert host.webui.readout.facts()["paces"] == {}
 
 
 def test_a_job_that_was_stopped_has_a_pace_and_one_that_made_nothing_has_none(host, calls, at_call, clock):
     host.generate(True, 1.05)
     host.generate()
-    assert host.webui.paces == {}
+    assert host.webui.readout.paces == {}
     calls.rows = 0
     at_call(STEPS + 2, host.shared.state.interrupt)
     host.generate(True, 3)
-    assert host.webui.paces == {"main": {64: 1 / calls.rows}}
+    assert host.webui.readout.paces == {"main": {64: 1 / calls.rows}}
 
 
 def test_the_browser_is_told_what_the_server_knows(host, at_call, clock):
@@ -1588,20 +1599,20 @@ def test_the_browser_is_told_what_the_server_knows(host, at_call, clock):
 
 @pytest.mark.skipif(not NODE, reason="needs node, to run the form's scripts")
 def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
-    controls = dict(zip(host.webui.ARGUMENTS, host.script.controls))
-    shown = [controls[name] for name in host.webui.PRESET_SETTINGS]
+    controls = dict(zip(host.webui.settings.ARGUMENTS, host.script.controls))
+    shown = [controls[name] for name in host.webui.settings.PRESET_SETTINGS]
     radio = host.gradio.Radio._made
     [(script, inputs, outputs)] = radio._events["input"]
     assert (inputs, outputs) == ([radio], shown)
-    for name in host.webui.PRESETS:
-        config = host.webui.DemoFusionConfig.preset(name)
-        assert in_node(script, name) == [getattr(config, setting) for setting in host.webui.PRESET_SETTINGS]
+    for name in host.webui.settings.PRESETS:
+        config = host.webui.settings.DemoFusionConfig.preset(name)
+        assert in_node(script, name) == [getattr(config, setting) for setting in host.webui.settings.PRESET_SETTINGS]
     for control in shown:
         [(script, inputs, outputs)] = control._events["change"]
         assert (inputs, outputs) == (shown, [radio])
-        for name in host.webui.PRESETS:
-            config = host.webui.DemoFusionConfig.preset(name)
-            values = [getattr(config, setting) for setting in host.webui.PRESET_SETTINGS]
+        for name in host.webui.settings.PRESETS:
+            config = host.webui.settings.DemoFusionConfig.preset(name)
+            values = [getattr(config, setting) for setting in host.webui.settings.PRESET_SETTINGS]
             assert in_node(script, *values) == name
         assert in_node(script, *values[:-1], 5.5) is None
 
@@ -1620,7 +1631,7 @@ def test_pasting_resets_what_is_the_papers(host):
     assert values == [
         True,
         2.0,
-        *(getattr(DemoFusionConfig(), name) for name in settings_of(host.webui, host.webui.ARGUMENTS)[2:]),
+        *(getattr(DemoFusionConfig(), name) for name in settings_of(host.webui, host.webui.settings.ARGUMENTS)[2:]),
     ]
 
 
@@ -1628,7 +1639,7 @@ def test_a_picture_from_before_there_were_hold_steps_keeps_its_look_when_it_is_p
     text = host.generate(True, 2, {"hold_steps": 0}).infotexts[0]
     assert "hold steps" not in text
     values = pasted(host, text)
-    assert values[host.webui.ARGUMENTS.index("hold_steps")] == 0
+    assert values[host.webui.settings.ARGUMENTS.index("hold_steps")] == 0
     assert "DemoFusion hold steps: 50" in host.generate(True, 2).infotexts[0]
 
 
@@ -1642,7 +1653,7 @@ JUNK = ["abc", "", "nan", "inf", "1e9", "-1", "1e999", "2x2", "2, 3", '"', "None
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("name", list(DemoFusionConfig.__dataclass_fields__))
 def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, calls, name, junk):
-    label = host.webui.CONFIG_FIELDS[name].metadata["label"]
+    label = host.webui.settings.CONFIG_FIELDS[name].metadata["label"]
     parameters = {"DemoFusion scale": "2", f"DemoFusion {label}": junk}
     if junk == "2x2":  # as the host hands it over
         del parameters[f"DemoFusion {label}"]
@@ -1653,7 +1664,7 @@ def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, ca
     default = DemoFusionConfig(scale=4.0 if name == "scale" else 2.0, hold_steps=0)
     assert settings_of(host.webui, args) == [
         True,
-        *(getattr(default, name) for name in settings_of(host.webui, host.webui.ARGUMENTS)[1:]),
+        *(getattr(default, name) for name in settings_of(host.webui, host.webui.settings.ARGUMENTS)[1:]),
     ]
     line = unread["value"]
     assert unread["visible"] is True
@@ -1712,7 +1723,7 @@ def test_a_saved_phase_is_resumed(host, calls, phase_2, scale):
     whole = host.generate(*saving(scale), **job)
     calls.rows = 0
     again = host.generate(*saving(scale, f' "{phase_2}" '), **job)
-    plan = host.webui.plan_for(again.p, DemoFusionConfig(scale=float(scale)))
+    plan = host.webui.checks.plan_for(again.p, DemoFusionConfig(scale=float(scale)))
     assert calls.rows == plan.evaluations - 2 * STEPS * VIEWS[2]
     assert torch.equal(again.latents[0], whole.latents[0])
     assert again.infotexts == whole.infotexts
@@ -1798,13 +1809,13 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     axes["[DemoFusion] jitter"].apply(p, "False", [])
     axes["[DemoFusion] phase steps"].apply(p, axes["[DemoFusion] phase steps"].type("3"), [])
     assert axes["[DemoFusion] jitter"].choices() == ["True", "False"]
-    values = dict(zip(host.webui.ARGUMENTS, p.script_args[host.script.args_from :]))
+    values = dict(zip(host.webui.settings.ARGUMENTS, p.script_args[host.script.args_from :]))
     assert (values["enabled"], values["scale"], values["phase_steps"], values["jitter"]) == (True, 2.0, 3, False)
 
     axes["[DemoFusion] preset"].apply(p, "Turbo", [])
     assert axes["[DemoFusion] preset"].choices() == ["Paper", "Fast", "Turbo"]
-    settings = host.webui.read_settings(p.script_args[host.script.args_from : host.script.args_to])
-    assert settings.config == host.webui.DemoFusionConfig.preset("Turbo", scale=2.0)
+    settings = host.webui.settings.read_settings(p.script_args[host.script.args_from : host.script.args_to])
+    assert settings.config == host.webui.settings.DemoFusionConfig.preset("Turbo", scale=2.0)
 
     axes["[DemoFusion] preset"].apply(p, "Tubro", [])
     fake_webui.process_images(p)
@@ -1817,7 +1828,7 @@ def test_the_plot_finds_our_script_by_what_it_is(host):
     other = host.runner.alwayson_scripts.pop()
     host.runner.alwayson_scripts.insert(0, other)
     p = host.processing_for()
-    host.webui._set_argument(type(host.script), "scale", p, 3.0, [])
+    host.webui.plot._set_argument(type(host.script), "scale", p, 3.0, [])
     assert p.script_args[other.args_from : other.args_to] == [False, 3]
     assert p.script_args[host.script.args_from :][:2] == [True, 3.0]
     assert host.generate(True, 2).sizes == [(16, 16)]

@@ -3,7 +3,7 @@
     python -m training.export_webui FOLDER
 
 FOLDER is the WebUI's models/Stable-diffusion. Its extension must be installed there, since the .yaml names classes of
-it (lib_demofusion/hosts/webui_embedded.py). The tokenizer lies in a folder beside it.
+it (lib_demofusion/hosts.webui.embedded.py). The tokenizer lies in a folder beside it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def model_config(tokenizer: Path) -> dict:
             "scale_factor": vae["scaling_factor"],
             "use_ema": False,
             "unet_config": {
-                "target": "lib_demofusion.hosts.webui_embedded.UNet",
+                "target": "lib_demofusion.hosts.webui.embedded.UNet",
                 "params": {
                     "widths": unet["block_out_channels"],
                     "groups": unet["norm_num_groups"],
@@ -124,7 +124,7 @@ def model_config(tokenizer: Path) -> dict:
                 },
             },
             "first_stage_config": {
-                "target": "lib_demofusion.hosts.webui_embedded.VAE",
+                "target": "lib_demofusion.hosts.webui.embedded.VAE",
                 "params": {
                     "groups": vae["norm_num_groups"],
                     "embed_dim": vae["latent_channels"],

@@ -181,7 +181,7 @@ def test_defaults_of_the_form_from_the_hosts_file(host):
         file.write_text(json.dumps(texts))
         host.ui.create_ui()
         script = host.script
-        values = dict(zip(host.webui.ARGUMENTS, (control.value for control in script.controls)))
+        values = dict(zip(host.webui.settings.ARGUMENTS, (control.value for control in script.controls)))
         assert script.controls[1].maximum == 5
     finally:
         file.write_text(before)

@@ -197,7 +197,7 @@ def test_large_pictures_are_decoded_in_tiles(host, monkeypatch):
     handle = host.shared.sd_model.first_stage_model.decoder.register_forward_pre_hook(
         lambda m, args: seen.append(args[0].shape)
     )
-    monkeypatch.setattr(host.webui.tiles, "tile_for", lambda network, device, base: 20)
+    monkeypatch.setattr(host.webui.decoding.tiles, "tile_for", lambda network, device, base: 20)
     tiled = np.asarray(host.generate(True, SCALE, steps=STEPS).images[0], np.int16)
     handle.remove()
     assert seen.count((1, 4, 24, 24)) == 1  # up to the latents' resolution

@@ -50,7 +50,7 @@ def test_a_base_that_is_not_square(host):
 def test_every_sampler_of_the_host_is_known(host):
     webui = host.webui
 
-    assert {sampler.name for sampler in host.sd_samplers.all_samplers} == set(webui.SAMPLERS)
+    assert {sampler.name for sampler in host.sd_samplers.all_samplers} == set(webui.samplers.SAMPLERS)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -60,7 +60,7 @@ def test_samplers(host, calls, sampler):
     latents = host.latents(True, 2, sampler_name=sampler, steps=5)
     assert latents.shape == (1, 4, 16, 16)
     assert torch.isfinite(latents).all()
-    predictions = webui.model_calls(sampler, None, 5)
+    predictions = webui.samplers.model_calls(sampler, None, 5)
     assert calls.rows == 2 * predictions * (1 + 9 + 4)
 
 
@@ -71,7 +71,7 @@ def test_the_adaptive_sampler(host):
 @pytest.fixture
 def levels(host, monkeypatch):
     """The noise levels at which the phases' samplers ask for a prediction."""
-    seen, hooks = [], host.webui._PhaseHooks
+    seen, hooks = [], host.webui.step.PhaseHooks
     step = hooks.before_step
 
     def look(self, denoiser, args):
@@ -99,7 +99,7 @@ def test_a_phase_entered_late_runs_the_last_steps_of_its_schedule(host, levels, 
 def test_the_calls_of_a_late_phase_are_the_plans(host, calls, sampler, scheduler):
     """The schedule DDIM has more steps than are asked for."""
     host.generate(True, 2, {"denoising_strength": 0.5}, sampler_name=sampler, scheduler=scheduler, steps=7)
-    full, late = (host.webui.model_calls(sampler, scheduler, 7, skipped) for skipped in (0, 3))
+    full, late = (host.webui.samplers.model_calls(sampler, scheduler, 7, skipped) for skipped in (0, 3))
     assert calls.rows == 2 * (full + 13 * late)
 
 
@@ -134,7 +134,7 @@ def test_large_phases_are_encoded_in_tiles(host, monkeypatch):
     whole = host.latents(True, 3, settings, **job)
     sizes, encoder = [], host.shared.sd_model.first_stage_model.encoder
     handle = encoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
-    monkeypatch.setattr(host.webui.tiles, "tile_for", lambda network, device, base: 32)
+    monkeypatch.setattr(host.webui.decoding.tiles, "tile_for", lambda network, device, base: 32)
     tiled = host.latents(True, 3, settings, **job)
     handle.remove()
     assert max(sizes) == 8 * 32
@@ -146,14 +146,14 @@ def test_large_phases_are_encoded_in_tiles(host, monkeypatch):
 def test_presets(host, calls, preset):
     """Fast is what the API makes of a scale alone."""
     webui = host.webui
-    config = webui.DemoFusionConfig.preset(preset, scale=3.0)
-    named = {f: getattr(config, f) for f in webui.PRESET_SETTINGS}
+    config = webui.settings.DemoFusionConfig.preset(preset, scale=3.0)
+    named = {f: getattr(config, f) for f in webui.settings.PRESET_SETTINGS}
     reply = host.generate(*([True, 3.0, named] if preset == "Turbo" else [True, 3.0, 0]), steps=8)
     p = SimpleNamespace(sampler_name="Euler", scheduler="Automatic", width=64, height=64, steps=8)
-    assert calls.rows == webui.plan_for(p, config).evaluations
+    assert calls.rows == webui.checks.plan_for(p, config).evaluations
     assert reply.images[0].size == (192, 192)
     written = host.infotext_utils.parse_generation_parameters(reply.infotexts[0])
-    assert webui.DemoFusionConfig.from_infotext(written) == config
+    assert webui.settings.DemoFusionConfig.from_infotext(written) == config
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "Heun"])
@@ -164,7 +164,7 @@ def test_schedulers(host, calls, sampler):
         calls.rows = 0
         latents = host.latents(True, 2, sampler_name=sampler, scheduler=scheduler.label, steps=6)
         assert torch.isfinite(latents).all(), scheduler.label
-        assert calls.rows == 2 * 14 * webui.model_calls(sampler, scheduler.label, 6), scheduler.label
+        assert calls.rows == 2 * 14 * webui.samplers.model_calls(sampler, scheduler.label, 6), scheduler.label
 
 
 @pytest.mark.skipif(not NODE, reason="needs node, to run javascript/demofusion.js")
@@ -173,7 +173,7 @@ def test_schedulers(host, calls, sampler):
 def test_the_calls_are_the_number_in_the_form(host, calls, scale, cfg):
     form = dict(width=64, height=96, steps=4, cfg=cfg, sampler="Euler", scheduler="Automatic", hires=False, scale=scale)
     form |= dict(stride=0.5, phaseSteps=0, doubling=False, strength=1, batchSize=1, batchCount=1, uniPcOrder=3)
-    [line] = readouts([form | dict(table=host.webui.readout_table(), facts={})])
+    [line] = readouts([form | dict(table=host.webui.readout.readout_table(), facts={})])
     host.generate(True, scale, width=64, height=96, cfg_scale=cfg)
     assert re.search(r", ([\d,]+) model calls\b", line)[1] == f"{calls.rows:,}"
 
@@ -187,7 +187,7 @@ def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
     webui = host.webui
 
     seen = []
-    step = webui._PhaseHooks.before_step
+    step = webui.step.PhaseHooks.before_step
 
     def look(self, denoiser, args):
         result = step(self, denoiser, args)
@@ -196,7 +196,7 @@ def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
         seen.append((x, (x - self.fusion.noised_reference(noise, signal)).abs().max().item()))
         return result
 
-    monkeypatch.setattr(webui._PhaseHooks, "before_step", look)
+    monkeypatch.setattr(webui.step.PhaseHooks, "before_step", look)
     host.generate(True, 2, {"alpha1": 0}, sampler_name=sampler, steps=5)  # alpha1 = 0: c1 is 1 at every t
     assert seen
     assert all(error < 1e-3 for _, error in seen)
@@ -205,13 +205,13 @@ def test_the_samplers_own_state_is_blended(host, monkeypatch, sampler):
 @pytest.fixture
 def blends(host, monkeypatch):
     """(t, since) of each blend of a phase."""
-    calls, blend = [], host.webui.Fusion.skip_residual_
+    calls, blend = [], host.webui.step.Fusion.skip_residual_
 
     def look(self, x, t, sigma, signal, since):
         calls.append((t, since))
         return blend(self, x, t, sigma, signal, since)
 
-    monkeypatch.setattr(host.webui.Fusion, "skip_residual_", look)
+    monkeypatch.setattr(host.webui.step.Fusion, "skip_residual_", look)
     return calls
 
 
@@ -219,9 +219,9 @@ def blends(host, monkeypatch):
 def test_a_state_is_held_since_where_its_step_began(host, blends, sampler):
     """Also where a sampler tries out states on the way, which are held since there too, and are no beginning of a step."""
     host.generate(True, 2, sampler_name=sampler, steps=5)
-    second = host.webui.SAMPLERS[sampler].counts == "second"
+    second = host.webui.samplers.SAMPLERS[sampler].counts == "second"
     tried = {"PLMS": {1}, "DPM fast": {1, 2, 4}}.get(sampler, set(range(1, len(blends), 2)) if second else set())
-    assert len(blends) == host.webui.model_calls(sampler, None, 5)
+    assert len(blends) == host.webui.samplers.model_calls(sampler, None, 5)
     began = None
     for index, (t, since) in enumerate(blends):
         assert since == began, f"call {index} at {t}"
@@ -383,8 +383,8 @@ def test_tiling_repeats_without_a_seam(host):
 
 @pytest.mark.parametrize("preset", ["Paper", "Fast"])
 def test_tiling_repeats_without_a_seam_where_the_phase_before_holds(host, preset):
-    config = host.webui.DemoFusionConfig.preset(preset)
-    settings = {name: getattr(config, name) for name in host.webui.PRESET_SETTINGS}
+    config = host.webui.settings.DemoFusionConfig.preset(preset)
+    settings = {name: getattr(config, name) for name in host.webui.settings.PRESET_SETTINGS}
     kwargs = dict(width=128, height=128, steps=12, prompt="two red striped rings on grass")
     tiled, plain = (host.generate(True, 2, settings, tiling=tiling, **kwargs).images[0] for tiling in (True, False))
     assert seam(tiled) < 1.2

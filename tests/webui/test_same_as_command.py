@@ -26,7 +26,7 @@ def test_same_latents_as_the_command(host, options, monkeypatch, tmp_path, scale
     subprocess.run([command_python(), REFERENCE, out, str(scale), str(h), str(w), json.dumps(settings)], check=True, env=env)
     expected = {name: torch.from_numpy(array) for name, array in np.load(out).items()}
     webui, results = host.webui, {}
-    post_sample, upscale = webui.post_sample, webui.upscale
+    post_sample, upscale = webui.loop.post_sample, webui.loop.upscale
 
     def start_from_the_same(p, ps, args):
         ps.samples = expected["base"]
@@ -39,9 +39,9 @@ def test_same_latents_as_the_command(host, options, monkeypatch, tmp_path, scale
             yield phase, latents
 
     options(enable_quantization=True)  # whole timesteps, as diffusers has them
-    monkeypatch.setattr(webui, "post_sample", start_from_the_same)
-    monkeypatch.setattr(webui, "upscale", keep)
-    monkeypatch.setattr(webui._Phases, "noise", lambda self, phase: expected[f"noise{phase.number}"])
+    monkeypatch.setattr(webui.loop, "post_sample", start_from_the_same)
+    monkeypatch.setattr(webui.loop, "upscale", keep)
+    monkeypatch.setattr(webui.loop._Phases, "noise", lambda self, phase: expected[f"noise{phase.number}"])
     host.generate(
         True, scale, {"jitter": False, **settings},
         prompt="two red striped rings on grass", negative_prompt="blue", steps=5, cfg_scale=5, width=8 * w, height=8 * h,

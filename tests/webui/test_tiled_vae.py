@@ -29,10 +29,11 @@ tilevae = next(script for script in host.scripts.scripts_txt2img.alwayson_script
 VAEHook = type(tilevae).process.__globals__["VAEHook"]
 
 theirs, ours, sizes = [], [], []
-run, tiled = VAEHook.vae_tile_forward, host.webui.tiles.decode
+tiles = host.webui.decoding.tiles
+run, tiled = VAEHook.vae_tile_forward, tiles.decode
 VAEHook.vae_tile_forward = lambda self, z: theirs.append(tuple(z.shape[-2:])) or run(self, z)
-host.webui.tiles.decode = lambda function, z, decoder, tile: ours.append(tile) or tiled(function, z, decoder, tile=tile)
-host.webui.tiles.tile_for = lambda network, device, base: 64
+tiles.decode = lambda function, z, decoder, tile: ours.append(tile) or tiled(function, z, decoder, tile=tile)
+tiles.tile_for = lambda network, device, base: 64
 
 def generate(enabled):
     theirs.clear(), ours.clear()

@@ -50,7 +50,7 @@ class Host:
     @property
     def webui(self):
         """lib_demofusion.hosts.webui, as the script has it."""
-        return self.script.process.__globals__["webui"]
+        return sys.modules["lib_demofusion.hosts.webui"]
 
     def load(self, checkpoint):
         """Make a checkpoint of the tests' folder, also one that has just come there, the loaded one; returns the model."""

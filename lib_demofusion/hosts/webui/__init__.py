@@ -1,0 +1,24 @@
+"""DemoFusion in the AUTOMATIC1111 WebUI; the only package that imports the host's `modules`.
+
+    settings.py    what the form and the API say: the arguments, their values, and what a picture's infotext holds of them
+    samplers.py    what the method must know of the host's samplers, and how many model calls they make
+    checks.py      before anything is sampled: the plan, and all refusals
+    neighbours.py  other extensions beside this one
+    readout.py     what the line beside the checkbox is told by the server
+    plot.py        axes of the X/Y/Z plot
+    loop.py        a job: from the base's latents through the phases to what the host decodes
+    step.py        one step of a phase's sampler
+    progress.py    the bar, and live previews
+    decoding.py    the autoencoder in tiles
+    a1111.py       what only this host does in this way; a host of the family replaces this file
+    embedded.py    the embedded checkpoint's networks, for the tests
+
+Phase 1 is the host's own sampling. `post_sample` runs the phases after it (`loop`). Each has a sampler of its own, made
+by the host and gone with the phase, and on that sampler's denoiser hang
+
+- a hook in front of it that gets the sampler's own x: the skip residual, Eq. 4 (`step.PhaseHooks.before_step`);
+- the fused prediction in place of its inner model's `forward`, put there from the host's `on_cfg_denoiser` callback at
+  every step, because a refiner switch makes a new inner model (`a1111.Prediction`, `step.PhaseHooks.predict`).
+
+Nothing is put on the host's modules, classes or model; what a phase changes on `p` is put back when the phases end.
+"""

@@ -1,0 +1,251 @@
+"""What only the AUTOMATIC1111 WebUI does in this way: its samplers' ways in, its model's calls, its refiner."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from modules import devices, extra_networks, sd_models, sd_samplers, shared
+from modules.sd_hijack import model_hijack
+from torch import Tensor
+
+from lib_demofusion.fusion import pad_edges
+from lib_demofusion.hosts.webui.samplers import SAMPLERS
+from lib_demofusion.phases import Phase
+from lib_demofusion.views import Size, View
+
+FACTOR = 8  # image pixels per latent pixel, as the host has it
+
+
+def unsupported() -> str | None:
+    """Why this host cannot run the extension, and what to do, in one line; None if it can."""
+    for package, host in (("modules_forge", "Forge"), ("modules.processing_diffusers", "SD.Next")):
+        if importlib.util.find_spec(package) is not None:
+            return f"{host} calls its UNet in a way of its own; version 1.10 of AUTOMATIC1111's WebUI works"
+    from modules import scripts, sd_samplers_cfg_denoiser
+
+    needed = {
+        "Script.post_sample": hasattr(scripts.Script, "post_sample"),
+        "Script.process_before_every_sampling": hasattr(scripts.Script, "process_before_every_sampling"),
+        "CFGDenoiser.inner_model": hasattr(sd_samplers_cfg_denoiser.CFGDenoiser, "inner_model"),
+    }
+    missing = [name for name, there in needed.items() if not there]
+    return f"it has no {', '.join(missing)}; update the WebUI to version 1.10, which has" if missing else None
+
+
+def check_model() -> None:
+    """Raises ValueError, one line, for a checkpoint that cannot be enlarged with."""
+    if getattr(shared.sd_model, "is_sd3", False):
+        raise ValueError("Stable Diffusion 3 has no UNet; a Stable Diffusion 1.x, 2.x or XL checkpoint works")
+    if getattr(shared.sd_model, "cond_stage_key", None) == "edit":
+        raise ValueError("an instruct-pix2pix checkpoint edits a given image; a text-to-image checkpoint works")
+
+
+def latent_channels() -> int:
+    return getattr(shared.sd_model, "latent_channels", 4)
+
+
+def autocast() -> Any:
+    """How the host samples."""
+    return devices.without_autocast() if devices.unet_needs_upcast else devices.autocast()
+
+
+@contextmanager
+def untiled(p: Any) -> Iterator[None]:
+    """The model's convolutions do not wrap around: a window must not be made to tile with itself (`step.PhaseHooks.fused`)."""
+    model_hijack.apply_circular(False)
+    try:
+        yield
+    finally:
+        model_hijack.apply_circular(p.tiling)
+
+
+def log_alphas() -> np.ndarray:
+    """The logarithms of the model's alphas_cumprod, by timestep, in double precision."""
+    return shared.sd_model.alphas_cumprod.double().cpu().log().numpy()
+
+
+def set_up_model(p: Any, phase: Phase) -> None:
+    """The first model again if the refiner has taken its place, and prompts on the phase's own steps."""
+    refined = p.refiner_checkpoint_info is not None
+    if refined:
+        sd_models.reload_model_weights()
+        sd_models.apply_alpha_schedule_override(p.sd_model, p)
+        if not p.disable_extra_networks:
+            with devices.autocast():
+                extra_networks.activate(p, p.extra_network_data)
+    if refined or p.steps != phase.steps:
+        p.steps = phase.steps
+        p.setup_conds()
+
+
+def create_sampler(p: Any) -> Any:
+    """A sampler of p's own kind, as a phase needs it."""
+    sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+    if p.sampler_name == "UniPC":
+        sampler.func = _unipc_without_corrector
+    return sampler
+
+
+def sample(p: Any, sampler: Any, phase: Phase, noise: Tensor, image_conditioning: Tensor) -> Tensor:
+    """The host's sampler over the steps of a phase that are not skipped; the hook, which knows the level, sets its first x."""
+    if not phase.skipped:
+        return sampler.sample(p, noise.clone(), p.c, p.uc, steps=phase.steps, image_conditioning=image_conditioning)
+    run, before = phase.steps - phase.skipped, p.denoising_strength
+    if SAMPLERS[p.sampler_name].timesteps:
+        run += 1  # the host drops one
+    p.denoising_strength = run / (phase.steps + 0.5)  # from which, and from run, the host works out the phase's steps
+    try:
+        return sampler.sample_img2img(p, noise, noise, p.c, p.uc, steps=run, image_conditioning=image_conditioning)
+    finally:
+        p.denoising_strength = before
+
+
+def adds_noise(p: Any, sampler: Any) -> bool:
+    kind = SAMPLERS[p.sampler_name].noise
+    if kind == "eta":
+        eta = p.eta if p.eta is not None else getattr(shared.opts, sampler.eta_option_field, 0)
+        return eta > 0
+    if kind == "churn":
+        return getattr(shared.opts, "s_churn", p.s_churn) > 0
+    return kind == "always"
+
+
+def _unipc_without_corrector(model, x, timesteps, extra_args=None, callback=None, disable=None, is_img2img=False):
+    """The host's UniPC by its predictor alone.
+
+    Its corrector takes every step again from the state before the skip residual, which would undo it.
+    """
+    from modules import sd_samplers_timesteps_impl as host
+
+    class Predictor(host.UniPCCFG):
+        def multistep_uni_pc_update(self, *args, use_corrector=True, **kwargs):
+            return super().multistep_uni_pc_update(*args, use_corrector=False, **kwargs)
+
+    schedule = host.uni_pc.NoiseScheduleVP("discrete", alphas_cumprod=model.inner_model.inner_model.alphas_cumprod)
+    opts = shared.opts
+    solver = Predictor(model, extra_args, callback, schedule, predict_x0=True, variant=opts.uni_pc_variant)
+    return solver.sample(
+        x,
+        steps=len(timesteps),
+        t_start=timesteps[-1] / 1000 + 1 / 1000 if is_img2img else None,
+        skip_type=opts.uni_pc_skip_type,
+        method="multistep",
+        order=opts.uni_pc_order,
+        lower_order_final=opts.uni_pc_lower_order_final,
+    )
+
+
+class Prediction:
+    """What one phase puts in place of the model's own prediction, and how it calls the model for single views.
+
+    window: (h, w) of the views, latent pixels. fused: (x, sigma, call, first) -> what the inner model's forward is to
+    answer for x [rows, C, H, W] at sigma [rows]; first: these are the first rows of a step. Its `call` takes crops
+    [len(views) * rows, C, h, w], their views and by how much the plane is rolled, (rows, columns), and asks the model.
+    """
+
+    def __init__(self, phase: Phase, window: Size, fused: Callable[[Tensor, Tensor, Callable, bool], Tensor]):
+        self.phase = phase
+        self.window = window
+        self.fused = fused
+
+    def on_step(self, params: Any) -> None:
+        """The host is about to ask its inner model, in one call or in several, rows of the prompt first."""
+        denoiser = params.denoiser
+        inner = denoiser.inner_model
+        if not hasattr(inner.forward, "demofusion"):
+            forward = functools.partial(self.forward, inner.forward)
+            forward.demofusion = True
+            inner.forward = forward
+        self.conds = params.text_cond.shape[0]
+        self.unguided = _is_unguided(denoiser)
+        self.row = 0
+        self.answers: list[Tensor] = []
+
+    def forward(self, original: Callable, x: Tensor, sigma: Tensor, cond: dict, **kwargs: Any) -> Tensor:
+        """In place of the inner model's forward. x: [rows, C, H, W], the images once for each prompt.
+
+        At CFG 1 guidance cancels out: the negative prompt's rows, which come last, get the prompt's answer.
+        """
+        first, self.row = self.row, self.row + len(x)
+        own = min(max(self.conds - first, 0), len(x)) if self.unguided else len(x)
+        parts = []
+        if own:
+            cond, sigma = {key: _rows(value, own) for key, value in cond.items()}, sigma[:own]
+
+            def call(crops: Tensor, views: Sequence[View], roll: Sequence[int]) -> Tensor:
+                with autocast():
+                    return original(crops, sigma.repeat(len(views)), cond=self._cond_for(cond, views, roll), **kwargs)
+
+            parts.append(self.fused(x[:own], sigma, call, first == 0))
+            self.answers += parts
+        if own < len(x):
+            start = first + own - self.conds
+            parts.append(torch.cat(self.answers)[start : start + len(x) - own])
+        return torch.cat(parts)
+
+    def _cond_for(self, cond: dict, views: Sequence[View], roll: Sequence[int]) -> dict:
+        """The host's conditions of some rows [rows, ...], once for each view; what has the image's size is cropped."""
+
+        def each(value: Any) -> Any:
+            if isinstance(value, list):
+                return [each(item) for item in value]
+            if value.ndim == 4 and value.shape[-2:] == self.phase.size:
+                return self._crops(rolled(value, roll), views)
+            return value.repeat(len(views), *[1] * (value.ndim - 1))
+
+        made = {key: each(value) for key, value in cond.items()}
+        if "vector" in made:
+            self._set_size_ids(made["vector"], views)
+        return made
+
+    def _crops(self, value: Tensor, views: Sequence[View]) -> Tensor:
+        h, w = self.window
+        grown, _ = pad_edges(value, (h * self.phase.dilation, w * self.phase.dilation))
+        return torch.cat([view.crop(value if view.kind == "local" else grown) for view in views])
+
+    def _set_size_ids(self, vector: Tensor, views: Sequence[View]) -> None:
+        """SDXL, in place: `vector` [views * rows, .] ends in embeddings of original size, crop and target size.
+
+        Sizes are the phase's; the crop is where the window lies, from the corner set in the host's settings.
+        """
+        h, w = (side * FACTOR for side in self.phase.size)
+        crops = [view.crop_pixels(FACTOR) for view in views]
+        top, left = shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left
+        ids = {
+            "original_size_as_tuple": [(h, w)] * len(views),
+            "crop_coords_top_left": [(top + y, left + x) for y, x in crops],
+            "target_size_as_tuple": [(h, w)] * len(views),
+        }
+        end = vector.shape[1]
+        for embedder in reversed(shared.sd_model.conditioner.embedders):
+            if not hasattr(embedder, "outdim"):  # from here on pooled text
+                break
+            values = ids.get(embedder.input_key)
+            start = end - embedder.outdim * (2 if values else 1)  # the refiner's aesthetic score is a single number
+            if values:
+                numbers = torch.tensor(values, device=vector.device, dtype=torch.float32)
+                vector[:, start:end] = embedder(numbers).to(vector.dtype).repeat_interleave(len(vector) // len(views), 0)
+            end = start
+
+
+def rolled(x: Tensor, shifts: Sequence[int]) -> Tensor:
+    return torch.roll(x, tuple(shifts), (-2, -1)) if any(shifts) else x
+
+
+def _rows(value: Any, rows: int) -> Any:
+    return [item[:rows] for item in value] if isinstance(value, list) else value[:rows]
+
+
+def _is_unguided(denoiser: Any) -> bool:
+    """Whether the negative prompt has no weight: CFG 1, and one prompt of weight 1 for every image."""
+    given = denoiser.sampler.sampler_extra_args
+    prompts = given["cond"].batch
+    return given["cond_scale"] * denoiser.cond_scale_miltiplier == 1 and all(
+        len(parts) == 1 and parts[0].weight == 1 for parts in prompts
+    )

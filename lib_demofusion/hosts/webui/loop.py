@@ -1,0 +1,295 @@
+"""A job: from the base's latents through the phases to what the host decodes; what is finished is never lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modules import devices, errors, images, processing, rng, shared
+from PIL import Image
+from torch import Tensor
+
+from lib_demofusion.config import DemoFusionConfig, first_line
+from lib_demofusion.fusion import Cancelled
+from lib_demofusion.hosts.webui import a1111, neighbours
+from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui.checks import enlarges_a_finished_picture, plan_for, read_resumed
+from lib_demofusion.hosts.webui.decoding import decode, encode, in_turns, may_use_tiles
+from lib_demofusion.hosts.webui.progress import BaseHooks, Progress
+from lib_demofusion.hosts.webui.samplers import SAMPLERS
+from lib_demofusion.hosts.webui.settings import NAME, Settings, describe, read_settings, say, write_down
+from lib_demofusion.hosts.webui.step import PhaseHooks
+from lib_demofusion.memory import OutOfMemory, ViewBatch, is_out_of_memory
+from lib_demofusion.phases import Phase, Plan, clock_time, enlarge, fusion_for, upscale
+from lib_demofusion.saved import SavedPhase
+from lib_demofusion.views import Size
+
+
+def before_sampling(p: Any, args: Sequence[Any]) -> None:
+    """The base is about to be sampled, or one of our phases, whose sampler has its hooks already."""
+    denoiser = p.sampler.model_wrap_cfg
+    if hasattr(denoiser, "demofusion") or getattr(p, "enable_hr", False):
+        return
+    settings = read_settings(args)
+    if settings is None or neighbours.is_inner(p):
+        return
+    progress = Progress(plan_for(p, settings.config))
+    denoiser.demofusion = BaseHooks(progress)
+    shared.total_tqdm.updateTotal(progress.total * max(int(shared.state.job_count), 1))
+
+
+def on_cfg_denoiser(params: Any) -> None:
+    """The host's callback at every step of every sampler; ours carry what is to be called."""
+    hooks = getattr(params.denoiser, "demofusion", None)
+    if hooks is not None:
+        hooks.on_step(params)
+
+
+def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
+    """Replace the base latents ps.samples [B, C, h, w] with those of the last phase that could be finished.
+
+    Where that is not the last of all, whatever the reason, the job says so.
+    """
+    try:
+        settings = read_settings(args)
+        if settings is not None and not neighbours.is_inner(p) and not enlarges_a_finished_picture(p):
+            _run_phases(p, ps, settings)
+    except Exception as error:
+        errors.report(f"{NAME} failed", exc_info=True)
+        say(p, "incomplete", f"the base is the last one finished, because the next {_verb(_reason(error))}")
+
+
+def _run_phases(p: Any, ps: Any, settings: Settings) -> None:
+    if getattr(ps.samples, "already_decoded", False):
+        say(p, "incomplete", "the base is the last one finished, because something else has made pictures of it already")
+        return
+    base_hooks = getattr(p.sampler.model_wrap_cfg, "demofusion", None)
+    progress = base_hooks.progress if base_hooks else Progress(plan_for(p, settings.config))
+    plan = progress.plan
+    try:
+        neighbours.check_latents(ps.samples, plan.window, FACTOR)
+    except ValueError as error:
+        progress.close()
+        describe(p, settings.config, plan.phases[0])
+        say(p, "incomplete", f"the base is what you get, because {error}")
+        return
+    if _stopped():
+        progress.close()
+        describe(p, settings.config, plan.phases[0])
+        say(p, "incomplete", f"{_called(plan.phases[0], plan)}, is not finished, because it was stopped")
+        return
+
+    progress.pause(1)
+    base, trouble = ps.samples, None
+    finished = [(plan.phases[0], base)]
+    with _restored(p), in_turns(p.sd_model):
+        run = _Phases(p, plan, settings.config, progress)
+        try:
+            done = None
+            if settings.resume is not None:
+                base, done = run.take_up(read_resumed(settings.resume), base)
+                finished.append((plan.phases[done[0] - 1], done[1]))
+            elif settings.save_phases:
+                _save(p, settings.config, plan, plan.phases[0], base, base)
+            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
+                finished.append((phase, latents))
+                if settings.save_phases and phase is not plan.phases[-1]:
+                    _save(p, settings.config, plan, phase, latents, base)
+        except Cancelled:
+            trouble = "stopped"
+        except Exception as error:  # whatever it is, what is finished must not be lost
+            errors.report(f"{NAME} failed", exc_info=True)
+            trouble = _reason(error)
+    progress.close()
+    if run.view_batch.size < settings.config.view_batch_size:
+        say(p, "note", f"a view batch size of {settings.config.view_batch_size} did not fit; {run.view_batch.size} did.")
+    if trouble:
+        last = finished[-1][0]
+        p.comment(f"{NAME}: {trouble}; {_called(last, plan)}, is the last one finished.")
+        reached = f"phase {last.number} of {len(plan.phases)} is the last one finished"
+        write_down(p, "incomplete", f"{reached}, because the next {_verb(trouble)}")
+        _keep_what_is_finished()
+        devices.torch_gc()
+    _hand_over(p, ps, settings.config, plan, finished)
+    progress.remember()
+
+
+def _hand_over(p: Any, ps: Any, config: DemoFusionConfig, plan: Plan, finished: list[tuple[Phase, Tensor]]) -> None:
+    """Give the host the last of the finished phases that can be decoded, decoded already if that takes our tiles."""
+    while True:
+        reached, latents = finished.pop()
+        describe(p, config, reached)
+        if not finished or not may_use_tiles(p.sd_model):
+            ps.samples = latents
+            return
+        try:
+            ps.samples = decode(p.sd_model, latents, plan.window)
+            return
+        except Exception as error:
+            errors.report(f"{NAME}: phase {reached.number} cannot be decoded", exc_info=True)
+            lost = f"{_called(reached, plan)}, cannot be decoded: {_reason(error)}"
+            say(p, "incomplete", f"{lost}; {_called(finished[-1][0], plan)}, is what you get.")
+
+
+def _called(phase: Phase, plan: Plan) -> str:
+    return f"phase {phase.number} of {len(plan.phases)}, {phase.size[1] * FACTOR}x{phase.size[0] * FACTOR}"
+
+
+def _stopped() -> bool:
+    return shared.state.interrupted or shared.state.skipped
+
+
+def _keep_what_is_finished() -> None:
+    """The host does not save images that were interrupted or skipped; a finished phase is a whole image.
+
+    So an interrupt becomes "stop after this image", and a skip, which is done, is over.
+    """
+    if shared.state.interrupted:
+        shared.state.stop_generating()
+        shared.state.interrupted = False
+    shared.state.skipped = False
+
+
+def _reason(error: Exception) -> str:
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):  # not in a view: the whole latents or picture
+        return "out of memory beside the views; a smaller scale or base image needs less"
+    return str(error) if isinstance(error, OutOfMemory) else f"failed: {first_line(error)}"
+
+
+def _verb(trouble: str) -> str:
+    """What a phase did that ended in `trouble`."""
+    return {"stopped": "was stopped"}.get(trouble, f"ran {trouble}" if trouble.startswith("out of memory") else trouble)
+
+
+@contextmanager
+def _restored(p: Any) -> Iterator[None]:
+    """Put back what the phases change on p and in the host's state."""
+    names = ("rng", "sampler", "steps", "c", "uc", "step_multiplier")
+    before = {name: getattr(p, name) for name in names}
+    state = shared.state
+    job, textinfo = state.job, state.textinfo
+    try:
+        with a1111.untiled(p):
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(p, name, value)
+        state.job, state.textinfo = job, textinfo
+
+
+def _save(p: Any, config: DemoFusionConfig, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
+    """Write a phase's images, and beside each the file from which it can be resumed. What fails here ends no phase."""
+    if not p.save_samples():
+        return
+    describe(p, config, phase)
+    try:
+        _write(p, plan, phase, latents, base)
+    except Exception as error:  # a full disk, or no memory to decode
+        errors.report(f"{NAME}: phase {phase.number} was not saved", exc_info=True)
+        say(p, "note", f"phase {phase.number} was not saved: {first_line(error)}")
+
+
+def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
+    for i, pixels in enumerate(decode(p.sd_model, latents, plan.window)):
+        image = pixels.float().add(1).mul(127.5).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        info = processing.create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i, all_negative_prompts=p.negative_prompts)
+        path, _ = images.save_image(
+            Image.fromarray(image),
+            p.outpath_samples,
+            "",
+            p.seeds[i],
+            p.prompts[i],
+            shared.opts.samples_format,
+            info=info,
+            p=p,
+            suffix=f"-demofusion-phase{phase.number}",
+        )
+        SavedPhase(phase.number, latents[i : i + 1], base[i : i + 1], "WebUI").write(Path(path).with_suffix(".safetensors"))
+
+
+class _Phases:
+    """The host's side of `upscale`, for the images of one batch."""
+
+    def __init__(self, p: Any, plan: Plan, config: DemoFusionConfig, progress: Progress):
+        self.p = p
+        self.plan = plan
+        self.config = config
+        self.progress = progress
+        self.view_batch = ViewBatch(config.view_batch_size, devices.device)
+
+    def take_up(self, saved: SavedPhase, base: Tensor) -> tuple[Tensor, tuple[int, Tensor]]:
+        """The base and the finished phase of a file, checked against the base just made, [1, C, h, w]."""
+        kept = saved.base.to(base)
+        if (kept - base).square().mean().sqrt() > 0.1 * base.std():  # another card moves the last bits, not the picture
+            raise ValueError("the saved phase is of another image; take prompt, seed and settings from its image's PNG Info")
+        self.progress.pause(saved.number)
+        return kept, (saved.number, saved.latents.to(base))
+
+    def noise(self, phase: Phase) -> Tensor:
+        """The images' own noise at the phase's size; the host's generators then also feed samplers that want more."""
+        p = self.p
+        p.rng = rng.ImageRNG(
+            (a1111.latent_channels(), *phase.size),
+            p.seeds,
+            subseeds=p.subseeds,
+            subseed_strength=p.subseed_strength,
+            seed_resize_from_h=p.seed_resize_from_h,
+            seed_resize_from_w=p.seed_resize_from_w,
+        )
+        return p.rng.next()
+
+    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+        model = self.p.sd_model
+
+        def as_image(z: Tensor) -> Tensor:
+            return decode(model, z, self.plan.window)[0].float()[None]
+
+        def as_latents(image: Tensor) -> Tensor:
+            return encode(model, image, self.plan.window)
+
+        with a1111.autocast():
+            return enlarge(latents, size, self.config, as_image, as_latents, FACTOR, self.p.tiling)
+
+    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
+        """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
+        p = self.p
+        shared.state.job = shared.state.textinfo = f"{NAME} phase {phase.number} of {len(self.plan.phases)}"
+        seconds = self.progress.pace.seconds(phase.number)
+        if seconds is not None and SAMPLERS[p.sampler_name].counts != "unknown":
+            shared.state.textinfo += f" (about {clock_time(seconds)})"
+        shared.state.current_image_sampling_step = 0  # the steps count from 0 again, and previews with them
+        a1111.set_up_model(p, phase)
+        p.sampler = sampler = a1111.create_sampler(p)
+        neighbours.check_sampler(sampler)
+        fusion = fusion_for(
+            self.plan,
+            phase,
+            self.config,
+            reference,
+            noise,
+            fresh_noise=a1111.adds_noise(p, sampler),
+            cancelled=_stopped,
+            held=held,
+            view_batch=self.view_batch,
+        )
+        denoiser = sampler.model_wrap_cfg
+        denoiser.demofusion = hooks = PhaseHooks(phase, fusion, SAMPLERS[p.sampler_name], p.tiling, self.progress)
+        sampler.callback_state = hooks.told_by(sampler.callback_state)
+        handle = denoiser.register_forward_pre_hook(hooks.before_step)
+        try:
+            if p.scripts is not None:
+                p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
+            with a1111.autocast():
+                h, w = phase.size
+                image_conditioning = p.txt2img_image_conditioning(noise, width=w * FACTOR, height=h * FACTOR)
+                latents = a1111.sample(p, sampler, phase, noise, image_conditioning)
+        finally:
+            handle.remove()
+            del denoiser.demofusion
+        if _stopped():
+            raise Cancelled
+        self.progress.pause(phase.number)
+        devices.test_for_nans((0 * latents).sum(), "unet")  # not finite anywhere: NaN; the host would see the first pixel
+        return latents

@@ -1,0 +1,59 @@
+"""An axis of the host's X/Y/Z plot for each setting."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from lib_demofusion.config import PRESETS, DemoFusionConfig
+from lib_demofusion.hosts.webui.settings import ARGUMENTS, CONFIG_FIELDS, NAME, PRESET_SETTINGS
+
+
+def add_plot_axes(script: type) -> None:
+    """Give the host's X/Y/Z plot an axis for each setting; a plot over one of them turns DemoFusion on.
+
+    script: the class of the extension's script, by which a job's arguments are found; names and files may be others' too.
+    """
+    from modules import scripts
+
+    for data in scripts.scripts_data:
+        if data.script_class.__module__ != "xyz_grid.py":
+            continue
+        axis = data.module.AxisOptionTxt2Img
+        preset = functools.partial(_set_preset, script)
+        data.module.axis_options.append(axis(f"[{NAME}] preset", str, preset, choices=lambda: list(PRESETS)))
+        for name in filter(CONFIG_FIELDS.get, ARGUMENTS):
+            field = CONFIG_FIELDS[name]
+            flag = isinstance(field.default, bool)
+            data.module.axis_options.append(
+                axis(
+                    f"[{NAME}] {field.metadata['label']}",
+                    str if flag else type(field.default),
+                    functools.partial(_set_argument, script, name),
+                    choices=(lambda: ["True", "False"]) if flag else None,
+                )
+            )
+        return
+
+
+def _set_argument(script: type, name: str, p: Any, value: Any, values: Any) -> None:
+    _set_arguments(script, p, {name: {"True": True, "False": False}.get(value, value)})
+
+
+def _set_preset(script: type, p: Any, value: str, values: Any) -> None:
+    try:
+        config = DemoFusionConfig.preset(value)
+    except ValueError as error:
+        _set_arguments(script, p, {}, unread=str(error))  # refuses this cell, and not the whole plot
+        return
+    _set_arguments(script, p, {name: getattr(config, name) for name in PRESET_SETTINGS})
+
+
+def _set_arguments(script: type, p: Any, values: dict[str, Any], unread: str = "") -> None:
+    own = next(own for own in p.scripts.alwayson_scripts if isinstance(own, script))
+    args = list(p.script_args)
+    for name, value in {"enabled": True, **values}.items():
+        args[own.args_from + ARGUMENTS.index(name)] = value
+    if unread:
+        args[own.args_from + len(ARGUMENTS) + 1] = unread
+    p.script_args = args

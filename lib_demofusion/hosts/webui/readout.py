@@ -1,0 +1,76 @@
+"""What the readout in the browser is told: what it computes with, what has been measured, and what is free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from modules import devices, sd_models, shared
+
+from lib_demofusion import decode as tiles
+from lib_demofusion.config import PRESETS, DemoFusionConfig
+from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui.checks import PICTURES
+from lib_demofusion.hosts.webui.decoding import may_use_tiles
+from lib_demofusion.hosts.webui.samplers import SAMPLERS
+from lib_demofusion.hosts.webui.settings import PRESET_HELP
+from lib_demofusion.memory import free_memory, latents_bytes, picture_bytes
+
+
+def readout_table() -> dict[str, Any]:
+    """What the readout in the browser computes with: how each sampler's model calls count (`model_calls`, `least_calls`), and
+    the presets.
+
+    A preset: what it is and when to take it, and those of its settings on which the number of model calls depends.
+    """
+    return {
+        "samplers": {name: [known.counts, known.levels, int(known.discards), known.least] for name, known in SAMPLERS.items()},
+        "presets": {name: {"help": PRESET_HELP[name], **_costs(DemoFusionConfig.preset(name))} for name in PRESETS},
+    }
+
+
+def _costs(config: DemoFusionConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("phase_steps", "denoising_strength", "stride", "doubling")}
+
+
+# Seconds that a model call took in the last job of a checkpoint: its title -> latent pixels of the base -> seconds, all
+# that the job did beside the model's calls included. For as long as the process runs; the browser keeps what it was told.
+paces: dict[str, dict[int, float]] = {}
+
+
+def facts() -> dict[str, Any]:
+    """What the readout in the browser is to know and only the server does, as of now. Loads no model.
+
+    paces: those of the checkpoint on this device. memory: None while a job runs, whose memory is free when it is over.
+    """
+    device = devices.device
+    return {
+        "checkpoint": shared.opts.sd_model_checkpoint,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "paces": {str(area): seconds for area, seconds in paces.get(shared.opts.sd_model_checkpoint, {}).items()},
+        "memory": None if shared.state.job else _memory(device),
+    }
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    """What is free, and what a job takes of it, in bytes a latent pixel of the finished image, as `check_fits` counts.
+
+    device, main: [its name, what is free there]. latents, pictures: for each image made at once. features: of decoding
+    with the checkpoint's VAE as well as it can be done (`decode`); None where others decode.
+    """
+    model = sd_models.model_data.sd_model  # None while none is loaded; shared.sd_model would load one
+    ours = model is not None and may_use_tiles(model)
+    channels = tiles.widths(model.first_stage_model.decoder)[0] if ours else 0
+    return {
+        "device": [f"{device.type} memory" if device.type != "cpu" else "main memory", free_memory(device)],
+        "main": ["main memory", free_memory(torch.device("cpu"))],
+        "latents": latents_bytes((1, 1), getattr(model, "latent_channels", 4)),
+        "pictures": PICTURES * picture_bytes((1, 1), FACTOR),
+        "features": int(tiles.LIVE_FEATURES * channels * devices.dtype_vae.itemsize) if ours else None,
+        "tile": tiles.SMALLEST_TILE,
+    }
+
+
+def add_routes(demo: Any, app: Any) -> None:
+    """The host's web server has started: the browser asks for `facts` there, beside the host's own progress."""
+    app.add_api_route("/internal/demofusion", facts, methods=["GET"])

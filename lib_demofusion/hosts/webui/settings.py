@@ -1,0 +1,137 @@
+"""What the form and the API say, as settings; and what of it a picture's infotext and the comments below it hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line, infotext_label, unwritten_settings
+from lib_demofusion.phases import Phase
+
+NAME = "DemoFusion"
+
+# The script's arguments, in the order that the API documents; those from "scale" on are optional there. In the form two
+# more follow, which nobody is to send: END, and why these settings are none ("" if they are), as of pasted parameters.
+ARGUMENTS = (
+    "enabled",
+    "scale",
+    "phase_steps",
+    "denoising_strength",
+    "doubling",
+    "pixel_upsampling",
+    "stride",
+    "feather",
+    "hold_flat",
+    "jitter",
+    "alpha1",
+    "alpha2",
+    "alpha3",
+    "blur_sigma",
+    "view_batch_size",
+    "save_phases",
+    "resume",
+    "hold_steps",
+)
+END = "end of the arguments"
+CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
+PRESET_SETTINGS = [name for name in ARGUMENTS if name in CONFIG_FIELDS and name not in ("scale", "view_batch_size")]
+PRESET = "Fast"
+FORM = DemoFusionConfig.preset(PRESET, scale=2.0)  # what the form shows at first, and the API's values for what is left out
+PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the rest of the form
+    "Paper": ("DemoFusion as published", "Where the others add too little detail, and time does not matter"),
+    "Fast": ("the last 40 % of each phase's steps, in fewer phases and windows", "For most pictures"),
+    "Turbo": ("Fast with 18 steps a phase, of which 7 are run", "While you look for a prompt, and on slow machines"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the form says. save_phases: write the phases before the last beside the outputs. resume: a file so written."""
+
+    config: DemoFusionConfig
+    save_phases: bool = False
+    resume: Path | None = None
+
+
+def read_settings(args: Sequence[Any]) -> Settings | None:
+    """The script's arguments as settings; None if DemoFusion is off. Raises ValueError, one line, for a wrong value."""
+    if all(arg is None for arg in args):  # a list that no form and no request has filled
+        return None
+    values = dict(zip(ARGUMENTS, args))
+    for name in ("enabled", "save_phases"):
+        if not isinstance(values.setdefault(name, False), bool):
+            raise ValueError(f"{name.replace('_', ' ')} must be true or false, got {values[name]!r}")
+    enabled, save_phases, resume = values.pop("enabled"), values.pop("save_phases"), values.pop("resume", "")
+    if not enabled:
+        return None
+    more = args[len(ARGUMENTS) :]
+    if more and more[0] != END:
+        raise ValueError(f"it has {len(ARGUMENTS)} arguments, of which {ARGUMENTS[-1]} is the last; got one more, {more[0]!r}")
+    if len(more) > 1 and more[1]:
+        raise ValueError(more[1])
+    if not isinstance(resume, str):
+        raise ValueError(f"resume must be the path of a file, got {resume!r}")
+    for name, value in values.items():  # a slider's 20.0 is the whole number 20
+        if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
+            values[name] = int(value)
+    path = resume.strip().strip('"')  # as file managers copy a path
+    return Settings(replace(FORM, **values), save_phases, Path(path) if path else None)
+
+
+def read_pasted(parameters: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The settings in a picture's parameters, by their names, and what is none of them, in one line ("": nothing).
+
+    What is not written, or cannot be read, is as in pictures that do not write it. No settings: the picture was made
+    without DemoFusion.
+    """
+    labels = {name: infotext_label(field) for name, field in CONFIG_FIELDS.items()}
+    given = {}
+    for name, label in labels.items():
+        if label in parameters:
+            given[name] = str(parameters[label])
+        elif f"{label}-1" in parameters:  # the host takes "2x3" apart, as a size
+            given[name] = f"{parameters[f'{label}-1']}x{parameters.get(f'{label}-2')}"
+    if "scale" not in given:
+        return None, ""
+    values, unread = unwritten_settings(), []
+    for name, text in given.items():
+        default, label = CONFIG_FIELDS[name].default, CONFIG_FIELDS[name].metadata["label"]
+        try:
+            values[name] = getattr(DemoFusionConfig.from_infotext({labels["scale"]: "2", labels[name]: text}), name)
+            if name not in ARGUMENTS and values[name] != default:
+                raise ValueError(f"{label} is {text}, and always {default} here")
+        except (ValueError, OverflowError) as error:
+            unread.append(first_line(error))
+    told = f"of what was pasted: {'; '.join(unread)}; set in the form what you want, and empty this field" if unread else ""
+    return values, told
+
+
+def presets_table() -> dict[str, list]:
+    """What the form's controls for PRESET_SETTINGS show under each preset."""
+    configs = {name: DemoFusionConfig.preset(name) for name in PRESETS}
+    return {name: [getattr(config, setting) for setting in PRESET_SETTINGS] for name, config in configs.items()}
+
+
+def say(p: Any, kind: str, line: str) -> None:
+    """A line for the form's comments, and through the infotext for the API's reply.
+
+    kind: "incomplete", of what was asked for and is not there; "note", of anything else.
+    """
+    p.comment(f"{NAME}: {line}")
+    write_down(p, kind, line)
+
+
+def write_down(p: Any, kind: str, line: str) -> None:
+    key, line = f"{INFOTEXT_PREFIX} {kind}", " ".join(line.split())
+    known = p.extra_generation_params.get(key)
+    p.extra_generation_params[key] = f"{known}; {line}" if known else line
+
+
+def describe(p: Any, config: DemoFusionConfig, reached: Phase) -> None:
+    """Put the settings into the infotext of what is saved from now on, with the scale reached; none of them for the base."""
+    for field in CONFIG_FIELDS.values():
+        p.extra_generation_params.pop(infotext_label(field), None)
+    if reached.number > 1:
+        p.extra_generation_params.update(replace(config, scale=reached.scale).to_infotext())
