@@ -32,7 +32,8 @@ def _setting(
 class DemoFusionConfig:
     """Settings of DemoFusion (arXiv 2311.16973); the defaults are the paper's.
 
-    The window of the local views is always the base latent's size, so it is not a setting.
+    The window of the local views is the base latent's size. Where a given picture is enlarged, and no base is made,
+    `scale` is of the picture, and `window` says how large about the windows are.
     Raises ValueError, one line, for a value of the wrong type or out of range.
     """
 
@@ -90,6 +91,13 @@ class DemoFusionConfig:
         0,
         1000,
         unwritten=0,
+    )
+    window: int = _setting(
+        0,
+        "window",
+        "side in pixels of the images that the checkpoint was made for, where a picture is enlarged; 0: as the checkpoint says",
+        0,
+        4096,
     )
 
     def __post_init__(self) -> None:

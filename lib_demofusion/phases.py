@@ -14,9 +14,12 @@ from torch import Tensor
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion, gaussian_blur, match_moments
+from lib_demofusion.original import Original
 from lib_demofusion.views import Size, dilated_views, local_views
 
 FLAT_SIGMA = 4  # pixels; half a latent pixel's side
+LARGEST = 64  # windows that a picture's sides may be long, on average
+FITTING = (0.8, 1.25)  # how large windows may be, as a share of what the model was made for
 WRAPPED = 8  # latent pixels, at least, that an image which tiles is grown by on each side before it is enlarged
 
 
@@ -53,12 +56,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that will be done, known before any model is loaded. branches: 2 with guidance, 1 at CFG scale 1."""
+    """All that will be done, known before any model is loaded.
+
+    branches: 2 with guidance, 1 at CFG scale 1. from_picture: phase 1 is a given picture, shrunken to the window; nothing is
+    sampled there, and the next phase begins with the picture itself.
+    """
 
     window: Size
     stride: Size
     phases: tuple[Phase, ...]
     branches: int
+    from_picture: bool = False
 
     @property
     def evaluations(self) -> int:
@@ -72,7 +80,7 @@ class Plan:
     def table(self, factor: int = 8) -> str:
         """The plan for people; factor: image pixels per latent pixel."""
         rows = [("phase", "image", "steps", "views a step", "model calls")]
-        for p in self.phases:
+        for p in self.phases[self.from_picture :]:
             image = f"{p.size[1] * factor}x{p.size[0] * factor}"
             views = f"{p.local} + {p.dilated}" if p.dilated else f"{p.local}"
             rows.append((f"{p.number}", image, f"{p.steps - p.skipped}", views, f"{self.branches * p.evaluations:,}"))
@@ -127,9 +135,9 @@ def clock_time(seconds: float) -> str:
 def phase_scales(scale: float, doubling: bool = False) -> list[float]:
     """2, 3, ... up to the scale, which comes last also where it is no whole number: 2.5 -> [2, 2.5].
 
-    doubling: 2, 4, 8 instead.
+    doubling: 2, 4, 8, ... instead.
     """
-    between = [s for s in range(2, math.ceil(scale)) if not doubling or s in (2, 4)]
+    between = [s for s in range(2, math.ceil(scale)) if not doubling or s & (s - 1) == 0]
     return [float(s) for s in (*between, scale)]
 
 
@@ -140,13 +148,18 @@ def make_plan(
     *,
     branches: int = 2,
     calls: Callable[[int, int], int] | None = None,
+    skipped: int = 0,
     from_image: bool = False,
+    final: Size | None = None,
+    begin: float = 1.0,
 ) -> Plan:
     """What DemoFusion will do for a base latent of `window` (h, w) latent pixels.
 
-    steps: of the base; calls: how many predictions the sampler asks for in a phase of so many steps of which so many
-    are skipped (one for each other step, unless given); from_image: the base is a real image, so that the first phase
-    costs nothing. Raises ValueError, one line, for a size or step count that cannot work.
+    steps: of the base, of which the first `skipped` are not run. calls: how many predictions the sampler asks for in a
+    phase of so many steps of which so many are skipped (one for each other step, unless given). from_image: a given picture
+    takes the base's place, so that the first phase costs nothing. final: (H, W) of the last phase; config.scale times the
+    window unless given. begin: the given picture's sides are so many times the window's, and phases up to there fall away.
+    Raises ValueError, one line, for a size or step count that cannot work.
     """
     h, w = window
     if h < 1 or w < 1:
@@ -156,17 +169,80 @@ def make_plan(
     stride = tuple(max(math.floor(side * config.stride + 1e-9), 1) for side in window)  # 0.7 of 10 is 7
     calls = calls or (lambda steps, skipped: steps - skipped)
     phase_steps = config.phase_steps or steps
-    skipped = phase_steps - max(round(phase_steps * config.denoising_strength), 1)
+    late = phase_steps - max(round(phase_steps * config.denoising_strength), 1)
+    largest = config.scale if final is None else max(final[0] / h, final[1] / w)
 
-    base_steps, base_calls = (0, 0) if from_image else (steps, calls(steps, 0))
-    phases = [Phase(1, 1.0, window, base_steps, 0, base_calls, local=1, dilated=0)]
-    for number, scale in enumerate(phase_scales(config.scale, config.doubling), start=2):
-        size = (round(h * scale), round(w * scale))
+    base = (0, 0, 0) if from_image else (steps, skipped, calls(steps, skipped))
+    phases = [Phase(1, 1.0, window, *base, local=1, dilated=0)]
+    scales = [scale for scale in phase_scales(largest, config.doubling) if scale > begin + 1e-6 or scale == largest]
+    for number, scale in enumerate(scales, start=2):
+        if final is None:
+            size = (round(h * scale), round(w * scale))
+        else:
+            size = tuple(max(round(side * scale / largest), 1) for side in final)
         if size == phases[-1].size:
             raise ValueError(f"scale {config.scale:g} adds no latent pixel to a base of {w}x{h}; choose a larger one")
         local, dilated = len(local_views(size, window, stride)), len(dilated_views(window, math.ceil(scale)))
-        phases.append(Phase(number, scale, size, phase_steps, skipped, calls(phase_steps, skipped), local, dilated))
-    return Plan(window, stride, tuple(phases), branches)
+        phases.append(Phase(number, scale, size, phase_steps, late, calls(phase_steps, late), local, dilated))
+    return Plan(window, stride, tuple(phases), branches, from_picture=from_image)
+
+
+def enlarged_size(picture: Size, scale: float, factor: int = 8) -> Size:
+    """A picture of (height, width) pixels, so many times larger: (H, W) in latent pixels, the nearest that there is."""
+    return tuple(max(math.floor(side * scale / factor + 0.5), 1) for side in picture)
+
+
+def window_for(final: Size, side: float) -> Size:
+    """The window (h, w) by which a picture of `final` (H, W) is made with a model made for images of side x side.
+
+    All in latent pixels. The picture is a whole number of windows long and wide, so that the dilated views see it without
+    padding, wherever that leaves windows of about the model's size; else a window has just that size. It has the picture's
+    aspect. Where the model draws the whole at once, it is the window.
+    """
+    ratio = math.sqrt(math.prod(final)) / side
+    whole = max(math.floor(ratio + 0.5), 1)
+    scale = whole if FITTING[0] <= ratio / whole <= FITTING[1] else ratio
+    return tuple(math.ceil(length / max(scale, 1) - 1e-9) for length in final)
+
+
+def plan_from_picture(
+    picture: Size,
+    side: float,
+    steps: int,
+    config: DemoFusionConfig,
+    *,
+    branches: int = 2,
+    calls: Callable[[int, int], int] | None = None,
+    final: Size | None = None,
+    factor: int = 8,
+) -> Plan:
+    """What DemoFusion will do to make a picture of (height, width) pixels config.scale times larger.
+
+    side: of the square images that the model was made for, latent pixels; config.window, if it is not 0, goes before.
+    final: (H, W) of the result, latent pixels, instead of the scale. The other arguments are make_plan's. The first phase is
+    the first one larger than the picture. Raises ValueError, one line that says what works, for a size that cannot work.
+    """
+    h, w = picture
+    side = config.window / factor or side
+    if side < 1 or min(picture) < 1:
+        what = f"a window of {config.window} pixels" if side < 1 else f"a picture of {w}x{h}"
+        raise ValueError(f"{what} is too small; a latent pixel is {factor} pixels")
+    target = final or enlarged_size(picture, config.scale, factor)
+    size = "x".join(str(length * factor) for length in reversed(target))
+    if math.prod(target) * factor**2 <= h * w:
+        raise ValueError(f"{size} is not larger than the picture, {w}x{h}; choose a larger size")
+    windows = math.sqrt(h * w) / factor / side  # that the picture is long and wide
+    window = window_for(target, side)
+    if window == target:
+        least = math.floor(20 * FITTING[1] / windows + 1) / 20
+        works = f"scale {least:g} is the smallest that works" if least <= 8 else "a smaller window works"
+        raise ValueError(f"{size} is no larger than what the checkpoint draws at once; {works}")
+    if math.sqrt(math.prod(target)) / side > LARGEST:
+        most = math.floor(20 * LARGEST / windows) / 20
+        works = f"scale {most:g} is the largest that works" if most > 1 else "a larger window works"
+        raise ValueError(f"{size} is more than {LARGEST} times as long and wide as a window of {side * factor:g}; {works}")
+    begin = max(target[0] / window[0], target[1] / window[1]) * math.sqrt(h * w / math.prod(target)) / factor
+    return make_plan(window, steps, config, branches=branches, calls=calls, from_image=True, final=target, begin=begin)
 
 
 def fusion_for(plan: Plan, phase: Phase, config: DemoFusionConfig, reference: Tensor, noise: Tensor, **more: Any) -> Fusion:
@@ -248,18 +324,29 @@ def upscale(
     denoise: Callable[[Phase, Tensor, Tensor, Tensor | None], Tensor],
     finished: tuple[int, Tensor] | None = None,
     enlarge: Callable[[Tensor, Size], tuple[Tensor, Tensor | None]] | None = None,
+    original: Original | None = None,
 ) -> Iterator[tuple[Phase, Tensor]]:
     """The "upsample, diffuse, denoise" loop of Eq. 3: yields each phase after the base with its finished latents.
 
-    base: [B, C, h, w], of the model or of a real image. noise: a phase's Gaussian noise, [B, C, H, W].
-    denoise: the host's sampler over one phase; gets the phase, the upsampled latents (Fusion's reference), the noise
-    and where the reference is held (Fusion's held), returns the denoised latents. finished: the number of a phase and
-    its latents, to go on after it. enlarge: a phase's latents and the next one's size -> reference and held, as the
-    function `enlarge` makes them; the paper's bicubic reference, held nowhere, unless given.
+    base: [B, C, h, w], of the model, or of a given picture shrunken to the window. noise: a phase's Gaussian noise,
+    [B, C, H, W]. denoise: the host's sampler over one phase; gets the phase, the upsampled latents (Fusion's reference),
+    the noise and where the reference is held (Fusion's held), returns the denoised latents. finished: the number of a phase
+    and its latents, to go on after it. enlarge: a phase's latents and the next one's size -> reference and held, as the
+    function `enlarge` makes them; the paper's bicubic reference, held nowhere, unless given. original: the given picture,
+    which a plan from a picture needs, and its mask, if only a part is to be changed.
     What was yielded is finished and stays so, whatever happens later.
     """
     number, latents = finished or (1, base)
     for phase in plan.phases[number:]:
-        reference, held = enlarge(latents, phase.size) if enlarge else (enlarge_latents(latents, phase.size), None)
-        latents = match_moments(denoise(phase, reference, noise(phase), held), base)
+        if original is not None and plan.from_picture and phase is plan.phases[1]:
+            reference, held = original.begin(phase.size)
+        else:
+            reference, held = enlarge(latents, phase.size) if enlarge else (enlarge_latents(latents, phase.size), None)
+            if original is not None:
+                reference, held = original.around(reference, held)
+        latents = denoise(phase, reference, noise(phase), held)
+        if original is None:
+            latents = match_moments(latents, base)
+        else:
+            latents = original.keep(match_moments(original.keep(latents), base))
         yield phase, latents

@@ -13,14 +13,14 @@ LAYERS = [
     ["files"],
     ["saved", "pictures"],
     ["schedule", "views"],
-    ["fusion", "decode"],
+    ["fusion", "decode", "original"],
     ["phases"],
     ["hosts"],
     ["arguments"],
     ["job"],
     ["__main__"],
 ]
-CORE = ["config", "memory", "files", "schedule", "views", "fusion", "decode", "phases", "arguments"]
+CORE = ["config", "memory", "files", "schedule", "views", "fusion", "decode", "original", "phases", "arguments"]
 
 
 def imports(path):
