@@ -28,19 +28,77 @@ function demofusionRound(x) {
     return low % 2 ? low + 1 : low;
 }
 
-// Sizes (latent pixels), phases and model calls of one image, those of the base among them; {refused} where there is no such plan.
+const DEMOFUSION_LARGEST = 64, DEMOFUSION_FITTING = [0.8, 1.25], DEMOFUSION_WORTH = 1.02; // as phases.py has them
+
+// The base's steps, and how many of the first ones are not run: all of txt2img's, and of img2img's as its strength says.
+function demofusionBaseSteps(form) {
+    if (form.start === "") return [form.steps, 0];
+    const strength = Math.min(form.ownStrength, 0.999);
+    const steps = form.fixSteps ? (strength > 0 ? Math.floor(form.steps / strength) : 0) : form.steps;
+    const encoded = form.fixSteps ? form.steps - 1 : Math.floor(strength * form.steps);
+    const timesteps = ["ddim", "grid"].includes(form.table.samplers[form.sampler][0]);
+    return [steps, steps - encoded - (timesteps ? 0 : 1)];
+}
+
+// What a picture of [height, width] pixels becomes at a scale, and by which windows; sizes in latent pixels.
+function demofusionWindow(picture, scale, side) {
+    const final = picture.map((length) => Math.max(Math.floor(length * scale / 8 + 0.5), 1));
+    const area = final[0] * final[1], ratio = Math.sqrt(area) / side, whole = Math.max(Math.floor(ratio + 0.5), 1);
+    const [low, high] = DEMOFUSION_FITTING, fits = low <= ratio / whole && ratio / whole <= high;
+    const window = final.map((length) => Math.ceil(length / Math.max(fits ? whole : ratio, 1) - 1e-9));
+    return {
+        final, window,
+        smaller: area * 64 <= picture[0] * picture[1],
+        atOnce: window[0] === final[0] && window[1] === final[1],
+        large: ratio > DEMOFUSION_LARGEST,
+    };
+}
+
+// The same for a form, or {refused}; {unknown} as long as the server has not said what the checkpoint was made for.
+function demofusionFromPicture(form) {
+    const [height, width] = form.picture, side = form.window / 8 || form.facts.native;
+    if (!height || !width) return {refused: "there is no picture; drop one on the tab"};
+    if (!side) return {unknown: true};
+    if (side < 1) return {refused: `a window of ${form.window} pixels is too small; a latent pixel is 8 pixels`};
+    const made = demofusionWindow(form.picture, form.scale, side), size = `${made.final[1] * 8}x${made.final[0] * 8}`;
+    if (made.smaller) return {refused: `${size} is not larger than the picture, ${width}x${height}; choose a larger size`};
+    if (!made.atOnce && !made.large) return {...made, begin: height * width / 64};
+    const scales = Array.from({length: 140}, (_, i) => (21 + i) / 20).filter(function(scale) {
+        const {smaller, atOnce, large} = demofusionWindow(form.picture, scale, side);
+        return !smaller && !atOnce && !large;
+    });
+    if (made.atOnce) {
+        const works = scales.length ? `scale ${scales[0]} is the smallest that works` : "a smaller window works";
+        return {refused: `${size} is no larger than what the checkpoint draws at once; ${works}`};
+    }
+    const works = scales.length ? `scale ${scales.at(-1)} is the largest that works` : "a larger window works";
+    return {refused: `${size} is more than ${DEMOFUSION_LARGEST} times as long and wide as a window of ${side * 8}; ${works}`};
+}
+
+// Sizes (latent pixels), phases and model calls of one image, those of the base among them; {refused} where there is no such
+// plan, {unknown} where what the server has not said yet is missing.
 function demofusionPlan(form) {
-    const h = Math.floor(form.height / 8), w = Math.floor(form.width / 8);
-    const stride = [h, w].map((side) => Math.floor(side * form.stride + 1e-9) || 1);
     const sampler = form.table.samplers[form.sampler];
     if (sampler === undefined) return {refused: `the sampler ${form.sampler} is not one that it knows; Euler works`};
+    const given = form.start === "Picture";
+    if (given && !(form.ownStrength > 0)) return {refused: "at denoising strength 0 nothing would be drawn; raise it"};
+    const from = given ? demofusionFromPicture(form) : {};
+    if (from.refused || from.unknown) return from;
+    if (!given && form.window) {
+        return {refused: "a window is for a picture that is given; here it is the base's size, so set window to 0"};
+    }
+    const [h, w] = from.window ?? [form.height, form.width].map((side) => Math.floor(side / 8));
+    const stride = [h, w].map((side) => Math.floor(side * form.stride + 1e-9) || 1);
+    const largest = given ? Math.max(from.final[0] / h, from.final[1] / w) : form.scale;
 
     const scales = [];
-    for (let s = 2; s < Math.ceil(form.scale); s++) if (!form.doubling || s === 2 || s === 4) scales.push(s);
-    scales.push(form.scale);
+    for (let s = 2; s < Math.ceil(largest); s++) if (!form.doubling || Number.isInteger(Math.log2(s))) scales.push(s);
+    scales.push(largest);
     const phaseSteps = form.phaseSteps || form.steps;
-    const skipped = phaseSteps - Math.max(demofusionRound(phaseSteps * form.strength), 1);
-    const base = demofusionCalls(sampler, form.scheduler, form.steps, 0);
+    const strength = given ? form.ownStrength : form.strength;
+    const skipped = phaseSteps - Math.max(demofusionRound(phaseSteps * strength), 1);
+    const [baseSteps, baseSkipped] = demofusionBaseSteps(form);
+    const base = given ? 0 : demofusionCalls(sampler, form.scheduler, baseSteps, baseSkipped);
     const calls = demofusionCalls(sampler, form.scheduler, phaseSteps, skipped);
     const lacking = function(made, steps, skipped) {
         const least = demofusionLeastCalls(form, sampler, skipped), run = steps - skipped;
@@ -48,14 +106,17 @@ function demofusionPlan(form) {
         const few = skipped ? `the ${run} of ${steps} steps that the denoising strength leaves` : `${run} step${run > 1 ? "s" : ""}`;
         return `${form.sampler} cannot do with ${few}; it needs ${run + least - made} at least`;
     };
-    const few = lacking(base, form.steps, 0);
+    const few = given ? null : lacking(base, baseSteps, baseSkipped);
     if (few) return {refused: few};
     const branches = form.cfg === 1 ? 1 : 2;
-    let total = 2 * base, height = h, width = w;
+    let total = 2 * base, height = h, width = w, phases = given ? 0 : 1;
     for (const scale of scales) {
-        const before = [height, width];
-        height = demofusionRound(h * scale);
-        width = demofusionRound(w * scale);
+        const before = [height, width], size = given ?
+            from.final.map((side) => Math.max(demofusionRound(side * scale / largest), 1)) :
+            [h, w].map((side) => demofusionRound(side * scale));
+        if (given && size[0] * size[1] <= DEMOFUSION_WORTH * from.begin && scale !== largest) continue;
+        [height, width] = size;
+        phases += 1;
         if (height === before[0] && width === before[1]) {
             return {refused: `scale ${form.scale} adds no latent pixel to a base of ${w}x${h}; choose a larger one`};
         }
@@ -64,7 +125,8 @@ function demofusionPlan(form) {
         const rows = Math.ceil((height - h) / stride[0]) + 1, columns = Math.ceil((width - w) / stride[1]) + 1;
         total += branches * calls * (rows * columns + Math.ceil(scale) ** 2);
     }
-    return {h, w, height, width, phases: scales.length + 1, base: 2 * base, total, known: sampler[0] !== "unknown"};
+    const own = given ? [height, width].map((side) => demofusionRound(side / form.scale)) : [h, w];
+    return {h, w, own, height, width, phases, base: 2 * base, total, given, known: sampler[0] !== "unknown"};
 }
 
 function demofusionBytes(bytes) {
@@ -90,7 +152,7 @@ function demofusionTime(form, plan) {
 // The largest scale below the form's, as its slider goes, at which the finished image has what is asked; undefined: none.
 function demofusionLargest(form, plan, has) {
     for (let twentieths = Math.ceil(20 * form.scale) - 1; twentieths > 20; twentieths--) {
-        const [height, width] = [plan.h, plan.w].map((side) => demofusionRound(side * twentieths / 20));
+        const [height, width] = plan.own.map((side) => demofusionRound(side * twentieths / 20));
         if (has(height, width)) return twentieths / 20;
     }
 }
@@ -129,16 +191,24 @@ function demofusionReadout(form) {
     if (form.hires) return "cannot run: Hires. fix is on too, and only one of the two can enlarge the image; untick one of them";
     const plan = demofusionPlan(form);
     if (plan.refused) return `cannot run: ${plan.refused}`;
+    if (plan.unknown) return "";
     const size = (height, width) => `${width * 8}x${height * 8}`;
     const made = plan.known ? `${plan.total.toLocaleString("en-US")} model calls` : "as many model calls as it takes";
-    const said = [`from ${size(plan.h, plan.w)} to ${size(plan.height, plan.width)}`, `${plan.phases} phases`, made];
+    const said = [`from ${size(plan.h, plan.w)} to ${size(plan.height, plan.width)}`];
+    if (plan.given) {
+        said[0] = `from ${form.picture[1]}x${form.picture[0]} to ${size(plan.height, plan.width)}`;
+        said.push(`windows of ${size(plan.h, plan.w)}`);
+    }
+    said.push(`${plan.phases} phase${plan.phases > 1 ? "s" : ""}`, made);
     return [...said, demofusionTime(form, plan), demofusionFits(form, plan)].filter(Boolean).join(", ");
 }
 
-// How many times the base's model calls the whole image takes, in words; nothing where that is not known.
+// How many times the base's model calls the whole image takes, or how many it takes without a base, in words; nothing where
+// that is not known.
 function demofusionCost(form) {
     const plan = demofusionPlan(form);
-    if (plan.refused || !plan.known) return "";
+    if (plan.refused || plan.unknown || !plan.known) return "";
+    if (plan.given) return `${plan.total.toLocaleString("en-US")} model calls`;
     const times = plan.total / plan.base;
     return `${times < 10 ? Math.round(10 * times) / 10 : Math.round(times)} times the base image's model calls`;
 }
@@ -172,6 +242,31 @@ function demofusionTold(facts, before, stored) {
     return {...facts, paces, memory: facts.memory ?? before.memory};
 }
 
+// What the gallery's button asks for: the picture that is selected, and what the host knows of it. gallery: its pictures, as
+// gradio has them; infos: the host's text about them. Told apart from the last click, so that a second one counts too.
+function demofusionSelected(gallery, infos) {
+    const index = gallery?.length ? Math.max(selected_gallery_index(), 0) : 0;
+    let known = {};
+    try {
+        known = JSON.parse(infos);
+    } catch { /* nothing is known */ }
+    return JSON.stringify({
+        picture: gallery?.[index] ?? null,
+        infotext: known.infotexts?.[index] ?? "",
+        grid: index < (known.index_of_first_image ?? 0),
+        click: Date.now(),
+    });
+}
+
+// It was asked for: generate, once. What this returns takes the request off the form again.
+function demofusionGenerate(tab, asked) {
+    if (asked) {
+        if (tab === "img2img") switch_to_img2img_tab(0); // of the tab's own picture no mask, and no batch
+        gradioApp().getElementById(`${tab}_generate`).click();
+    }
+    return "";
+}
+
 if (typeof onUiLoaded === "function") {
     const EVERY = 5000; // milliseconds; the server is asked no more often, and only while the form changes
     let facts = {}, asked = -EVERY, timer = null;
@@ -193,9 +288,9 @@ if (typeof onUiLoaded === "function") {
         draw();
     };
 
-    const draw = function() {
-        const readout = gradioApp().querySelector(".demofusion-readout");
-        if (!readout) return false;
+    // The form of one tab, and what it says; whether it is on.
+    const drawTab = function(readout) {
+        const tab = readout.dataset.tab, host = (name) => `${tab}_${name}`;
         const id = (name) => readout.dataset.id + name;
         const input = (id) => gradioApp().querySelector(`#${id} input[type=number], #${id} input`);
         const number = (id) => parseFloat(input(id)?.value);
@@ -203,36 +298,50 @@ if (typeof onUiLoaded === "function") {
         const choice = (id) => gradioApp().querySelector(`#${id} input[type=radio]:checked`)?.value;
         const chosen = (id) => choice(id) ?? input(id)?.value; // the host's are radio buttons or a list, as its settings say
         const on = gradioApp().getElementById(id("enable-visible-checkbox"))?.checked || ticked(id("enable-checkbox"));
+        const start = tab === "img2img" ? choice(id("start_from")) ?? "" : "";
+        const [pictureWidth, pictureHeight] = start ? currentImg2imgSourceResolution(0, 0, 1) : [0, 0];
         const form = {
-            width: number("txt2img_width"), height: number("txt2img_height"),
-            steps: number("txt2img_steps"), cfg: number("txt2img_cfg_scale"),
-            batchSize: number("txt2img_batch_size") || 1, batchCount: number("txt2img_batch_count") || 1,
-            sampler: chosen("txt2img_sampling"), scheduler: chosen("txt2img_scheduler"),
-            hires: ticked("txt2img_hr-checkbox"), uniPcOrder: opts.uni_pc_order,
+            width: number(host("width")), height: number(host("height")),
+            steps: number(host("steps")), cfg: number(host("cfg_scale")),
+            batchSize: number(host("batch_size")) || 1, batchCount: number(host("batch_count")) || 1,
+            sampler: chosen(host("sampling")), scheduler: chosen(host("scheduler")),
+            hires: tab === "txt2img" && ticked("txt2img_hr-checkbox"), uniPcOrder: opts.uni_pc_order,
             scale: number(id("scale")), stride: number(id("stride")),
             phaseSteps: number(id("phase_steps")), strength: number(id("denoising_strength")),
             doubling: ticked(id("doubling")),
+            start, picture: [pictureHeight, pictureWidth], window: number(id("window")) || 0,
+            ownStrength: number(host("denoising_strength")), fixSteps: opts.img2img_fix_steps,
             table: JSON.parse(readout.dataset.table), facts,
         };
         const say = (element, text) => {
             if (element && element.textContent !== text) element.textContent = text;
         };
         say(readout, on ? demofusionReadout(form) : "");
+        // From a picture the tab's own denoising strength counts.
+        gradioApp().getElementById(id("denoising_strength"))?.classList.toggle("demofusion-unused", start === "Picture");
 
         // The line below the presets is the chosen one's; each has its own as a tooltip, and as what a screen reader says.
         const said = demofusionPresets(form);
-        say(gradioApp().querySelector(".demofusion-preset-help"), said[choice(id("preset")) ?? ""]);
+        say(gradioApp().querySelector(`#${id("preset_help")} .demofusion-preset-help`), said[choice(id("preset")) ?? ""]);
         for (const radio of gradioApp().querySelectorAll(`#${id("preset")} input[type=radio]`)) {
             for (const element of [radio, radio.closest("label")]) if (element) element.title = said[radio.value] ?? "";
         }
         return on;
     };
 
+    const draw = function() {
+        return [...gradioApp().querySelectorAll(".demofusion-readout")].map(drawTab).some(Boolean);
+    };
+
     demofusionUpdate = function() {
         if (draw() && timer === null) timer = setTimeout(ask, Math.max(asked + EVERY - performance.now(), 0));
     };
     onUiLoaded(function() {
-        gradioApp().querySelector("#tab_txt2img")?.addEventListener("input", demofusionUpdate);
+        for (const tab of ["txt2img", "img2img"]) {
+            gradioApp().querySelector(`#tab_${tab}`)?.addEventListener("input", demofusionUpdate);
+        }
+        // A picture that is dropped on img2img says its size when it is loaded.
+        gradioApp().querySelector("#tab_img2img")?.addEventListener("load", demofusionUpdate, true);
         demofusionUpdate();
     });
     onAfterUiUpdate(demofusionUpdate); // values that the host sets: pasted parameters, the swap button, ui-config.json

@@ -20,6 +20,7 @@ from lib_demofusion.views import Size, dilated_views, local_views
 FLAT_SIGMA = 4  # pixels; half a latent pixel's side
 LARGEST = 64  # windows that a picture's sides may be long, on average
 FITTING = (0.8, 1.25)  # how large windows may be, as a share of what the model was made for
+WORTH = 1.02  # a phase must be at least so many times the picture's area
 WRAPPED = 8  # latent pixels, at least, that an image which tiles is grown by on each side before it is enlarged
 
 
@@ -148,18 +149,18 @@ def make_plan(
     *,
     branches: int = 2,
     calls: Callable[[int, int], int] | None = None,
-    skipped: int = 0,
+    base: tuple[int, int] | None = None,
     from_image: bool = False,
     final: Size | None = None,
-    begin: float = 1.0,
+    begin: float = 0,
 ) -> Plan:
     """What DemoFusion will do for a base latent of `window` (h, w) latent pixels.
 
-    steps: of the base, of which the first `skipped` are not run. calls: how many predictions the sampler asks for in a
-    phase of so many steps of which so many are skipped (one for each other step, unless given). from_image: a given picture
-    takes the base's place, so that the first phase costs nothing. final: (H, W) of the last phase; config.scale times the
-    window unless given. begin: the given picture's sides are so many times the window's, and phases up to there fall away.
-    Raises ValueError, one line, for a size or step count that cannot work.
+    steps: of the base. calls: how many predictions the sampler asks for in a phase of so many steps of which so many are
+    skipped (one for each other step, unless given). base: the base's own steps, and how many of the first ones are skipped,
+    where it is no whole run of `steps`. from_image: a given picture takes the base's place, so that the first phase costs
+    nothing. final: (H, W) of the last phase; config.scale times the window unless given. begin: a phase of no more latent
+    pixels than that falls away. Raises ValueError, one line, for a size or step count that cannot work.
     """
     h, w = window
     if h < 1 or w < 1:
@@ -172,18 +173,20 @@ def make_plan(
     late = phase_steps - max(round(phase_steps * config.denoising_strength), 1)
     largest = config.scale if final is None else max(final[0] / h, final[1] / w)
 
-    base = (0, 0, 0) if from_image else (steps, skipped, calls(steps, skipped))
-    phases = [Phase(1, 1.0, window, *base, local=1, dilated=0)]
-    scales = [scale for scale in phase_scales(largest, config.doubling) if scale > begin + 1e-6 or scale == largest]
-    for number, scale in enumerate(scales, start=2):
+    own, skipped = (0, 0) if from_image else base or (steps, 0)
+    phases = [Phase(1, 1.0, window, own, skipped, calls(own, skipped) if own else 0, local=1, dilated=0)]
+    for scale in phase_scales(largest, config.doubling):
         if final is None:
             size = (round(h * scale), round(w * scale))
         else:
             size = tuple(max(round(side * scale / largest), 1) for side in final)
+        if math.prod(size) <= WORTH * begin and scale != largest:
+            continue
         if size == phases[-1].size:
             raise ValueError(f"scale {config.scale:g} adds no latent pixel to a base of {w}x{h}; choose a larger one")
         local, dilated = len(local_views(size, window, stride)), len(dilated_views(window, math.ceil(scale)))
-        phases.append(Phase(number, scale, size, phase_steps, late, calls(phase_steps, late), local, dilated))
+        number, made = len(phases) + 1, calls(phase_steps, late)
+        phases.append(Phase(number, scale, size, phase_steps, late, made, local, dilated))
     return Plan(window, stride, tuple(phases), branches, from_picture=from_image)
 
 
@@ -231,18 +234,29 @@ def plan_from_picture(
     size = "x".join(str(length * factor) for length in reversed(target))
     if math.prod(target) * factor**2 <= h * w:
         raise ValueError(f"{size} is not larger than the picture, {w}x{h}; choose a larger size")
-    windows = math.sqrt(h * w) / factor / side  # that the picture is long and wide
     window = window_for(target, side)
     if window == target:
-        least = math.floor(20 * FITTING[1] / windows + 1) / 20
-        works = f"scale {least:g} is the smallest that works" if least <= 8 else "a smaller window works"
+        scales = _scales_that_work(picture, side, factor)
+        works = f"scale {scales[0]:g} is the smallest that works" if scales else "a smaller window works"
         raise ValueError(f"{size} is no larger than what the checkpoint draws at once; {works}")
     if math.sqrt(math.prod(target)) / side > LARGEST:
-        most = math.floor(20 * LARGEST / windows) / 20
-        works = f"scale {most:g} is the largest that works" if most > 1 else "a larger window works"
+        scales = _scales_that_work(picture, side, factor)
+        works = f"scale {scales[-1]:g} is the largest that works" if scales else "a larger window works"
         raise ValueError(f"{size} is more than {LARGEST} times as long and wide as a window of {side * factor:g}; {works}")
-    begin = max(target[0] / window[0], target[1] / window[1]) * math.sqrt(h * w / math.prod(target)) / factor
+    begin = h * w / factor**2
     return make_plan(window, steps, config, branches=branches, calls=calls, from_image=True, final=target, begin=begin)
+
+
+def _scales_that_work(picture: Size, side: float, factor: int) -> list[float]:
+    """Of the scales, in steps of a twentieth as the WebUI's slider goes, those that plan_from_picture takes."""
+    scales = [twentieths / 20 for twentieths in range(21, 161)]
+    targets = [enlarged_size(picture, scale, factor) for scale in scales]
+    return [
+        scale
+        for scale, target in zip(scales, targets)
+        if math.prod(picture) < math.prod(target) * factor**2 and math.sqrt(math.prod(target)) / side <= LARGEST
+        if window_for(target, side) != target
+    ]
 
 
 def fusion_for(plan: Plan, phase: Phase, config: DemoFusionConfig, reference: Tensor, noise: Tensor, **more: Any) -> Fusion:

@@ -1,4 +1,4 @@
-"""The form in the txt2img tab, and the host's callbacks; what they do is in lib_demofusion.hosts.webui.
+"""The form in txt2img and img2img, and the host's callbacks; what they do is in lib_demofusion.hosts.webui.
 
 Where that cannot be imported, or cannot run, the form says so and what is asked for is refused; that much is in this file.
 """
@@ -27,9 +27,9 @@ def cannot_load(error):
 
 
 try:
-    from modules.ui_components import InputAccordion
+    from modules.ui_components import InputAccordion, ToolButton
 
-    from lib_demofusion.hosts.webui import a1111, checks, loop, plot, readout, settings
+    from lib_demofusion.hosts.webui import a1111, checks, gallery, loop, neighbours, plot, readout, settings
 
     problem = a1111.unsupported()
 except Exception as error:  # whatever it is, what is asked for from now on must be refused
@@ -39,15 +39,20 @@ except Exception as error:  # whatever it is, what is asked for from now on must
 class DemoFusionScript(scripts.Script):
     section = "accordions"
     create_group = False
+    start = None  # the picture that the job starts from, from one of its callbacks to the next
+    selected = None  # the gallery's picture, where its button has asked for the job; or why there is none
 
     def title(self):
         return TITLE
 
     def elem_id(self, item_id):
-        return f"script_demofusion_{item_id}"  # whatever the title; Tiled Diffusion's begin with script_txt2img_
+        tab = "img2img_" if self.is_img2img else ""
+        return f"script_demofusion_{tab}{item_id}"  # whatever the title; Tiled Diffusion's begin with script_txt2img_
 
     def show(self, is_img2img):
-        return False if is_img2img else scripts.AlwaysVisible
+        if not problem:
+            self.gallery_button()
+        return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
         global problem
@@ -59,7 +64,7 @@ class DemoFusionScript(scripts.Script):
         line = html.escape(f"{NAME} cannot run here: {problem}.")
         gr.HTML(line, elem_id=self.elem_id("unsupported"))
         enabled = gr.Checkbox(False, label=NAME, elem_id=self.elem_id("enable"))  # so that it is known who asks for it
-        self.infotext_fields = [(enabled, lambda d: f"{NAME} scale" in d)]
+        self.infotext_fields = [] if self.is_img2img else [(enabled, lambda d: f"{NAME} scale" in d)]
         return [enabled]
 
     def form(self):
@@ -68,10 +73,22 @@ class DemoFusionScript(scripts.Script):
             with controls["enabled"].extra():
                 table = json.dumps(readout.readout_table()).replace('"', "&quot;")
                 gr.HTML(
-                    f'<span class="demofusion-readout" data-id="{self.elem_id("")}" data-table="{table}"></span>',
+                    f'<span class="demofusion-readout" data-tab="{self.tab}" data-id="{self.elem_id("")}" '
+                    f'data-table="{table}"></span>',
                     elem_id=self.elem_id("readout"),
                     min_width=0,
                 )
+            if self.is_img2img:
+                controls["start_from"] = gr.Radio(
+                    list(settings.STARTS),
+                    value=settings.PICTURE,
+                    label="Start from",
+                    elem_id=self.elem_id("start_from"),
+                    tooltip="Picture: as it is, no base is sampled, and the tab's width and height do not matter. img2img "
+                    "result: first what the tab makes by itself",
+                )
+            else:
+                controls["start_from"] = gr.Textbox("", label="Start from", visible=False, elem_id=self.elem_id("start_from"))
             with gr.Row():
                 controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
                 preset = gr.Radio(list(settings.PRESETS), value=settings.PRESET, label="Preset", elem_id=self.elem_id("preset"))
@@ -91,7 +108,9 @@ class DemoFusionScript(scripts.Script):
                     controls["alpha2"] = self.slider("alpha2", "Dilated sampling α2", maximum=10, step=0.1)
                     controls["alpha3"] = self.slider("alpha3", "Gaussian blur α3", maximum=10, step=0.1)
                     controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
-                controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
+                with gr.Row():
+                    controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
+                    controls["window"] = self.slider("window", "Window", maximum=2048, step=64)
                 with gr.Row():
                     controls["doubling"] = self.checkbox("doubling", "Doubling")
                     controls["pixel_upsampling"] = self.checkbox("pixel_upsampling", "Pixel upsampling")
@@ -118,18 +137,50 @@ class DemoFusionScript(scripts.Script):
             self.in_browser(control.change, f"(...shown) => demofusionPreset({table}, shown)", shown, [preset])
 
         named = [name for name in settings.ARGUMENTS if name in settings.CONFIG_FIELDS]
-        self.infotext_fields = [(controls["enabled"], lambda d: settings.read_pasted(d)[0] is not None)]
+        # What is sent to img2img is often the very picture that was made: to enlarge it again takes a click.
+        ticks = [] if self.is_img2img else [(controls["enabled"], lambda d: self.read_pasted(d)[0] is not None)]
+        self.infotext_fields = ticks
         for name in named:
             self.infotext_fields.append((controls[name], self.pasted(name)))
         self.infotext_fields.append((controls["resume"], lambda d: ""))
+        if self.is_img2img:
+            self.infotext_fields.append((controls["start_from"], settings.pasted_start))
 
         # Behind what the API promises: the host cuts longer lists off here, so that one argument too many arrives as this.
         end = gr.Textbox(settings.END, label="end of the arguments", visible=False, elem_id=self.elem_id("end"))
         # What a pasted text says and nobody can read; shown until it is emptied, or something else is pasted.
         unread = gr.Textbox("", label=f"{NAME} cannot read", visible=False, elem_id=self.elem_id("unread"))
-        end.do_not_save_to_config = unread.do_not_save_to_config = True
+        # What the gallery's button asks for. It is set for the one click on Generate that follows, and then empty again.
+        self.asked = gr.Textbox("", label=f"{NAME} of the gallery", visible=False, elem_id=self.elem_id("asked"))
+        self.in_browser(self.asked.change, f"(asked) => demofusionGenerate('{self.tab}', asked)", [self.asked], [self.asked])
+        for hidden in (end, unread, self.asked):
+            hidden.do_not_save_to_config = True
         self.infotext_fields.append((unread, self.pasted_unread))
-        return [*(controls[name] for name in settings.ARGUMENTS), end, unread]
+        return [*(controls[name] for name in settings.ARGUMENTS), end, unread, self.asked]
+
+    @property
+    def tab(self):
+        return "img2img" if self.is_img2img else "txt2img"
+
+    def gallery_button(self):
+        """In the row below the tab's gallery, one more button: it enlarges the picture that is selected."""
+        parts = {}
+
+        def make(last):
+            tip = "Enlarge the selected picture with DemoFusion, by the settings of its form, ticked or not."
+            parts["button"] = ToolButton("🔎", elem_id=self.elem_id("gallery"), tooltip=tip)
+
+        def wire(infos):
+            self.in_browser(
+                parts["button"].click,
+                "(gallery, infos) => demofusionSelected(gallery, infos)",
+                [parts["gallery"], infos.component],
+                [self.asked],
+            )
+
+        self.on_after_component(lambda made: parts.update(gallery=made.component), elem_id=f"{self.tab}_gallery")
+        self.on_after_component(make, elem_id="img2img_send_to_extras" if self.is_img2img else "txt2img_upscale")
+        self.on_after_component(wire, elem_id=f"generation_info_{self.tab}")
 
     def in_browser(self, event, script, inputs, outputs):
         """At an event the page runs a script. Its argument is gradio 3's; where there is none the form is not drawn (`ui`)."""
@@ -146,22 +197,50 @@ class DemoFusionScript(scripts.Script):
         help = settings.CONFIG_FIELDS[name].metadata["help"]
         return dict(value=getattr(settings.FORM, name), label=label, elem_id=self.elem_id(name), tooltip=help)
 
+    def read_pasted(self, parameters):
+        """The settings in pasted parameters, and what is none of them: each tab reads those of pictures that it makes."""
+        if (settings.START_KEY in parameters) != self.is_img2img:
+            return None, ""
+        return settings.read_pasted(parameters)
+
     def pasted(self, name):
         """The value of a control for pasted parameters: as written, else the default; none without DemoFusion."""
 
         def value(parameters):
-            read, _ = settings.read_pasted(parameters)
+            read, _ = self.read_pasted(parameters)
             return None if read is None else read[name]
 
         return value
 
     def pasted_unread(self, parameters):
-        _, unread = settings.read_pasted(parameters)
+        _, unread = self.read_pasted(parameters)
         return gr.update(value=unread, visible=bool(unread))
+
+    def own(self, p):
+        """Whether p is the job that the user asked for, and no other extension's pass within it."""
+        return problem or not neighbours.is_inner(p, self.is_img2img)
+
+    def of(self, p):
+        """What the job p starts from, if that is a picture."""
+        return self.start if self.start is not None and self.start.p is p else None
+
+    def before_process(self, p, *args):
+        """Before the host has looked at the job: what the gallery's button asks for."""
+        if not self.own(p):
+            return
+        forget(p)
+        self.start = self.selected = None
+        if problem:
+            return
+        try:
+            self.selected = gallery.take(p, args)
+        except Exception as error:  # refused in `process`; now the host has not counted its prompts yet
+            self.selected = error
 
     def process(self, p, *args):
         """Before anything is sampled. Whatever is wrong by then refuses the job."""
-        forget(p)
+        if not self.own(p):
+            return
         try:
             asked = bool(args) and args[0] not in (False, None)
             twin = self.twin(p, asked)
@@ -169,10 +248,13 @@ class DemoFusionScript(scripts.Script):
                 raise ValueError(f"it cannot run here: {problem}")
             if twin is not None:
                 raise ValueError(f"another script is called {TITLE} as well ({twin.filename}); remove one of the two")
+            if isinstance(self.selected, Exception):
+                raise self.selected
             if args and not problem:
-                checks.prepare(p, args)
+                self.start = checks.prepare(p, args, self.selected)
         except Exception as error:
             refuse_because(p, error)
+            p.init = lambda *args: None  # which would encode pictures, at whatever size, for nothing; until `postprocess`
 
     def twin(self, p, asked):
         """Another script of our name, if DemoFusion may be meant: the API gives the arguments of both to the first."""
@@ -187,24 +269,36 @@ class DemoFusionScript(scripts.Script):
 
     def before_process_batch(self, p, *args, **kwargs):
         """Before anything of a batch is sampled, when all scripts have had their turn."""
+        if not self.own(p):
+            return
         if args and not problem and not refused(p):
             try:
-                checks.before_batch(p, args)
+                checks.before_batch(p, args, self.of(p))
             except Exception as error:
                 refuse_because(p, error)
         if refused(p):
             p.prompts = []  # ends the host's loop over the batches, however many another script has asked for since
 
     def process_before_every_sampling(self, p, *args, **kwargs):
-        if args and not problem and not refused(p):
-            loop.before_sampling(p, args)
+        if args and not problem and self.own(p) and not refused(p):
+            loop.before_sampling(p, args, self.of(p))
 
     def post_sample(self, p, ps, *args):
-        if args and not problem and not refused(p):
-            loop.post_sample(p, ps, args)
+        if args and not problem and self.own(p) and not refused(p):
+            loop.post_sample(p, ps, args, self.of(p))
+
+    def postprocess_maskoverlay(self, p, ppmo, *args):
+        if self.own(p) and self.of(p) is not None:
+            self.of(p).overlay(ppmo)
 
     def postprocess(self, p, processed, *args):
         """A refused job of another script, a cell of a plot, say, becomes a picture of the refusal: they need one, or fail."""
+        if not self.own(p):
+            return
+        vars(p).pop("init", None)
+        if self.of(p) is not None:
+            self.start.put_back()
+            self.start = None
         chosen = p.script_args[0]  # the number of a script; a pasted text puts "None" there
         if refused(p) and not processed.images and isinstance(chosen, int) and chosen > 0:
             words = picture_of(f"{NAME}: {refused(p)}", p.width, p.height)

@@ -99,6 +99,7 @@ class Options:
         self.sd_vae_decode_method = self.sd_vae_encode_method = "Full"
         self.export_for_4chan, self.target_side_length = True, 4000
         self.batch_cond_uncond = True
+        self.img2img_background_color, self.img2img_fix_steps, self.overlay_inpaint = "#ffffff", False, True
         self.sdxl_crop_top = self.sdxl_crop_left = 0
         self.eta_ancestral, self.eta_ddim, self.s_churn, self.uni_pc_order = 1.0, 0.0, 0.0, 3
         self.live_previews_enable, self.show_progress_every_n_steps, self.show_progress_type = True, 10, "Full"
@@ -136,6 +137,24 @@ def report(message, *, exc_info=False):
 
 def get_font(fontsize):
     return ImageFont.load_default()
+
+
+def flatten(img, bgcolor):
+    if img.mode == "RGBA":
+        background = Image.new("RGBA", img.size, bgcolor)
+        background.paste(img, mask=img)
+        img = background
+    return img.convert("RGB")
+
+
+def resize_image(resize_mode, im, width, height, upscaler_name=None):
+    """Every mode stretches here."""
+    return im.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def fill(image, mask):
+    """The masked area in one colour."""
+    return Image.composite(Image.new("RGB", image.size, (10, 200, 30)), image, mask.convert("L"))
 
 
 def save_image(image, path, basename, seed=None, prompt=None, extension="png", info=None, *, p=None, suffix=""):
@@ -414,7 +433,7 @@ class CFGDenoiser(nn.Module):
     def __init__(self, sampler):
         super().__init__()
         self.sampler = sampler
-        self.p = self.model_wrap = self.steps = self.total_steps = None
+        self.p = self.model_wrap = self.steps = self.total_steps = self.mask = self.nmask = None
         self.step = 0
         self.cond_scale_miltiplier = 1.0
 
@@ -482,7 +501,10 @@ def images_tensor_to_samples(image, approximation=None, model=None):
 
 def setup_img2img_steps(p, steps=None):
     """The steps of the whole schedule, and the number of the first that is run, counted from the end and from 0."""
-    return int(steps / min(p.denoising_strength, 0.999)), steps - 1
+    if steps is not None or shared.opts.img2img_fix_steps:
+        steps = steps or p.steps
+        return int(steps / min(p.denoising_strength, 0.999)), steps - 1
+    return p.steps, int(min(p.denoising_strength, 0.999) * p.steps)
 
 
 class Sampler:
@@ -490,6 +512,7 @@ class Sampler:
         self.funcname = self.func = funcname
         self.p = self.config = self.eta = self.last_latent = self.model_wrap_cfg = self.sampler_extra_args = None
         self.eta_option_field = "eta_ancestral"
+        self.conditioning_key = shared.sd_model.model.conditioning_key
 
     def callback_state(self, d):
         shared.state.sampling_step = d["i"]
@@ -506,6 +529,7 @@ class Sampler:
 
     def initialize(self, p):
         self.p = self.model_wrap_cfg.p = p
+        self.model_wrap_cfg.mask, self.model_wrap_cfg.nmask = getattr(p, "mask", None), getattr(p, "nmask", None)
         self.model_wrap_cfg.step = 0
         self.eta = p.eta if p.eta is not None else getattr(shared.opts, self.eta_option_field)
         return {}
@@ -679,7 +703,7 @@ def create_sampler(name, model):
 
 
 @dataclass(repr=False)
-class StableDiffusionProcessingTxt2Img:
+class StableDiffusionProcessing:
     outpath_samples: str = "outputs"
     prompt: str = ""
     negative_prompt: str = ""
@@ -699,14 +723,11 @@ class StableDiffusionProcessingTxt2Img:
     tiling: bool = False
     do_not_save_samples: bool = False
     do_not_save_grid: bool = False
-    denoising_strength: float = 0.75
     eta: float = None
     s_churn: float = 0.0
     refiner_checkpoint: str = None
     refiner_switch_at: float = None
     disable_extra_networks: bool = False
-    enable_hr: bool = False
-    firstpass_image: Any = None
     is_api: bool = field(default=False, init=False)
     scripts: Any = field(default=None, init=False)
     script_args: list = field(default=None, init=False)
@@ -745,6 +766,28 @@ class StableDiffusionProcessingTxt2Img:
         h, w = (height or self.height) // FACTOR, (width or self.width) // FACTOR
         return (100.0 * torch.arange(h)[:, None] + torch.arange(w)).expand(len(x), 5, h, w).clone()
 
+    def img2img_image_conditioning(self, source_image, latent_image, image_mask=None, round_image_mask=True):
+        """With an inpainting model, the mask and the picture without what is masked."""
+        if self.sd_model.model.conditioning_key != "hybrid":
+            return latent_image.new_zeros(len(latent_image), 5, 1, 1)
+        mask = torch.ones(1, 1, *source_image.shape[-2:])
+        if image_mask is not None:
+            mask = torch.from_numpy(np.array(image_mask.convert("L"), np.float32))[None, None] / 255
+        model = self.sd_model
+        seen = model.get_first_stage_encoding(model.encode_first_stage(source_image * (1 - mask)))
+        mask = torch.nn.functional.interpolate(mask, size=latent_image.shape[-2:]).expand(len(seen), -1, -1, -1)
+        return torch.cat([mask, seen], 1)
+
+    def init(self, all_prompts, all_seeds, all_subseeds):
+        pass
+
+
+@dataclass(repr=False)
+class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
+    denoising_strength: float = 0.75
+    enable_hr: bool = False
+    firstpass_image: Any = None
+
     def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts):
         self.sampler = create_sampler(self.sampler_name, self.sd_model)
         x = self.rng.next()
@@ -752,6 +795,65 @@ class StableDiffusionProcessingTxt2Img:
         return self.sampler.sample(
             self, x, conditioning, unconditional_conditioning, image_conditioning=self.txt2img_image_conditioning(x)
         )
+
+
+@dataclass(repr=False)
+class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
+    init_images: list = None
+    resize_mode: int = 0
+    denoising_strength: float = 0.75
+    mask: Any = None
+    mask_blur_x: int = 4
+    mask_blur_y: int = 4
+    mask_round: bool = True
+    inpainting_fill: int = 0
+    inpaint_full_res: bool = True
+    inpainting_mask_invert: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.image_mask, self.mask, self.nmask = self.mask, None, None
+        self.init_latent = self.image_conditioning = self.mask_for_overlay = self.overlay_images = None
+
+    def init(self, all_prompts, all_seeds, all_subseeds):
+        """The pictures at the job's size, as latents; a mask is not blurred here."""
+        self.sampler = create_sampler(self.sampler_name, self.sd_model)
+        size, mask = (self.width, self.height), None
+        if self.image_mask is not None:
+            mask = self.mask_for_overlay = create_binary_mask(self.image_mask).resize(size)
+            self.overlay_images = []
+        pixels = []
+        for picture in self.init_images:
+            picture = flatten(picture, shared.opts.img2img_background_color).resize(size)
+            if mask is not None:
+                overlay = picture.copy()
+                overlay.putalpha(mask.point(lambda value: 255 - value))
+                self.overlay_images.append(overlay)
+                picture = picture if self.inpainting_fill == 1 else fill(picture, mask)
+            pixels.append(torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1) / 255)
+        pixels = torch.stack(pixels) if len(pixels) > 1 else pixels[0].repeat(self.batch_size, 1, 1, 1)
+        self.batch_size = len(pixels)
+        self.init_latent = images_tensor_to_samples(pixels, model=self.sd_model)
+        if mask is not None:
+            small = mask.resize((self.width // FACTOR, self.height // FACTOR))
+            self.nmask = torch.from_numpy(np.around(np.array(small, np.float32) / 255)).expand(CHANNELS, -1, -1)
+            self.mask = 1 - self.nmask
+            self.overlay_images = (self.overlay_images * self.batch_size)[: self.batch_size]
+        self.image_conditioning = self.img2img_image_conditioning(2 * pixels - 1, self.init_latent, mask)
+
+    def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts):
+        x = self.rng.next()
+        self.scripts.process_before_every_sampling(
+            self, x=self.init_latent, noise=x, c=conditioning, uc=unconditional_conditioning
+        )
+        samples = self.sampler.sample_img2img(
+            self, self.init_latent, x, conditioning, unconditional_conditioning, image_conditioning=self.image_conditioning
+        )
+        return samples if self.mask is None else samples * self.nmask + self.init_latent * self.mask
+
+
+def create_binary_mask(image, round=True):
+    return image.convert("L")
 
 
 class Processed:
@@ -787,6 +889,11 @@ def create_infotext(p, all_prompts, all_seeds, all_subseeds, comments=None, *, i
 
 
 def process_images(p):
+    p.scripts.before_process(p)
+    return process_images_inner(p)
+
+
+def process_images_inner(p):
     state = shared.state
     prompts = [p.prompt] * (p.batch_size * p.n_iter)
     p.all_prompts = prompts
@@ -794,6 +901,8 @@ def process_images(p):
     p.refiner_checkpoint_info = _models[p.refiner_checkpoint].sd_checkpoint_info if p.refiner_checkpoint else None
     model_hijack.apply_circular(p.tiling)
     p.scripts.process(p)
+    with torch.no_grad():
+        p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
 
     images, infotexts = [], []
     state.job_count = p.n_iter
@@ -816,14 +925,33 @@ def process_images(p):
             p.scripts.post_sample(p, ps)
             if not getattr(ps.samples, "already_decoded", False):
                 ps.samples = decode_latent_batch(p.sd_model, ps.samples, cpu, check_for_nans=True)
-            images += ps.samples
         state.nextjob()
-        infotexts += [create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i) for i in range(len(own))]
+        for i, sample in enumerate(ps.samples):
+            p.batch_index = i
+            images.append(_finished(p, sample, i))
+            infotexts.append(create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i))
     if not infotexts:
         infotexts = [create_infotext(p, prompts or [p.prompt], [p.seed], [p.subseed])]
     processed = Processed(p, images, infotexts=infotexts)
     p.scripts.postprocess(p, processed)
     return processed
+
+
+def _finished(p, sample, i):
+    """One decoded image: of txt2img as it is; of img2img as a picture, with what is laid over it."""
+    if not hasattr(p, "init_images"):
+        return sample
+    pixels = (255 * ((sample.float() + 1) / 2).clamp(0, 1)).byte()
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pp = PostprocessImageArgs(image)
+    p.scripts.postprocess_image(p, pp)
+    overlay = p.overlay_images[i] if p.overlay_images and shared.opts.overlay_inpaint else None
+    args = PostProcessMaskOverlayArgs(i, p.mask_for_overlay, overlay)
+    p.scripts.postprocess_maskoverlay(p, args)
+    image = pp.image.convert("RGBA")
+    if args.overlay_image is not None:
+        image.alpha_composite(args.overlay_image)
+    return image.convert("RGB")
 
 
 # ----------------------------------------------------------------------------------- modules.scripts and modules.infotext_utils
@@ -836,6 +964,21 @@ class PostSampleArgs:
         self.samples = samples
 
 
+class PostprocessImageArgs:
+    def __init__(self, image):
+        self.image = image
+
+
+class PostProcessMaskOverlayArgs:
+    def __init__(self, index, mask_for_overlay, overlay_image):
+        self.index, self.mask_for_overlay, self.overlay_image = index, mask_for_overlay, overlay_image
+
+
+class OnComponent:
+    def __init__(self, component):
+        self.component = component
+
+
 class ScriptClassData(NamedTuple):
     script_class: Any
     path: str
@@ -844,7 +987,7 @@ class ScriptClassData(NamedTuple):
 
 
 class Script:
-    name = filename = section = args_from = args_to = infotext_fields = controls = None
+    name = filename = section = args_from = args_to = infotext_fields = controls = on_after_component_elem_id = None
     alwayson = is_img2img = False
     create_group = True
 
@@ -855,6 +998,9 @@ class Script:
         return True
 
     def ui(self, is_img2img):
+        pass
+
+    def before_process(self, p, *args):
         pass
 
     def process(self, p, *args):
@@ -869,8 +1015,17 @@ class Script:
     def post_sample(self, p, ps, *args):
         pass
 
+    def postprocess_image(self, p, pp, *args):
+        pass
+
+    def postprocess_maskoverlay(self, p, ppmo, *args):
+        pass
+
     def postprocess(self, p, processed, *args):
         pass
+
+    def on_after_component(self, callback, *, elem_id):
+        self.on_after_component_elem_id = [*(self.on_after_component_elem_id or []), (elem_id, callback)]
 
     def elem_id(self, item_id):
         return f"script_{self.title().lower().replace(' ', '_')}_{item_id}"
@@ -891,6 +1046,10 @@ class ScriptRunner:
     def _own(self, p):
         return [(script, p.script_args[script.args_from : script.args_to]) for script in self.alwayson_scripts]
 
+    def before_process(self, p):
+        for script, args in self._own(p):
+            script.before_process(p, *args)
+
     def process(self, p):
         for script, args in self._own(p):
             script.process(p, *args)
@@ -907,6 +1066,14 @@ class ScriptRunner:
         for script, args in self._own(p):
             script.post_sample(p, ps, *args)
 
+    def postprocess_image(self, p, pp):
+        for script, args in self._own(p):
+            script.postprocess_image(p, pp, *args)
+
+    def postprocess_maskoverlay(self, p, ppmo):
+        for script, args in self._own(p):
+            script.postprocess_maskoverlay(p, ppmo, *args)
+
     def postprocess(self, p, processed):
         for script, args in self._own(p):
             script.postprocess(p, processed, *args)
@@ -916,7 +1083,14 @@ def quote(text):
     return json.dumps(text) if any(sign in str(text) for sign in ",:\n") else text
 
 
-def parse_generation_parameters(x):
+def image_from_url_text(filedata):
+    return images_of_the_gallery[filedata["name"]]
+
+
+images_of_the_gallery = {}  # what the page may name
+
+
+def parse_generation_parameters(x, skip_fields=None):
     """The last line of an infotext as a dict."""
     rest, values = x.strip().splitlines()[-1], {}
     while rest:
@@ -926,6 +1100,8 @@ def parse_generation_parameters(x):
             rest = rest[end:].removeprefix(", ")
         else:
             values[key], _, rest = rest.partition(", ")
+    if "Size" in values:
+        values["Size-1"], values["Size-2"] = values["Size"].split("x")
     return values
 
 
@@ -939,6 +1115,9 @@ class _Block:
 
     def change(self, fn, inputs=None, outputs=None, *, _js=None):
         self._events.setdefault("change", []).append((_js, inputs, outputs))
+
+    def click(self, fn, inputs=None, outputs=None, *, _js=None):
+        self._events.setdefault("click", []).append((_js, inputs, outputs))
 
     def input(self, fn, inputs=None, outputs=None, *, _js=None):
         self._events.setdefault("input", []).append((_js, inputs, outputs))
@@ -998,6 +1177,11 @@ def update(**kwargs):
     return {**kwargs, "__type__": "generic_update"}
 
 
+class ToolButton(_Block):
+    def __init__(self, value="", *, elem_id=None, **kwargs):
+        super().__init__(value=value, elem_id=elem_id, **kwargs)
+
+
 class InputAccordion(Checkbox):
     def __init__(self, value, **kwargs):
         super().__init__(value, **kwargs)
@@ -1026,7 +1210,8 @@ MODULES = {
         test_for_nans=test_for_nans,
     ),
     "modules.errors": dict(report=report),
-    "modules.images": dict(get_font=get_font, save_image=save_image),
+    "modules.images": dict(get_font=get_font, save_image=save_image, flatten=flatten, resize_image=resize_image),
+    "modules.masking": dict(fill=fill),
     "modules.rng": dict(ImageRNG=ImageRNG),
     "modules.extra_networks": dict(activate=activate),
     "modules.sd_models": dict(
@@ -1072,23 +1257,32 @@ MODULES = {
         all_samplers=all_samplers, find_sampler_config=find_sampler_config, create_sampler=create_sampler
     ),
     "modules.processing": dict(
+        StableDiffusionProcessing=StableDiffusionProcessing,
         StableDiffusionProcessingTxt2Img=StableDiffusionProcessingTxt2Img,
+        StableDiffusionProcessingImg2Img=StableDiffusionProcessingImg2Img,
         Processed=Processed,
         DecodedSamples=DecodedSamples,
         decode_latent_batch=decode_latent_batch,
+        create_binary_mask=create_binary_mask,
         create_infotext=create_infotext,
         process_images=process_images,
+        process_images_inner=process_images_inner,
     ),
     "modules.scripts": dict(
         AlwaysVisible=AlwaysVisible,
+        OnComponent=OnComponent,
         PostSampleArgs=PostSampleArgs,
+        PostprocessImageArgs=PostprocessImageArgs,
+        PostProcessMaskOverlayArgs=PostProcessMaskOverlayArgs,
         Script=Script,
         ScriptClassData=ScriptClassData,
         ScriptRunner=ScriptRunner,
         scripts_data=None,
     ),
-    "modules.infotext_utils": dict(quote=quote, parse_generation_parameters=parse_generation_parameters),
-    "modules.ui_components": dict(InputAccordion=InputAccordion),
+    "modules.infotext_utils": dict(
+        quote=quote, image_from_url_text=image_from_url_text, parse_generation_parameters=parse_generation_parameters
+    ),
+    "modules.ui_components": dict(InputAccordion=InputAccordion, ToolButton=ToolButton),
     "gradio": dict(
         Row=Row,
         Column=Column,
@@ -1157,15 +1351,19 @@ class Host:
     def __init__(self, modules, script):
         self.__dict__.update({name.rpartition(".")[2]: module for name, module in modules.items()})
         self.decoded, self.saved, self.reports, self.script = decoded, saved, reports, script
+        self.img2img_script = type(script)()
+        self.img2img_script.is_img2img = True
         self.reset()
 
     def reset(self):
         """Forget what a test did, and draw the form anew."""
         reset()
         self.scripts.scripts_data.clear()
-        self.runner = ScriptRunner()
-        self.runner.create_script_ui(self.script)
-        self.runner.alwayson_scripts.append(self.script)
+        images_of_the_gallery.clear()
+        self.runner, self.img2img_runner = ScriptRunner(), ScriptRunner()
+        for runner, script in ((self.img2img_runner, self.img2img_script), (self.runner, self.script)):
+            runner.create_script_ui(script)
+            runner.alwayson_scripts.append(script)
 
     @property
     def webui(self):
@@ -1184,12 +1382,18 @@ class Host:
         self.runner.alwayson_scripts.append(script)
 
     def processing_for(self, *args, **settings):
-        """A job with the extension's arguments; those that are missing stay as in the form, where it is off."""
-        p = StableDiffusionProcessingTxt2Img(**{"prompt": "a ring", "negative_prompt": "blue", **settings})
-        p.scripts = self.runner
-        p.script_args = [getattr(control, "value", None) for control in self.runner.inputs]
+        """A job with the extension's arguments; those that are missing stay as in the form, where it is off.
+
+        With init_images it is img2img's.
+        """
+        img2img = "init_images" in settings
+        kind = StableDiffusionProcessingImg2Img if img2img else StableDiffusionProcessingTxt2Img
+        p = kind(**{"prompt": "a ring", "negative_prompt": "blue", **settings})
+        script = self.img2img_script if img2img else self.script
+        p.scripts = self.img2img_runner if img2img else self.runner
+        p.script_args = [getattr(control, "value", None) for control in p.scripts.inputs]
         args = script_arguments(self.webui, args) if len(args) > 1 else args
-        own = range(self.script.args_from, self.script.args_to)
+        own = range(script.args_from, script.args_to)
         for i, arg in zip(own, args):  # what is too long for the script the API cuts off
             p.script_args[i] = arg
         return p

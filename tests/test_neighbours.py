@@ -97,8 +97,25 @@ def test_style_align_needs_no_unit(state, refused):
 
 
 def test_passes_over_finished_images_are_known():
-    assert is_inner(SimpleNamespace(init_images=[]))
-    assert not is_inner(SimpleNamespace())
+    """Those of img2img within txt2img, ADetailer's, and whatever runs while the host is at work for another p."""
+    assert is_inner(SimpleNamespace(init_images=[]), False)
+    assert is_inner(SimpleNamespace(), True)
+    assert not is_inner(SimpleNamespace(), False)
+    assert not is_inner(SimpleNamespace(init_images=[]), True)
+    assert is_inner(SimpleNamespace(init_images=[], _ad_inner=True), True)
+
+    def process_images_inner(p, asked):
+        return is_inner(asked, False)
+
+    job, other = SimpleNamespace(), SimpleNamespace()
+    assert not process_images_inner(job, job)
+    assert process_images_inner(job, other)
+
+    def process_images_inner_of_another(p):
+        return process_images_inner(p, p)
+
+    process_images_inner_of_another.__code__ = process_images_inner_of_another.__code__.replace(co_name="process_images_inner")
+    assert not process_images_inner_of_another(job)
 
 
 @pytest.fixture

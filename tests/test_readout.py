@@ -1,5 +1,6 @@
 """The readout in the browser says what the plan says: javascript/demofusion.js in node, on random forms."""
 
+import math
 import random
 import re
 from types import SimpleNamespace
@@ -25,16 +26,24 @@ def webui():
         yield host.webui
 
 
-def random_form(rng, webui):
-    """A form that can be drawn in the browser, with no more windows than Python lists in no time."""
+def random_form(rng, webui, start=""):
+    """A form that can be drawn in the browser, with no more windows than Python lists in no time. start: as img2img has it."""
     while True:
         w, h = (8 * rng.choice([rng.randint(8, 32), rng.randint(8, 256)]) for _ in range(2))
         scale = rng.choice([float(rng.randint(2, 8)), rng.randint(21, 160) / 20])
         stride = rng.choice([0.5, rng.randint(1, 20) / 20])
-        windows = ((scale - 1) / stride + 2) ** 2
-        if windows < 3000:
+        picture, native = [rng.randint(40, 3000) for _ in range(2)], rng.choice([16, 64, 96, 128])
+        window = rng.choice([0, 0, 64 * rng.randint(1, 16)]) if start == "Picture" else 0
+        side = window / 8 or native
+        largest = scale if start != "Picture" else math.sqrt(math.prod(picture)) / 8 * scale / side
+        if ((largest - 1) / stride + 2) ** 2 < 3000:
             break
     return dict(
+        start=start,
+        picture=picture,
+        window=window,
+        ownStrength=rng.choice([0.999, 1, rng.randint(1, 20) / 20]),
+        fixSteps=False,
         width=w,
         height=h,
         scale=scale,
@@ -50,7 +59,7 @@ def random_form(rng, webui):
         batchCount=rng.randint(1, 4),
         hires=False,
         uniPcOrder=webui.readout.shared.opts.uni_pc_order,
-        facts={},
+        facts={"native": native},
         table=webui.readout.readout_table(),
     )
 
@@ -65,15 +74,22 @@ def plan_or_refusal(form, webui):
     p = SimpleNamespace(
         sampler_name=form["sampler"], **{name: form[name] for name in ("width", "height", "steps", "scheduler")}
     )
+    given, start = form["start"] == "Picture", None
+    if form["start"]:
+        p.denoising_strength = form["ownStrength"]
+        start = SimpleNamespace(from_picture=given, size=tuple(form["picture"]), window=None)
+        webui.a1111.shared.sd_model.image_size = form["facts"]["native"]
+        webui.a1111.shared.opts.img2img_fix_steps = form["fixSteps"]
     try:
         config = webui.settings.DemoFusionConfig(
             scale=form["scale"],
             stride=form["stride"],
             phase_steps=form["phaseSteps"],
             doubling=form["doubling"],
-            denoising_strength=form["strength"],
+            denoising_strength=form["ownStrength" if given else "strength"],
+            window=form["window"],
         )
-        return webui.checks.plan_for(p, config), None
+        return webui.checks.plan_for(p, config, start), None
     except ValueError as error:
         return None, str(error)
 
@@ -88,18 +104,47 @@ def expected(form, plan, webui):
         else "as many model calls as it takes"
     )
     first, last = (f"{8 * phase.size[1]}x{8 * phase.size[0]}" for phase in (base, phases[-1]))
-    return f"from {first} to {last}, {len(plan.phases)} phases, {calls}"
+    if form["start"] != "Picture":
+        return f"from {first} to {last}, {len(plan.phases)} phases, {calls}"
+    number = f"{len(phases)} phase{'s' if len(phases) > 1 else ''}"
+    return f"from {form['picture'][1]}x{form['picture'][0]} to {last}, windows of {first}, {number}, {calls}"
 
 
-def test_the_readout_is_the_plan(webui):
+@pytest.mark.parametrize("start", ["", "Picture", "img2img result"])
+def test_the_readout_is_the_plan(webui, start):
     rng = random.Random(0)
-    forms = [random_form(rng, webui) for _ in range(600)]
+    forms = [random_form(rng, webui, start) for _ in range(600)]
+    forms = [dict(form, fixSteps=bool(i % 3 == 0)) for i, form in enumerate(forms)]
     forms = [(form, plan) for form in forms if (plan := plan_of(form, webui))]
     assert len(forms) > 300
     assert {form["sampler"] for form, _ in forms} == set(webui.samplers.SAMPLERS)
     lines = readouts([form for form, _ in forms])
     for (form, plan), line in zip(forms, lines, strict=True):
         assert line == expected(form, plan, webui), {key: value for key, value in form.items() if key != "table"}
+
+
+def test_from_a_picture_it_refuses_in_the_words_of_the_refusal(webui):
+    rng = random.Random(2)
+    forms = [random_form(rng, webui, "Picture") for _ in range(300)]
+    forms = [dict(form, sampler="Euler", scheduler="Automatic", scale=rng.choice([1.05, 2, 8])) for form in forms]
+    forms = [dict(form, window=rng.choice([0, 64, 2048])) for form in forms]
+    refused = [(form, line) for form in forms if (line := plan_or_refusal(form, webui)[1])]
+    for (_, line), said in zip(refused, readouts([form for form, _ in refused]), strict=True):
+        assert said == f"cannot run: {line}"
+    for part in ("is the smallest that works", "is the largest that works", "a smaller window works"):
+        assert any(part in line for _, line in refused), part
+
+
+def test_without_a_picture_or_a_checkpoint_it_does_not_guess(webui):
+    form = random_form(random.Random(3), webui, "Picture")
+    none = dict(form, picture=[0, 0])
+    unknown = dict(form, window=0, facts={})
+    still = dict(form, ownStrength=0)
+    assert readouts([none, unknown, still]) == [
+        "cannot run: there is no picture; drop one on the tab",
+        "",
+        "cannot run: at denoising strength 0 nothing would be drawn; raise it",
+    ]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

@@ -138,7 +138,8 @@ def test_other_hosts_say_so_in_the_form_and_refuse_what_is_asked_for(extra, line
     monkeypatch.setattr(fake_webui.HTML, "__init__", lambda self, value="", **given: shown.append(value))
     with fake_webui.installed(extra=(extra,)) as host:
         assert line in host.webui.a1111.unsupported()
-        assert shown == [f"DemoFusion cannot run here: {host.webui.a1111.unsupported()}.".replace("'", "&#x27;")]
+        line = f"DemoFusion cannot run here: {host.webui.a1111.unsupported()}.".replace("'", "&#x27;")
+        assert shown == [line, line], "in both tabs"
         assert [control.value for control in host.script.controls] == [False]
         assert host.generate().sizes == host.generate(None).sizes == [(8, 8)]
         assert refusal(host.generate(True)) == f"it cannot run here: {host.webui.a1111.unsupported()}"
@@ -1016,13 +1017,13 @@ def test_whatever_an_error_says_can_be_read_again(host, at_call, text):
 @pytest.mark.parametrize(
     ("what", "size"),
     [("_Phases", (8, 8)), ("_restored", (8, 8)), ("Progress.pause", (8, 8)), ("_keep_what_is_finished", (8, 8)),
-     ("may_use_tiles", (8, 8)), ("_called", (8, 8))],
+     ("may_use_tiles", (8, 8)), ("_Job.called", (8, 8))],
 )  # fmt: skip
 def test_whatever_else_fails_the_base_stays_and_the_reply_says_so(host, at_call, monkeypatch, what, size):
     def fail(*args, **kwargs):
         raise KeyError("a surprise")
 
-    if what in ("_keep_what_is_finished", "_called"):
+    if what in ("_keep_what_is_finished", "_Job.called"):
         at_call(STEPS + 2, host.shared.state.skip)
     owner, _, name = what.rpartition(".")
     loop = host.webui.loop
@@ -1224,22 +1225,22 @@ def test_fewer_arguments_have_the_forms_values(host):
 @pytest.mark.parametrize("surplus", ["", 0, False, None, "more", [1], {}])
 @pytest.mark.parametrize("more", [1, 2, 5])
 def test_one_argument_too_many_is_refused(host, calls, surplus, more):
-    args = [True, *(control.value for control in host.script.controls[1:18])]
-    line = f"it has 18 arguments, of which hold_steps is the last; got one more, {surplus!r}"
+    args = [True, *(control.value for control in host.script.controls[1:20])]
+    line = f"it has 20 arguments, of which window is the last; got one more, {surplus!r}"
     assert_refused(host, calls, line, *args, *[surplus] * more)
     assert host.generate(False, *args[1:], surplus).sizes == [(8, 8)]
 
 
-@pytest.mark.parametrize("position", range(1, 18))
+@pytest.mark.parametrize("position", range(1, 20))
 @pytest.mark.parametrize("value", [None, "", [2], {"a": 1}, "two", float("nan"), float("inf"), 10**400, -1, b"x"])
 def test_an_argument_of_another_kind_is_refused(host, calls, position, value):
-    args = [True, 2, *(control.value for control in host.script.controls[2:18])]
-    if position == 16 and isinstance(value, str):
-        return  # a path
+    args = [True, 2, *(control.value for control in host.script.controls[2:20])]
+    if position == 16 and isinstance(value, str) or position == 18 and value == "":
+        return  # a path; nothing
     args[position] = value
     line = refusal(host.generate(*args))
     assert calls.rows == 0
-    names = {"save_phases": "save phases", "resume": "resume"}
+    names = {"save_phases": "save phases", "resume": "resume", "start_from": "start from"}
     label = (
         names.get(host.webui.settings.ARGUMENTS[position])
         or host.webui.settings.CONFIG_FIELDS[host.webui.settings.ARGUMENTS[position]].metadata["label"]
@@ -1263,7 +1264,7 @@ def test_arguments_that_nobody_filled_ask_for_nothing(host):
     host.script.args_from, host.script.args_to = before
 
 
-@pytest.mark.parametrize("where", ["check_fits", "_check", "plan_for", "read_settings", "describe"])
+@pytest.mark.parametrize("where", ["check_fits", "plan_for", "read_settings", "describe"])
 @pytest.mark.parametrize("error", [KeyError("what"), RuntimeError("CUDA error"), MemoryError(), OSError(28, "No space left")])
 def test_whatever_fails_before_the_base_refuses(host, calls, monkeypatch, capsys, where, error):
     def fail(*args, **kwargs):
@@ -1517,7 +1518,7 @@ def test_a_preview_waits_until_the_decoder_is_whole_again(host, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- the form and the infotext
 
 
-FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12]
+FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12, "", 0]
 
 
 def pasted(host, text):
@@ -1528,13 +1529,14 @@ def pasted(host, text):
 
 def test_the_form_has_every_argument_at_its_default(host):
     names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
-    assert names == ["enable", *host.webui.settings.ARGUMENTS[1:], "end", "unread"]
+    assert names == ["enable", *host.webui.settings.ARGUMENTS[1:], "end", "unread", "asked"]
     form = host.webui.settings.DemoFusionConfig.preset("Fast", scale=2.0)
     values = {
-        name: getattr(form, name, default) for name, default in zip(host.webui.settings.ARGUMENTS, [False] * 16 + ["", 0])
+        name: getattr(form, name, default)
+        for name, default in zip(host.webui.settings.ARGUMENTS, [False] * 16 + ["", 0, "", 0])
     }
-    assert [control.value for control in host.script.controls] == [*values.values(), host.webui.settings.END, ""]
-    assert [control.visible for control in host.script.controls[-2:]] == [False, False]
+    assert [control.value for control in host.script.controls] == [*values.values(), host.webui.settings.END, "", ""]
+    assert [control.visible for control in host.script.controls[-3:]] == [False, False, False]
     assert host.gradio.Radio._made.value == "Fast"
     assert host.webui.settings.read_settings([True]) == host.webui.settings.Settings(form)
     assert pasted(host, "Steps: 4, DemoFusion scale: 4")[1] == 4, "a picture says its scale, whatever the form starts at"
@@ -1622,7 +1624,7 @@ def test_pasting_restores_the_form_exactly(host):
     values = pasted(host, reply.infotexts[0])
     assert settings_of(host.webui, values) == settings_of(host.webui, FULL)
     assert list(map(type, settings_of(host.webui, values))) == list(map(type, settings_of(host.webui, FULL)))
-    values[15] = False
+    values[15], values[18] = False, ""
     assert torch.equal(host.generate(*values).latents[0], reply.latents[0])
 
 
@@ -1644,7 +1646,7 @@ def test_a_picture_from_before_there_were_hold_steps_keeps_its_look_when_it_is_p
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 15, "", None]
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 15, "", None, None, None]
 
 
 JUNK = ["abc", "", "nan", "inf", "1e9", "-1", "1e999", "2x2", "2, 3", '"', "None", "0x10", "1" + "0" * 400, "\u0663\u0664e"]
@@ -1659,7 +1661,7 @@ def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, ca
         del parameters[f"DemoFusion {label}"]
         parameters |= {f"DemoFusion {label}-1": "2", f"DemoFusion {label}-2": "2"}
     values = {id(control): function(parameters) for control, function in host.runner.infotext_fields}
-    *args, end, unread = (values.get(id(control), control.value) for control in host.script.controls)
+    *args, end, unread, asked = (values.get(id(control), control.value) for control in host.script.controls)
     assert args[0] is True
     default = DemoFusionConfig(scale=4.0 if name == "scale" else 2.0, hold_steps=0)
     assert settings_of(host.webui, args) == [
@@ -1677,13 +1679,8 @@ def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, ca
 def test_pasted_settings_that_can_be_read_show_no_line(host):
     for text in (host.generate(*FULL).infotexts[0], host.generate().infotexts[0], "Steps: 4, DemoFusion jitter: maybe"):
         parameters = host.infotext_utils.parse_generation_parameters(text)
-        [(_, function)] = [field for field in host.runner.infotext_fields if field[0] is host.script.controls[-1]]
+        [(_, function)] = [field for field in host.runner.infotext_fields if field[0] is host.script.controls[-2]]
         assert function(parameters) == {"__type__": "generic_update", "value": "", "visible": False}
-
-
-def test_img2img_has_no_form(host):
-    assert host.script.show(True) is False
-    assert host.script.show(False) is host.scripts.AlwaysVisible
 
 
 def saving(scale, resume=""):
@@ -1793,15 +1790,19 @@ def test_another_images_phase_is_not_resumed(host, phase_2):
 
 
 def test_xyz_plot_gets_an_axis_for_each_setting(host):
-    Axis = type("AxisOptionTxt2Img", (SimpleNamespace,), {})
+    Axis = type("AxisOption", (SimpleNamespace,), {})
     plot = ModuleType("xyz_grid.py")
     plot.axis_options = []
-    plot.AxisOptionTxt2Img = lambda label, type, apply, choices=None: Axis(label=label, type=type, apply=apply, choices=choices)
+
+    def axis(label, type, apply, choices=None):
+        return Axis(label=label, type=type, apply=apply, choices=choices)
+
+    plot.AxisOption, plot.AxisOptionImg2Img = axis, axis
     plot.Script = type("Script", (host.scripts.Script,), {"__module__": "xyz_grid.py"})
     host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
     host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
     host.script_callbacks.before_ui_callback()
-    assert len(plot.axis_options) == 16
+    assert len(plot.axis_options) == 18
     axes = {axis.label: axis for axis in plot.axis_options}
 
     p = host.processing_for()

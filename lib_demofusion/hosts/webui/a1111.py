@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from modules import devices, extra_networks, sd_models, sd_samplers, shared
+from modules import devices, extra_networks, sd_models, sd_samplers, sd_samplers_common, shared
 from modules.sd_hijack import model_hijack
 from torch import Tensor
 
@@ -63,6 +63,30 @@ def untiled(p: Any) -> Iterator[None]:
         yield
     finally:
         model_hijack.apply_circular(p.tiling)
+
+
+def native_side() -> float:
+    """The side of the square images that the loaded checkpoint was made for, latent pixels."""
+    model = shared.sd_model
+    if getattr(model, "is_sdxl", False):
+        return 1024 / FACTOR
+    if getattr(model, "is_sd2", False) and model.parameterization == "v":  # whose configuration says 512
+        return 768 / FACTOR
+    return getattr(model, "image_size", 512 / FACTOR)
+
+
+def base_steps(p: Any) -> tuple[int, int]:
+    """The steps of the base's schedule, and how many of the first ones are not run, as img2img's denoising strength has it."""
+    steps, encoded = sd_samplers_common.setup_img2img_steps(p)
+    run = encoded if SAMPLERS[p.sampler_name].timesteps else encoded + 1
+    return steps, steps - run
+
+
+def sees_picture(sampler: Any) -> bool:
+    """Whether the checkpoint gets a given picture as a condition: it inpaints, say, or goes by depth."""
+    if sampler.conditioning_key in ("hybrid", "concat", "crossattn-adm"):
+        return True
+    return bool(getattr(sampler.model_wrap.inner_model, "is_sdxl_inpaint", False))
 
 
 def log_alphas() -> np.ndarray:

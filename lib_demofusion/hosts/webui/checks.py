@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,18 @@ from modules import devices, shared
 from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig
 from lib_demofusion.hosts.webui import a1111, neighbours
 from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui.gallery import Selected
+from lib_demofusion.hosts.webui.picture import LATENT_RESIZE, Start
 from lib_demofusion.hosts.webui.samplers import SAMPLERS, least_calls, model_calls
-from lib_demofusion.hosts.webui.settings import NAME, describe, read_settings, say
+from lib_demofusion.hosts.webui.settings import NAME, PICTURE, RESULT, Settings, describe, read_settings, say
 from lib_demofusion.memory import check_fits
-from lib_demofusion.phases import Phase, Plan, make_plan
+from lib_demofusion.phases import Phase, Plan, make_plan, plan_from_picture
 from lib_demofusion.saved import SavedPhase, read_saved
 
 PICTURES = 4  # how often the host has each finished picture in main memory, in single precision
 
 
-def plan_for(p: Any, config: DemoFusionConfig) -> Plan:
+def plan_for(p: Any, config: DemoFusionConfig, start: Start | None = None) -> Plan:
     """The plan of one image of the host's processing p. Raises ValueError, one line, if it cannot work."""
     if p.sampler_name not in SAMPLERS:
         raise ValueError(f"the sampler {p.sampler_name} is not one that it knows; Euler works")
@@ -35,25 +39,102 @@ def plan_for(p: Any, config: DemoFusionConfig) -> Plan:
             raise ValueError(f"{p.sampler_name} cannot do with {of}; it needs {needed} at least")
         return made
 
-    return make_plan((p.height // FACTOR, p.width // FACTOR), p.steps, config, calls=calls)
+    if start is not None and start.from_picture:
+        if start.window is None or config.window:
+            return plan_from_picture(start.size, a1111.native_side(), p.steps, config, calls=calls, factor=FACTOR)
+        h, w = (side // FACTOR for side in start.window)
+        return make_plan((h, w), p.steps, config, calls=calls, from_image=True)
+    if config.window:
+        raise ValueError("a window is for a picture that is given; here it is the base's size, so set window to 0")
+    base = None if start is None else a1111.base_steps(p)
+    return make_plan((p.height // FACTOR, p.width // FACTOR), p.steps, config, calls=calls, base=base)
 
 
-def prepare(p: Any, args: Sequence[Any]) -> None:
-    """Before anything is sampled: note the settings for the infotext. Raises ValueError, one line, where that is refused."""
+def settings_for(p: Any, args: Sequence[Any], start: Start | None) -> Settings | None:
+    """What is asked of the job p, in the script's arguments and, from a given picture, in img2img's own denoising strength.
+
+    None: nothing, or another one's work goes before. Raises ValueError, one line, for a wrong value.
+    """
     settings = read_settings(args)
-    if settings is None or neighbours.is_inner(p):
-        return
+    if settings is None or enlarges_a_finished_picture(p) or neighbours.stands_aside_for(p):
+        return None
+    if start is not None and start.from_picture and hasattr(p, "init_images"):
+        if p.denoising_strength <= 0:
+            raise ValueError("at denoising strength 0 nothing would be drawn; raise it")
+        settings = replace(settings, config=replace(settings.config, denoising_strength=float(p.denoising_strength)))
+    return settings
+
+
+def prepare(p: Any, args: Sequence[Any], selected: Selected | None = None) -> Start | None:
+    """Before anything is sampled: what the job starts from, if that is a picture; and the settings for the infotext.
+
+    selected: of the gallery. Raises ValueError, one line, where the job is refused.
+    """
+    settings = read_settings(args)
+    if settings is None:
+        return None
     if enlarges_a_finished_picture(p):
         say(p, "note", "it stood aside, since a finished picture was enlarged, by Hires. fix")
-        return
-    _check(p)
-    plan = plan_for(p, settings.config)
+        return None
+    if neighbours.stands_aside_for(p):
+        say(p, "note", f"it stood aside, since {neighbours.stands_aside_for(p)} is on; untick one of the two")
+        return None
+    _refuse_hires_fix(p)
+    a1111.check_model()
+    neighbours.check(p, NAME)
+    start = _start(p, settings, selected)
+    settings = settings_for(p, args, start)
+    plan = plan_for(p, settings.config, start)
+    if start is not None and start.from_picture:
+        start.set(width=plan.window[1] * FACTOR, height=plan.window[0] * FACTOR)
+    _check_fits(p, settings.config, plan)
     last = plan.phases[-1]
-    check_fits(last.size, last.scale, devices.device, a1111.latent_channels(), p.batch_size, FACTOR, PICTURES)
     if settings.resume:
         _check_resume(p, read_resumed(settings.resume), plan)
-    describe(p, settings.config, last)
+    describe(p, settings.config, *reached(plan, last, settings.config, start))
     _warn_of_small_jpegs(p, last)
+    return start
+
+
+def _start(p: Any, settings: Settings, selected: Selected | None) -> Start | None:
+    """What p starts from; None: from a prompt. Raises ValueError, one line, for pictures that cannot be taken."""
+    if selected is not None:
+        return Start(p, [selected.image], PICTURE, selected.drawn_at_once)
+    if not hasattr(p, "init_images"):
+        if settings.start_from:
+            raise ValueError(f"there is no picture in txt2img to start from, as {settings.start_from!r} wants; img2img has one")
+        return None
+    neighbours.check_chosen(p, NAME)
+    given = list(p.init_images or [])
+    if not given or any(picture is None for picture in given):
+        raise ValueError("there is no picture; drop one on the tab")
+    if len(given) > p.batch_size:
+        raise ValueError(
+            f"there are {len(given)} pictures for a batch of {p.batch_size}; send as many as the batch has, or one"
+        )
+    if all(picture is given[0] for picture in given):
+        given = given[:1]
+    start = Start(p, given, settings.start_from or PICTURE)
+    if start.from_picture and len({picture.size for picture in given}) > 1:
+        raise ValueError("the pictures of the batch are of different sizes; send each by itself, or those of one size together")
+    if start.from_picture and p.resize_mode == LATENT_RESIZE:
+        raise ValueError("it enlarges the picture itself, and not its latents; choose another resize mode, Just resize for one")
+    if start.mask is not None and p.inpaint_full_res:
+        raise ValueError("the inpaint area is Only masked; choose Whole picture (inpaint_full_res false), or untick DemoFusion")
+    if start.mask is not None and start.mask.getextrema()[1] == 0:
+        raise ValueError("the mask is empty, so that nothing would change; paint over what is to change")
+    return start
+
+
+def reached(plan: Plan, phase: Phase, config: DemoFusionConfig, start: Start | None) -> tuple[float, str]:
+    """What the infotext says of a picture that got as far as `phase`: its scale, of what it started from, and what that is."""
+    if start is None or not start.from_picture:
+        return phase.scale, RESULT if start is not None else ""
+    height, width = start.size
+    scale = config.scale
+    if phase is not plan.phases[-1]:
+        scale = FACTOR * math.sqrt(math.prod(phase.size) / (height * width)) if phase.number > 1 else 1.0
+    return scale, f"{PICTURE} {width}x{height}"
 
 
 def enlarges_a_finished_picture(p: Any) -> bool:
@@ -62,13 +143,13 @@ def enlarges_a_finished_picture(p: Any) -> bool:
     return bool(given) and getattr(p, "enable_hr", False)
 
 
-def before_batch(p: Any, args: Sequence[Any]) -> None:
+def before_batch(p: Any, args: Sequence[Any], start: Start | None = None) -> None:
     """Every script has had its turn, and nothing of the batch is sampled yet.
 
     Raises ValueError, one line, for what one of them has changed since `prepare` and is to be refused.
     """
-    settings = read_settings(args)
-    if settings is None or neighbours.is_inner(p) or enlarges_a_finished_picture(p):
+    settings = settings_for(p, args, start)
+    if settings is None:
         return
     for kind in ("incomplete", "note"):  # of the batch before
         p.extra_generation_params.pop(f"{INFOTEXT_PREFIX} {kind}", None)
@@ -77,20 +158,17 @@ def before_batch(p: Any, args: Sequence[Any]) -> None:
     note = neighbours.note_on(p.sd_model)
     if note:
         say(p, "note", note)
-    last = plan_for(p, settings.config).phases[-1]
-    check_fits(last.size, last.scale, devices.device, a1111.latent_channels(), p.batch_size, FACTOR, PICTURES)
+    _check_fits(p, settings.config, plan_for(p, settings.config, start))
+
+
+def _check_fits(p: Any, config: DemoFusionConfig, plan: Plan) -> None:
+    last = plan.phases[-1]
+    check_fits(last.size, config.scale, devices.device, a1111.latent_channels(), p.batch_size, FACTOR, PICTURES)
 
 
 def _refuse_hires_fix(p: Any) -> None:
     if getattr(p, "enable_hr", False):
         raise ValueError("Hires. fix is on too, and only one of the two can enlarge the image; untick one of them")
-
-
-def _check(p: Any) -> None:
-    """Raises ValueError, one line, if DemoFusion cannot run on p."""
-    _refuse_hires_fix(p)
-    a1111.check_model()
-    neighbours.check(p, NAME)
 
 
 def read_resumed(path: Path) -> SavedPhase:

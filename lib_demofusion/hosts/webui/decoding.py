@@ -38,14 +38,21 @@ def decode(model: Any, latents: Tensor, base: Size) -> Any:
         return processing.decode_latent_batch(model, latents, devices.cpu, check_for_nans=True)
 
 
+@contextmanager
+def encoding(model: Any, base: Size) -> Iterator[None]:
+    """What is encoded meanwhile, by whomever, is encoded as `encode` does it."""
+    with _in_tiles(model, base, "encode", tiles.encode), torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 def encode(model: Any, image: Tensor, base: Size) -> Tensor:
     """An image [1, 3, H, W] in -1..1 as latents, as the host encodes it; a large one in tiles.
 
     The host draws them from a distribution, whose spread is next to nothing, with the noise of all programs; here always
     the same noise, so that a seed gives one picture.
     """
-    with _in_tiles(model, base, "encode", tiles.encode), torch.random.fork_rng():
-        torch.manual_seed(0)
+    with encoding(model, base):
         return sd_samplers_common.images_tensor_to_samples(image.div(2).add_(0.5), model=model)
 
 

@@ -15,11 +15,12 @@ from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
 from lib_demofusion.hosts.webui import a1111, neighbours
 from lib_demofusion.hosts.webui.a1111 import FACTOR
-from lib_demofusion.hosts.webui.checks import enlarges_a_finished_picture, plan_for, read_resumed
+from lib_demofusion.hosts.webui.checks import plan_for, reached, read_resumed, settings_for
 from lib_demofusion.hosts.webui.decoding import decode, encode, in_turns, may_use_tiles
+from lib_demofusion.hosts.webui.picture import Start
 from lib_demofusion.hosts.webui.progress import BaseHooks, Progress
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
-from lib_demofusion.hosts.webui.settings import NAME, Settings, describe, read_settings, say, write_down
+from lib_demofusion.hosts.webui.settings import NAME, Settings, describe, say, write_down
 from lib_demofusion.hosts.webui.step import PhaseHooks
 from lib_demofusion.memory import OutOfMemory, ViewBatch, is_out_of_memory
 from lib_demofusion.phases import Phase, Plan, clock_time, enlarge, fusion_for, upscale
@@ -27,15 +28,17 @@ from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size
 
 
-def before_sampling(p: Any, args: Sequence[Any]) -> None:
+def before_sampling(p: Any, args: Sequence[Any], start: Start | None = None) -> None:
     """The base is about to be sampled, or one of our phases, whose sampler has its hooks already."""
     denoiser = p.sampler.model_wrap_cfg
     if hasattr(denoiser, "demofusion") or getattr(p, "enable_hr", False):
         return
-    settings = read_settings(args)
-    if settings is None or neighbours.is_inner(p):
+    settings = settings_for(p, args, start)
+    if settings is None:
         return
-    progress = Progress(plan_for(p, settings.config))
+    progress = Progress(plan_for(p, settings.config, start))
+    if start is not None and start.from_picture:
+        start.skip_base()
     denoiser.demofusion = BaseHooks(progress)
     shared.total_tqdm.updateTotal(progress.total * max(int(shared.state.job_count), 1))
 
@@ -47,94 +50,148 @@ def on_cfg_denoiser(params: Any) -> None:
         hooks.on_step(params)
 
 
-def post_sample(p: Any, ps: Any, args: Sequence[Any]) -> None:
+def post_sample(p: Any, ps: Any, args: Sequence[Any], start: Start | None = None) -> None:
     """Replace the base latents ps.samples [B, C, h, w] with those of the last phase that could be finished.
+
+    start: the picture that the job starts from, if it does. Where no phase could be finished, the picture comes back.
 
     Where that is not the last of all, whatever the reason, the job says so.
     """
     try:
-        settings = read_settings(args)
-        if settings is not None and not neighbours.is_inner(p) and not enlarges_a_finished_picture(p):
-            _run_phases(p, ps, settings)
+        settings = settings_for(p, args, start)
+        if settings is not None:
+            _run_phases(p, ps, settings, start)
     except Exception as error:
         errors.report(f"{NAME} failed", exc_info=True)
-        say(p, "incomplete", f"the base is the last one finished, because the next {_verb(_reason(error))}")
+        made = "the base is the last one finished"
+        if start is not None and start.from_picture:
+            start.hand_over(ps)
+            made = "the picture is as it was given"
+        say(p, "incomplete", f"{made}, because the next {_verb(_reason(error))}")
 
 
-def _run_phases(p: Any, ps: Any, settings: Settings) -> None:
+def _run_phases(p: Any, ps: Any, settings: Settings, start: Start | None) -> None:
     if getattr(ps.samples, "already_decoded", False):
         say(p, "incomplete", "the base is the last one finished, because something else has made pictures of it already")
         return
     base_hooks = getattr(p.sampler.model_wrap_cfg, "demofusion", None)
-    progress = base_hooks.progress if base_hooks else Progress(plan_for(p, settings.config))
-    plan = progress.plan
+    progress = base_hooks.progress if base_hooks else Progress(plan_for(p, settings.config, start))
+    job = _Job(p, ps, settings, start, progress)
     try:
-        neighbours.check_latents(ps.samples, plan.window, FACTOR)
+        neighbours.check_latents(ps.samples, job.plan.window, FACTOR)
     except ValueError as error:
         progress.close()
-        describe(p, settings.config, plan.phases[0])
-        say(p, "incomplete", f"the base is what you get, because {error}")
+        job.describe(job.plan.phases[0])
+        if job.from_picture:
+            start.hand_over(ps)
+        say(p, "incomplete", f"{'the picture' if job.from_picture else 'the base'} is what you get, because {error}")
         return
-    if _stopped():
+    if _stopped() and not job.from_picture:
         progress.close()
-        describe(p, settings.config, plan.phases[0])
-        say(p, "incomplete", f"{_called(plan.phases[0], plan)}, is not finished, because it was stopped")
+        job.describe(job.plan.phases[0])
+        say(p, "incomplete", f"{job.called(job.plan.phases[0])}, is not finished, because it was stopped")
         return
-
-    progress.pause(1)
-    base, trouble = ps.samples, None
-    finished = [(plan.phases[0], base)]
-    with _restored(p), in_turns(p.sd_model):
-        run = _Phases(p, plan, settings.config, progress)
-        try:
-            done = None
-            if settings.resume is not None:
-                base, done = run.take_up(read_resumed(settings.resume), base)
-                finished.append((plan.phases[done[0] - 1], done[1]))
-            elif settings.save_phases:
-                _save(p, settings.config, plan, plan.phases[0], base, base)
-            for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
-                finished.append((phase, latents))
-                if settings.save_phases and phase is not plan.phases[-1]:
-                    _save(p, settings.config, plan, phase, latents, base)
-        except Cancelled:
-            trouble = "stopped"
-        except Exception as error:  # whatever it is, what is finished must not be lost
-            errors.report(f"{NAME} failed", exc_info=True)
-            trouble = _reason(error)
-    progress.close()
-    if run.view_batch.size < settings.config.view_batch_size:
-        say(p, "note", f"a view batch size of {settings.config.view_batch_size} did not fit; {run.view_batch.size} did.")
-    if trouble:
-        last = finished[-1][0]
-        p.comment(f"{NAME}: {trouble}; {_called(last, plan)}, is the last one finished.")
-        reached = f"phase {last.number} of {len(plan.phases)} is the last one finished"
-        write_down(p, "incomplete", f"{reached}, because the next {_verb(trouble)}")
-        _keep_what_is_finished()
-        devices.torch_gc()
-    _hand_over(p, ps, settings.config, plan, finished)
-    progress.remember()
+    job.run()
 
 
-def _hand_over(p: Any, ps: Any, config: DemoFusionConfig, plan: Plan, finished: list[tuple[Phase, Tensor]]) -> None:
-    """Give the host the last of the finished phases that can be decoded, decoded already if that takes our tiles."""
-    while True:
-        reached, latents = finished.pop()
-        describe(p, config, reached)
-        if not finished or not may_use_tiles(p.sd_model):
-            ps.samples = latents
+class _Job:
+    """The phases of one batch: from the base, or a given picture, to what the host is given to decode and save."""
+
+    def __init__(self, p: Any, ps: Any, settings: Settings, start: Start | None, progress: Progress):
+        self.p = p
+        self.ps = ps
+        self.settings = settings
+        self.config = settings.config
+        self.start = start
+        self.progress = progress
+        self.plan = progress.plan
+        self.from_picture = start is not None and start.from_picture
+        self.finished: list[tuple[Phase, Any]] = []  # with latents, but for a given picture
+
+    def run(self) -> None:
+        p, plan, settings = self.p, self.plan, self.settings
+        self.progress.pause(1)
+        base, trouble = self.ps.samples, None
+        self.finished.append((plan.phases[0], self.start.as_given(len(base)) if self.from_picture else base))
+        with _restored(p), in_turns(p.sd_model):
+            phases = _Phases(p, plan, self.config, self.progress, self.start)
+            try:
+                done = None
+                if self.start is not None:
+                    base = self.start.base(base)
+                if settings.resume is not None:
+                    base, done = phases.take_up(read_resumed(settings.resume), base)
+                    self.finished.append((plan.phases[done[0] - 1], done[1]))
+                elif settings.save_phases and not self.from_picture:
+                    self._save(plan.phases[0], base, base)
+                original = None if self.start is None else self.start.original(self.config)
+                for phase, latents in upscale(plan, base, phases.noise, phases.denoise, done, phases.enlarge, original):
+                    self.finished.append((phase, latents))
+                    if settings.save_phases and phase is not plan.phases[-1]:
+                        self._save(phase, latents, base)
+            except Cancelled:
+                trouble = "stopped"
+            except Exception as error:  # whatever it is, what is finished must not be lost
+                errors.report(f"{NAME} failed", exc_info=True)
+                trouble = _reason(error)
+        self.progress.close()
+        if phases.view_batch.size < self.config.view_batch_size:
+            say(p, "note", f"a view batch size of {self.config.view_batch_size} did not fit; {phases.view_batch.size} did.")
+        if trouble:
+            last = self.finished[-1][0]
+            kept = f"phase {last.number} of {len(plan.phases)} is the last one finished"
+            which = "the last one finished"
+            if self._given(last):
+                kept, which = "the picture is as it was given", "what you get"
+            p.comment(f"{NAME}: {trouble}; {self.called(last)}, is {which}.")
+            write_down(p, "incomplete", f"{kept}, because the next {_verb(trouble)}")
+            _keep_what_is_finished()
+            devices.torch_gc()
+        self._hand_over()
+        self.progress.remember()
+
+    def _hand_over(self) -> None:
+        """Give the host the last of the finished phases that can be decoded, decoded already if that takes our tiles."""
+        p, ps = self.p, self.ps
+        while True:
+            phase, latents = self.finished.pop()
+            self.describe(phase)
+            if self.start is not None:
+                self.start.reached = self.start.size if self._given(phase) else tuple(side * FACTOR for side in phase.size)
+            if not self.finished or not may_use_tiles(p.sd_model):
+                ps.samples = latents
+                return
+            try:
+                ps.samples = decode(p.sd_model, latents, self.plan.window)
+                return
+            except Exception as error:
+                errors.report(f"{NAME}: phase {phase.number} cannot be decoded", exc_info=True)
+                lost = f"{self.called(phase)}, cannot be decoded: {_reason(error)}"
+                say(p, "incomplete", f"{lost}; {self.called(self.finished[-1][0])}, is what you get.")
+
+    def _given(self, phase: Phase) -> bool:
+        """Whether a phase is the picture that was given."""
+        return self.from_picture and phase.number == 1
+
+    def called(self, phase: Phase) -> str:
+        if self._given(phase):
+            return "the picture as it was given, {1}x{0}".format(*self.start.size)
+        return f"phase {phase.number} of {len(self.plan.phases)}, {phase.size[1] * FACTOR}x{phase.size[0] * FACTOR}"
+
+    def describe(self, phase: Phase) -> None:
+        """Let the infotext say the scale that was reached."""
+        describe(self.p, self.config, *reached(self.plan, phase, self.config, self.start))
+
+    def _save(self, phase: Phase, latents: Tensor, base: Tensor) -> None:
+        """Write a phase's images, and beside each the file from which it can be resumed. What fails here ends no phase."""
+        if not self.p.save_samples():
             return
+        self.describe(phase)
         try:
-            ps.samples = decode(p.sd_model, latents, plan.window)
-            return
-        except Exception as error:
-            errors.report(f"{NAME}: phase {reached.number} cannot be decoded", exc_info=True)
-            lost = f"{_called(reached, plan)}, cannot be decoded: {_reason(error)}"
-            say(p, "incomplete", f"{lost}; {_called(finished[-1][0], plan)}, is what you get.")
-
-
-def _called(phase: Phase, plan: Plan) -> str:
-    return f"phase {phase.number} of {len(plan.phases)}, {phase.size[1] * FACTOR}x{phase.size[0] * FACTOR}"
+            _write(self.p, self.plan, phase, latents, base)
+        except Exception as error:  # a full disk, or no memory to decode
+            errors.report(f"{NAME}: phase {phase.number} was not saved", exc_info=True)
+            say(self.p, "note", f"phase {phase.number} was not saved: {first_line(error)}")
 
 
 def _stopped() -> bool:
@@ -166,29 +223,19 @@ def _verb(trouble: str) -> str:
 @contextmanager
 def _restored(p: Any) -> Iterator[None]:
     """Put back what the phases change on p and in the host's state."""
-    names = ("rng", "sampler", "steps", "c", "uc", "step_multiplier")
-    before = {name: getattr(p, name) for name in names}
+    names = ("rng", "sampler", "steps", "c", "uc", "step_multiplier", "mask", "nmask")
+    before = {name: getattr(p, name) for name in names if hasattr(p, name)}
     state = shared.state
     job, textinfo = state.job, state.textinfo
     try:
+        for name in {"mask", "nmask"} & before.keys():
+            setattr(p, name, None)  # of the base's size; samplers would take them
         with a1111.untiled(p):
             yield
     finally:
         for name, value in before.items():
             setattr(p, name, value)
         state.job, state.textinfo = job, textinfo
-
-
-def _save(p: Any, config: DemoFusionConfig, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
-    """Write a phase's images, and beside each the file from which it can be resumed. What fails here ends no phase."""
-    if not p.save_samples():
-        return
-    describe(p, config, phase)
-    try:
-        _write(p, plan, phase, latents, base)
-    except Exception as error:  # a full disk, or no memory to decode
-        errors.report(f"{NAME}: phase {phase.number} was not saved", exc_info=True)
-        say(p, "note", f"phase {phase.number} was not saved: {first_line(error)}")
 
 
 def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
@@ -212,8 +259,9 @@ def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> N
 class _Phases:
     """The host's side of `upscale`, for the images of one batch."""
 
-    def __init__(self, p: Any, plan: Plan, config: DemoFusionConfig, progress: Progress):
+    def __init__(self, p: Any, plan: Plan, config: DemoFusionConfig, progress: Progress, start: Start | None):
         self.p = p
+        self.start = start
         self.plan = plan
         self.config = config
         self.progress = progress
@@ -282,8 +330,11 @@ class _Phases:
             if p.scripts is not None:
                 p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
             with a1111.autocast():
-                h, w = phase.size
-                image_conditioning = p.txt2img_image_conditioning(noise, width=w * FACTOR, height=h * FACTOR)
+                if self.start is not None:
+                    image_conditioning = self.start.conditioning(noise, self.plan.window)
+                else:
+                    h, w = phase.size
+                    image_conditioning = p.txt2img_image_conditioning(noise, width=w * FACTOR, height=h * FACTOR)
                 latents = a1111.sample(p, sampler, phase, noise, image_conditioning)
         finally:
             handle.remove()

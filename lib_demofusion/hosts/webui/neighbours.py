@@ -7,6 +7,7 @@ that another has taken the sampling over, or changed the size. The host's module
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ NEIGHBOURS = [
         "it puts samplers of its own in place of the host's",
         _plotted("dynthres_enabled"),
     ),
+    Neighbour("Soft Inpainting", "Soft Inpainting", "it blends at the base's size, and not at the phases'", _ticked),
     Neighbour("ControlNet", "ControlNet", "it steers the whole image and cannot follow single windows", _controlnet),
 ]
 
@@ -116,9 +118,37 @@ def _scripts(p: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
         yield script, given[script.args_from : script.args_to]
 
 
-def is_inner(p: Any) -> bool:
-    """Whether p is another extension's pass over a finished image, as ADetailer's, that carries our script along."""
-    return hasattr(p, "init_images")
+# Scripts of the list in img2img that make whole pictures one after the other, as if each had been asked for by itself.
+PLAIN_SCRIPTS = ("X/Y/Z plot", "Prompts from file or textbox", "Prompt matrix")
+
+
+def check_chosen(p: Any, own: str) -> None:
+    """Raises ValueError, one line, if the script that is chosen in img2img's list enlarges, or draws again and again."""
+    for script, _ in _scripts(p):
+        if script not in p.scripts.alwayson_scripts and script.title() not in PLAIN_SCRIPTS:
+            what = f"the script {script.title()} is chosen, which samples parts of pictures, or again and again"
+            raise ValueError(f"{what}; choose None there, or untick {own}")
+
+
+def is_inner(p: Any, is_img2img: bool) -> bool:
+    """Whether p is another extension's pass over a finished image, as ADetailer's, that carries our script along.
+
+    is_img2img: whether our script is img2img's. p is inner as well where it is a copy, or a new one, of another extension
+    in the midst of the job that the user asked for: the host's function for a job is running for another p.
+    """
+    if getattr(p, "_ad_inner", False) or hasattr(p, "init_images") != is_img2img:
+        return True
+    job, frame = None, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "process_images_inner" and "p" in frame.f_locals:
+            job = frame.f_locals["p"]  # in the end that of the outermost
+        frame = frame.f_back
+    return job is not None and job is not p
+
+
+def stands_aside_for(p: Any) -> str | None:
+    """What the user has asked another extension for instead of a picture of this job; None where that is nothing."""
+    return "ADetailer's Skip img2img" if getattr(p, "_ad_skip_img2img", False) else None
 
 
 def check_again(p: Any) -> None:

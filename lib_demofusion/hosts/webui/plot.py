@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from lib_demofusion.config import PRESETS, DemoFusionConfig
-from lib_demofusion.hosts.webui.settings import ARGUMENTS, CONFIG_FIELDS, NAME, PRESET_SETTINGS
+from lib_demofusion.hosts.webui.settings import ARGUMENTS, CONFIG_FIELDS, NAME, PRESET_SETTINGS, STARTS
 
 
 def add_plot_axes(script: type) -> None:
@@ -19,9 +19,13 @@ def add_plot_axes(script: type) -> None:
     for data in scripts.scripts_data:
         if data.script_class.__module__ != "xyz_grid.py":
             continue
-        axis = data.module.AxisOptionTxt2Img
+        axis = data.module.AxisOption
         preset = functools.partial(_set_preset, script)
         data.module.axis_options.append(axis(f"[{NAME}] preset", str, preset, choices=lambda: list(PRESETS)))
+        start = functools.partial(_set_argument, script, "start_from")
+        data.module.axis_options.append(
+            data.module.AxisOptionImg2Img(f"[{NAME}] start from", str, start, choices=lambda: list(STARTS))
+        )
         for name in filter(CONFIG_FIELDS.get, ARGUMENTS):
             field = CONFIG_FIELDS[name]
             flag = isinstance(field.default, bool)

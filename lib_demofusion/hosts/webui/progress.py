@@ -36,7 +36,7 @@ class Progress:
         self.ends: dict[int, int] = {}  # phase number -> what is done when it ends
         total = 0
         for phase in plan.phases:
-            total += phase.steps if phase.number == 1 else phase.evaluations
+            total += phase.steps - phase.skipped if phase.number == 1 else phase.evaluations
             self.ends[phase.number] = total
         self.total = total
 

@@ -9,6 +9,7 @@ from modules import devices, sd_models, shared
 
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import PRESETS, DemoFusionConfig
+from lib_demofusion.hosts.webui import a1111
 from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.checks import PICTURES
 from lib_demofusion.hosts.webui.decoding import may_use_tiles
@@ -41,13 +42,15 @@ paces: dict[str, dict[int, float]] = {}
 def facts() -> dict[str, Any]:
     """What the readout in the browser is to know and only the server does, as of now. Loads no model.
 
-    paces: those of the checkpoint on this device. memory: None while a job runs, whose memory is free when it is over.
+    paces: those of the checkpoint on this device. native: the side of what it was made for, latent pixels; None while none
+    is loaded. memory: None while a job runs, whose memory is free when it is over.
     """
     device = devices.device
     return {
         "checkpoint": shared.opts.sd_model_checkpoint,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "paces": {str(area): seconds for area, seconds in paces.get(shared.opts.sd_model_checkpoint, {}).items()},
+        "native": None if sd_models.model_data.sd_model is None else a1111.native_side(),
         "memory": None if shared.state.job else _memory(device),
     }
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line, infotext_label, unwritten_settings
-from lib_demofusion.phases import Phase
 
 NAME = "DemoFusion"
 
-# The script's arguments, in the order that the API documents; those from "scale" on are optional there. In the form two
-# more follow, which nobody is to send: END, and why these settings are none ("" if they are), as of pasted parameters.
+# The script's arguments, in the order that the API documents; those from "scale" on are optional there. In the form three
+# more follow, which nobody is to send: END; why these settings are none ("" if they are), as of pasted parameters; and what
+# the gallery's button asks for ("" for nothing).
 ARGUMENTS = (
     "enabled",
     "scale",
@@ -33,10 +33,15 @@ ARGUMENTS = (
     "save_phases",
     "resume",
     "hold_steps",
+    "start_from",
+    "window",
 )
 END = "end of the arguments"
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
-PRESET_SETTINGS = [name for name in ARGUMENTS if name in CONFIG_FIELDS and name not in ("scale", "view_batch_size")]
+NO_PRESETS = ("scale", "view_batch_size", "window")
+PRESET_SETTINGS = [name for name in ARGUMENTS if name in CONFIG_FIELDS and name not in NO_PRESETS]
+PICTURE, RESULT = STARTS = ("Picture", "img2img result")  # what a job of img2img can start from; the first is the default
+START_KEY = f"{INFOTEXT_PREFIX} start"  # in the infotext of what was made from a picture
 PRESET = "Fast"
 FORM = DemoFusionConfig.preset(PRESET, scale=2.0)  # what the form shows at first, and the API's values for what is left out
 PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the rest of the form
@@ -48,11 +53,22 @@ PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the
 
 @dataclass(frozen=True)
 class Settings:
-    """What the form says. save_phases: write the phases before the last beside the outputs. resume: a file so written."""
+    """What the form says.
+
+    save_phases: write the phases before the last beside the outputs. resume: a file so written. start_from: one of STARTS,
+    or "" where none is named.
+    """
 
     config: DemoFusionConfig
     save_phases: bool = False
     resume: Path | None = None
+    start_from: str = ""
+
+
+def selected_in(args: Sequence[Any]) -> str:
+    """What the gallery's button asks for in the script's arguments; "": nothing."""
+    more = args[len(ARGUMENTS) :]
+    return more[2] if len(more) > 2 and more[0] == END and isinstance(more[2], str) else ""
 
 
 def read_settings(args: Sequence[Any]) -> Settings | None:
@@ -64,20 +80,22 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
         if not isinstance(values.setdefault(name, False), bool):
             raise ValueError(f"{name.replace('_', ' ')} must be true or false, got {values[name]!r}")
     enabled, save_phases, resume = values.pop("enabled"), values.pop("save_phases"), values.pop("resume", "")
-    if not enabled:
+    start_from, more = values.pop("start_from", ""), args[len(ARGUMENTS) :]
+    if not enabled and not selected_in(args):
         return None
-    more = args[len(ARGUMENTS) :]
     if more and more[0] != END:
         raise ValueError(f"it has {len(ARGUMENTS)} arguments, of which {ARGUMENTS[-1]} is the last; got one more, {more[0]!r}")
     if len(more) > 1 and more[1]:
         raise ValueError(more[1])
     if not isinstance(resume, str):
         raise ValueError(f"resume must be the path of a file, got {resume!r}")
+    if start_from != "" and start_from not in STARTS:
+        raise ValueError(f"start from must be {' or '.join(map(repr, STARTS))}, got {start_from!r}")
     for name, value in values.items():  # a slider's 20.0 is the whole number 20
         if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
     path = resume.strip().strip('"')  # as file managers copy a path
-    return Settings(replace(FORM, **values), save_phases, Path(path) if path else None)
+    return Settings(replace(FORM, **values), save_phases, Path(path) if path else None, start_from)
 
 
 def read_pasted(parameters: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
@@ -108,6 +126,12 @@ def read_pasted(parameters: Mapping[str, Any]) -> tuple[dict[str, Any] | None, s
     return values, told
 
 
+def pasted_start(parameters: Mapping[str, Any]) -> str | None:
+    """What a picture was made from, of STARTS, by its parameters; None where they do not say it."""
+    said = str(parameters.get(START_KEY, ""))
+    return next((start for start in STARTS if said.startswith(start)), None)
+
+
 def presets_table() -> dict[str, list]:
     """What the form's controls for PRESET_SETTINGS show under each preset."""
     configs = {name: DemoFusionConfig.preset(name) for name in PRESETS}
@@ -129,9 +153,14 @@ def write_down(p: Any, kind: str, line: str) -> None:
     p.extra_generation_params[key] = f"{known}; {line}" if known else line
 
 
-def describe(p: Any, config: DemoFusionConfig, reached: Phase) -> None:
-    """Put the settings into the infotext of what is saved from now on, with the scale reached; none of them for the base."""
-    for field in CONFIG_FIELDS.values():
-        p.extra_generation_params.pop(infotext_label(field), None)
-    if reached.number > 1:
-        p.extra_generation_params.update(replace(config, scale=reached.scale).to_infotext())
+def describe(p: Any, config: DemoFusionConfig, scale: float, start: str = "") -> None:
+    """Put the settings into the infotext of what is saved from now on, with the scale reached; none of them at scale 1.
+
+    start: what was started from, in words, if it is not a prompt.
+    """
+    for label in (*map(infotext_label, CONFIG_FIELDS.values()), START_KEY):
+        p.extra_generation_params.pop(label, None)
+    if scale > 1:
+        p.extra_generation_params.update(replace(config, scale=scale).to_infotext())
+        if start:
+            p.extra_generation_params[START_KEY] = start
