@@ -327,7 +327,7 @@ def test_script_info_shows_names_and_ranges(host):
     args = {a["label"]: a for a in info["args"]}
     assert [*args][:2] == ["DemoFusion", "Scale"]
     assert (args["Scale"]["minimum"], args["Scale"]["maximum"], args["Scale"]["value"]) == (1.05, 8, 2.0)
-    assert len(args) == 18 + 2  # which nobody sends
+    assert len(args) == 20 + 3  # which nobody sends
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_the_gallerys_button_goes_before(host, monkeypatch):
 def test_the_form_can_run_here(host):
     """On the host that the tests run on: nothing private or younger than that is needed."""
     assert host.script.process.__globals__["problem"] is None
-    assert len(host.script.controls) == 18 + 2
+    assert len(host.script.controls) == 20 + 3
     names = {getattr(control, "elem_id", "") for control in host.script.controls}
     assert "script_demofusion_scale" in names
     assert host.script.title() == "DemoFusion Upscale"
@@ -439,8 +439,8 @@ def test_a_name_that_the_host_does_not_know_is_an_error(host):
 
 @pytest.mark.parametrize("surplus", ["", 0, None, [1]])
 def test_a_list_of_another_version_is_refused(host, calls, surplus):
-    whole = [True, *(control.value for control in host.script.controls[1:18])]
-    line = f"it has 18 arguments, of which hold_steps is the last; got one more, {surplus!r}"
+    whole = [True, *(control.value for control in host.script.controls[1:20])]
+    line = f"it has 20 arguments, of which window is the last; got one more, {surplus!r}"
     assert refusal(host, host.generate(*whole, surplus), calls) == line
     assert host.generate(*whole).images[0].size == (128, 128)
     assert host.generate(*whole[:5]).images[0].size == (128, 128)
@@ -451,17 +451,17 @@ def test_whatever_fails_before_the_base_refuses(host, calls, monkeypatch, what):
     def fail(*args):
         raise KeyError("a surprise")
 
-    monkeypatch.setattr(host.webui, what, fail)
+    monkeypatch.setattr(host.webui.checks, what, fail)
     line = "it failed before it began (KeyError: 'a surprise'); the console says more"
     assert refusal(host, host.generate(True, 2), calls) == line
 
 
-@pytest.mark.parametrize("what", ["_Phases", "_may_use_tiles", "_restored"])
+@pytest.mark.parametrize("what", ["_Phases", "may_use_tiles", "_restored"])
 def test_whatever_fails_after_the_base_is_told(host, monkeypatch, what):
     def fail(*args, **kwargs):
         raise KeyError("a surprise")
 
-    monkeypatch.setattr(host.webui, what, fail)
+    monkeypatch.setattr(host.webui.loop, what, fail)
     reply = host.generate(True, 2)
     assert reply.images[0].size == (64, 64)
     assert said(host, reply)["DemoFusion incomplete"].endswith("because the next failed: 'a surprise'")

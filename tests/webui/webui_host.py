@@ -44,8 +44,14 @@ class Host:
 
     @property
     def script(self):
-        scripts = self.scripts.scripts_txt2img.alwayson_scripts
-        return next(script for script in scripts if type(script).__name__ == "DemoFusionScript")
+        return self.script_of(self.scripts.scripts_txt2img)
+
+    @property
+    def img2img_script(self):
+        return self.script_of(self.scripts.scripts_img2img)
+
+    def script_of(self, runner):
+        return next(script for script in runner.alwayson_scripts if type(script).__name__ == "DemoFusionScript")
 
     @property
     def webui(self):
@@ -78,6 +84,27 @@ class Host:
         reply = reply.json()
         return Reply([_image(data) for data in reply["images"]], json.loads(reply["info"]))
 
+    def from_pictures(self, pictures, *args, **payload):
+        """Images from PIL images in img2img; masks are PIL images too. p is what the host made of the request."""
+        defaults = dict(prompt="two red striped rings on grass", steps=4, width=64, height=64, seed=1, sampler_name="Euler")
+        payload = {**defaults, "cfg_scale": 7, "denoising_strength": 0.5, "inpaint_full_res": False, **payload}
+        if args:
+            payload["alwayson_scripts"] = {
+                **payload.get("alwayson_scripts", {}),
+                "DemoFusion Upscale": {"args": script_arguments(self.webui, args)},
+            }
+        if "mask" in payload:
+            payload["mask"] = encoded(payload["mask"])
+        self.comments, self.jobs = [], []
+        kind = self.processing.StableDiffusionProcessingImg2Img
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "comment", lambda p, text: self.comments.append(text))
+            patch.setattr(kind, "close", lambda p: self.jobs.append(p))
+            reply = self.client.post("/sdapi/v1/img2img", json={**payload, "init_images": list(map(encoded, pictures))})
+        assert reply.status_code == 200, reply.text
+        reply = reply.json()
+        return Reply([_image(data) for data in reply["images"]], json.loads(reply["info"]))
+
     def latents(self, *args, **payload):
         """The last latents that reach the host's decoder, for comparisons to the bit."""
         seen = []
@@ -97,6 +124,13 @@ def same_but_for_rounding(x, y):
     """Whether latents differ by no more than the order of float32 sums explains, after some steps of a sampler."""
     error = (x - y) / y.std()
     return error.square().mean().sqrt() < 1e-4 and error.abs().max() < 1e-3
+
+
+def encoded(image):
+    """A PIL image as the API takes it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _image(data):
@@ -145,9 +179,20 @@ def start(checkpoints, data):
     shared.demo = ui.create_ui()
     app = FastAPI()
     Api(app, queue_lock)
-    names = ["devices", "images", "infotext_utils", "processing", "progress", "rng", "script_callbacks", "scripts", "sd_hijack"]
+    names = [
+        "devices",
+        "images",
+        "img2img",
+        "infotext_utils",
+        "processing",
+        "progress",
+        "rng",
+        "script_callbacks",
+        "scripts",
+        "sd_hijack",
+    ]
     names += ["sd_models", "sd_samplers", "sd_samplers_cfg_denoiser", "sd_samplers_common", "sd_samplers_kdiffusion"]
-    names += ["sd_samplers_timesteps", "sd_schedulers", "shared", "ui"]
+    names += ["sd_samplers_timesteps", "sd_schedulers", "shared", "ui", "ui_tempdir"]
     host = Host({name: importlib.import_module(f"modules.{name}") for name in names}, TestClient(app))
     host.data = data
     for name, option in shared.opts.data_labels.items():  # the host only puts back overridden settings that it has saved
