@@ -218,7 +218,9 @@ function demofusionPresets(form) {
     const said = {"": ["Your own settings", demofusionCost(form)].filter(Boolean).join(": ") + "."};
     for (const [name, preset] of Object.entries(form.table.presets)) {
         const {phase_steps: phaseSteps, denoising_strength: strength, stride, doubling} = preset;
-        const [what, when] = preset.help;
+        const [own, when] = preset.help;
+        const given = form.start === "Picture"; // where the tab's strength counts, and not the preset's
+        const what = given ? `with the tab's denoising strength, ${form.ownStrength}; in txt2img it is ${strength}` : own;
         const cost = demofusionCost({...form, phaseSteps, strength, stride, doubling});
         said[name] = `${name}: ${[what, cost].filter(Boolean).join("; ")}. ${when}.`;
     }

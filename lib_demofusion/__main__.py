@@ -30,7 +30,7 @@ from lib_demofusion.arguments import (
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.files import free_space, suffixed
 from lib_demofusion.job import Console, Ended, Job, told, trace
-from lib_demofusion.pictures import open_image
+from lib_demofusion.pictures import Given, open_image
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +70,10 @@ def run(args: argparse.Namespace, resume) -> int:
         if resume:
             check_phase(args, resume)
     check_output(args)
-    image = open_image(args.image) if args.image else None
+    with blamed_on(args.resume):
+        image, mask = (path and open_image(path, what) for path, what in ((args.image, "image"), (args.mask, "mask")))
+        if image:
+            Given.of(image, mask)
     host = import_host()
     with blamed_on(args.resume):
         args.sampler = host.sampler_named(args.sampler)
@@ -81,25 +84,31 @@ def run(args: argparse.Namespace, resume) -> int:
         if resume:
             check_channels(resume, channels_of(args.model or host.EMBEDDED_CHECKPOINT))
     pipe = load(host, args)
-    shape = dict(height=args.height, width=args.width, steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler)
+    shape = {name: getattr(args, name) for name in ("height", "width", "steps", "cfg_scale", "sampler", "mask_blur")}
+    shape.update(image=image, mask=mask, size=args.size if image else None)
     with blamed_on(args.resume):
         if resume:
             check_channels(resume, pipe.unet.config.in_channels)
         host.check_prompt(pipe, args.prompt, "prompt")
         host.check_prompt(pipe, args.negative_prompt, "negative prompt")
-        plan = host.plan_for(pipe, config, image=image, **shape)
-    if args.size:
-        config = replace(config, scale=scale_for(args.size, plan.window, pipe.vae_scale_factor))
-        plan = host.plan_for(pipe, config, image=image, **shape)
+        plan = host.plan_for(pipe, config, **shape)
+        if resume:
+            host.check_resume(pipe, resume, plan, image=image)
+    factor = pipe.vae_scale_factor
+    if args.size and not image:
+        config = replace(config, scale=scale_for(args.size, plan.window, factor))
+        plan = host.plan_for(pipe, config, **shape)
     if args.plan:
-        print(plan.table(pipe.vae_scale_factor))
+        if image:
+            print(f"window: {plan.window[1] * factor}x{plan.window[0] * factor}")
+        print(plan.table(factor))
         print(memory_line(host, pipe, plan, config))
         return 0
-    check_space(args.output, plan, pipe.vae_scale_factor)
+    check_space(args.output, plan, factor)
 
     done = plan.evaluations_to(resume.number) if resume else 0
     with interruptible() as stopped, Console(plan.evaluations * args.batch_count, done) as console:
-        job = Job(args, config, host, pipe, plan, image, resume, shape, console)
+        job = Job(args, config, host, pipe, plan, resume, shape, console)
         for number in range(args.batch_count):
             path = args.output if args.batch_count == 1 else suffixed(args.output, f"{number + 1}")
             job.make(path, args.seed + number, stopped)
@@ -115,10 +124,11 @@ def memory_line(host, pipe, plan, config: DemoFusionConfig) -> str:
     base = replace(plan, phases=plan.phases[:1])
     views = ViewBatch(config.view_batch_size, pipe.device).size
     try:
-        job, alone = (host.needs(pipe, p, batch).peak(pipe.device) for p, batch in ((plan, views), (base, 1)))
+        job, alone = (in_words(host.needs(pipe, p, batch).peak(pipe.device)) for p, batch in ((plan, views), (base, 1)))
     except (RuntimeError, NotImplementedError) as error:  # an attention that does not run on shapes alone
         return f"memory: not foreseen for this model ({first_line(error)})"
-    return f"memory: about {in_words(job)} with {views} views a call, {in_words(alone)} for the base image alone"
+    one = "one window" if plan.from_picture else "the base image"
+    return f"memory: about {job} with {views} views a call, {alone} for {one} alone"
 
 
 def scale_for(size: tuple[int, int], window: tuple[int, int], factor: int) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from lib_demofusion import __version__
 from lib_demofusion.config import PRESETS, DemoFusionConfig, first_line, unwritten_settings
 from lib_demofusion.files import check_writable, suffixed
-from lib_demofusion.pictures import check_text
+from lib_demofusion.pictures import MASK_BLUR, check_text
 
 DESCRIPTION = "Make a high-resolution image with DemoFusion, from a prompt or from an image, with any checkpoint."
 DTYPES = ("float32", "float16", "bfloat16")
@@ -75,10 +75,12 @@ def build_parser() -> Parser:
     add("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write, or a link to it (default: %(default)s)")
     add("--negative-prompt", default="", help="what the image does not show")
     add("--model", help="diffusers folder, .safetensors file or hub name (default: the small embedded checkpoint)")
-    add("--image", type=Path, help="start from this image instead of a base made from the prompt")
+    add("--image", type=Path, help="enlarge this image, of any size, instead of a base made from the prompt")
+    add("--mask", type=Path, help="of the image, of the same size: what is white is drawn anew, what is black stays")
+    add("--mask-blur", type=int, default=MASK_BLUR, help="of the mask, in pixels of the image (default: %(default)s)")
     add("--size", type=parse_size, help="of the result, as WIDTHxHEIGHT in pixels, instead of --scale")
-    add("--width", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
-    add("--height", type=int, help="of the base, in pixels (default: the model's own, or the image's)")
+    add("--width", type=int, help="of the base, in pixels (default: the model's own)")
+    add("--height", type=int, help="of the base, in pixels (default: the model's own)")
     add("--steps", type=int, default=50, help="sampling steps of the base and of each phase (default: %(default)s)")
     add("--cfg-scale", type=float, default=7.5, help="guidance; 1 is none, at half the time (default: %(default)s)")
     add(
@@ -93,7 +95,7 @@ def build_parser() -> Parser:
     add("--plan", action="store_true", help="print what would be done, and stop")
     add("--save-phases", action="store_true", help="write each phase when it is finished: its image, and a file to resume from")
     add("--resume", type=Path, metavar="FILE", help="go on after the phase in this file, with the settings it was made with")
-    add("--compare", action="store_true", help="also write base and result side by side, with one crop of both enlarged")
+    add("--compare", action="store_true", help="also write base or given image and result side by side, with one crop of both")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     method = parser.add_argument_group("DemoFusion", "the method's settings; the defaults are the paper's, or the preset's")
     presets = ", ".join(PRESETS)
@@ -127,15 +129,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # What may differ between a job and its resumption; all else is what the file says.
 FREE_TO_CHANGE = ("output", "resume", "device", "view_batch_size", "save_phases", "compare", "plan")
-# The settings in the file, beside the method's; and those that files of version 0.3 do not have.
+# The settings in the file, beside the method's; those of a job that begins with an image; and those that not all files have.
 SETTINGS = {
     **dict.fromkeys(("prompt", "negative_prompt", "sampler", "dtype", "preset"), str),
-    **dict.fromkeys(("width", "height", "steps", "seed", "batch_count"), int),
-    **dict.fromkeys(("image", "size"), type(None)),
+    **dict.fromkeys(("width", "height", "steps", "seed", "batch_count", "mask_blur"), int),
+    **dict.fromkeys(("size", "mask"), type(None)),
+    **dict.fromkeys(("model", "image"), (str, type(None))),
     "cfg_scale": (int, float),
-    "model": (str, type(None)),
 }
-YOUNG = {"preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps"}
+SETTINGS_OF_AN_IMAGE = {
+    **SETTINGS,
+    **dict.fromkeys(("width", "height"), type(None)),
+    "size": (list, type(None)),
+    "mask": (str, type(None)),
+}
+YOUNG = {"preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps", "window"}
+YOUNG |= {"mask", "mask_blur"}
 
 
 def resumed(args: argparse.Namespace, argv: list[str] | None):
@@ -157,6 +166,8 @@ def resumed(args: argparse.Namespace, argv: list[str] | None):
         settings = {**vars(args), **read_settings(saved.settings)}
         for name in given:
             settings[name] = getattr(args, name)
+        for name in ("image", "mask"):
+            settings[name] = settings[name] and Path(settings[name])
     return argparse.Namespace(**settings), saved
 
 
@@ -185,7 +196,8 @@ def read_settings(text: str) -> dict:
         raise ValueError(f"its settings lack {', '.join(missing)}")
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"its settings have {', '.join(unknown)}, which this version does not know")
-    for name, kind in SETTINGS.items():
+    image = settings.get("image")
+    for name, kind in (SETTINGS_OF_AN_IMAGE if image and isinstance(image, str) else SETTINGS).items():
         value = settings.get(name, "")
         if isinstance(value, bool) or not isinstance(value, kind) and name in settings:
             raise ValueError(f"its {name.replace('_', ' ')} is {value!r}, of the wrong type")
@@ -206,11 +218,15 @@ def check_phase(args: argparse.Namespace, saved) -> None:
     """Raises ValueError, one line, unless the saved phase is one of those that the settings make."""
     from lib_demofusion.phases import phase_scales
 
+    if len(saved.base) != 1:
+        raise ValueError(f"it holds {len(saved.base)} images, and the command goes on with one")
+    if saved.from_picture != bool(args.image):
+        raise ValueError(f"its phase is of a job with{'' if saved.from_picture else 'out'} an image, and its settings are not")
+    if args.image:  # the plan, which needs the checkpoint's own size, says the rest
+        return
     scales = [1.0, *phase_scales(args.scale, args.doubling)]
     if saved.number >= len(scales):
         raise ValueError(f"phase {saved.number} is saved, and scale {args.scale:g} has none after it")
-    if len(saved.base) != 1:
-        raise ValueError(f"it holds {len(saved.base)} images, and the command goes on with one")
     (h, w), scale = saved.base.shape[-2:], scales[saved.number - 1]
     if saved.latents.shape[-2:] != (round(h * scale), round(w * scale)):
         latents = "x".join(map(str, saved.latents.shape[-2:]))
@@ -234,10 +250,13 @@ def channels_of(model: str | Path) -> int | None:
 
 def settings_to_resume(args: argparse.Namespace, config: DemoFusionConfig, pipe, plan, seed: int) -> str:
     """What `resumed` reads: every setting that the picture depends on, with the defaults and files resolved."""
-    h, w = (side * pipe.vae_scale_factor for side in plan.window)
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    settings.update(scale=config.scale, size=None, height=h, width=w, image=None, seed=seed, batch_count=1)
-    settings["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
+    settings.update(scale=config.scale, seed=seed, batch_count=1, dtype=str(pipe.unet.dtype).removeprefix("torch."))
+    if args.image:
+        settings.update({name: value and str(value.resolve()) for name, value in (("image", args.image), ("mask", args.mask))})
+    else:
+        h, w = (side * pipe.vae_scale_factor for side in plan.window)
+        settings.update(size=None, height=h, width=w)
     if args.model and Path(args.model).exists():
         settings["model"] = str(Path(args.model).resolve())
     return json.dumps(settings)
@@ -249,6 +268,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise Refused("give --size or --scale, not both")
     if not args.prompt.strip() and not args.image and not args.resume:
         raise Refused("say what the image shows, or give --image")
+    if args.image and (args.width is not None or args.height is not None):
+        raise Refused(
+            "--width/--height are of a base made from the prompt; with --image use --size or --scale, "
+            "and --window for the window"
+        )
+    if args.mask and not args.image:
+        raise Refused("a mask is of an image; give --image too")
+    if args.mask_blur != MASK_BLUR and not args.mask:
+        raise Refused("--mask-blur is of a mask; give --mask too")
     for name in ("prompt", "negative_prompt"):
         check_text(getattr(args, name), name.replace("_", " "))
     if args.model == "":

@@ -88,9 +88,8 @@ class Job:
     host: Any
     pipe: Any
     plan: Any
-    image: Any
     resume: Any
-    shape: dict[str, Any]  # of the base, and how it is sampled
+    shape: dict[str, Any]  # of the base, or the image that is given instead, and how it is sampled
     console: Console
     misplaced: int = 0
 
@@ -120,7 +119,6 @@ class Job:
                 negative_prompt=self.args.negative_prompt,
                 config=self.config,
                 seed=seed,
-                image=self.image,
                 progress=advance,
                 cancelled=stopped,
                 finished=keep,
@@ -132,13 +130,16 @@ class Job:
         if result.view_batch.size < self.config.view_batch_size:
             asked = self.config.view_batch_size
             self.console.note(f"a view batch size of {asked} did not fit; {result.view_batch.size} did")
-        place, lost = self.write(result, path, seed) if result.phases else (None, [])
+        picture = self.shape["image"]
+        place, lost = self.write(result, path, seed) if result.phases or picture else (None, [])
         if not stop and not lost:
             self.console.say(f"{path}: {result.evaluations:,} model calls")
             return
         reached = result.phases[-1][0].number if result.phases else 0
         if place is None:
             left = "nothing could be written" if lost else "nothing was finished yet"
+        elif picture and reached < 2:
+            left = f"no phase was finished; the picture as it was given is in {place}"
         else:
             left = f"{'the picture' if reached == last else f'the last finished phase, {reached} of {last},'} is in {place}"
         raise Ended("; ".join([*([str(stop)] if stop else []), *lost, left]), 130 if stop and stop.cancelled else 1) from stop
@@ -147,9 +148,11 @@ class Job:
         """Write the last finished phase to path, and the comparison beside it if it was asked for; raises nothing.
 
         Returns where the picture is, None if it could be written nowhere, and a line for each thing that is not as asked for.
-        Phases that cannot be decoded are taken off the result, all but the base.
+        Phases that cannot be decoded are taken off the result, all but the base. A picture that was given is written as it
+        was if there is no phase after it.
         """
-        image, lost = None, []
+        picture, lost = self.shape["image"], []
+        image = None if result.phases else picture
         while image is None:
             phase = result.phases[-1][0]
             try:
@@ -161,7 +164,8 @@ class Job:
                     return None, lost
                 result.phases.pop()
         try:
-            parameters = infotext(self.args, self.config, result, seed)
+            given = picture is not None and len(result.phases) < 2  # and nothing made it
+            parameters = "" if given else infotext(self.args, self.config, result, seed)
         except Exception as error:
             trace(error)
             parameters = ""
@@ -209,18 +213,29 @@ class Job:
 
 
 def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, seed: int) -> str:
-    """The last phase's settings as the WebUI writes them; size is the base's, and the scale is the one that was reached."""
+    """The last phase's settings as the WebUI writes them.
+
+    Size is the base's, or the given picture's, and the scale is the one that was reached.
+    """
     phase, factor = result.phases[-1][0], result.pipe.vae_scale_factor
-    h, w = result.plan.window
+    h, w = (side * factor for side in result.plan.window)
+    scale, start = phase.scale, {}
+    if given := result.given:
+        w, h = given.picture.size
+        start = {"DemoFusion start": f"Picture {w}x{h}"}
+        if given.mask is not None:
+            start["Mask blur"] = args.mask_blur
+        whole = phase is result.plan.phases[-1] and not args.size
+        scale = config.scale if whole else given.times([side * factor for side in phase.size])
     values = {
         "Steps": args.steps,
         "Sampler": args.sampler,
         "CFG scale": f"{args.cfg_scale:.12g}",
         "Seed": seed,
-        "Size": f"{w * factor}x{h * factor}",
+        "Size": f"{w}x{h}",
         "Model": model_name(args.model),
     }
     if phase.number > 1:
-        values.update(replace(config, scale=phase.scale).to_infotext())
+        values.update(replace(config, scale=scale).to_infotext(), **start)
     values["Version"] = f"demofusion {__version__}"
     return parameters_text(as_webui_prompt(args.prompt), as_webui_prompt(args.negative_prompt), values)

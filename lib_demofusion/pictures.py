@@ -1,18 +1,23 @@
-"""Pictures in and out: the image to start from, the PNG with its parameters as the WebUI writes them, the comparison."""
+"""Pictures in and out: the one to start from and its mask, the PNG with its parameters, the comparison."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import unicodedata
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lib_demofusion.config import first_line
 from lib_demofusion.files import check_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ORIENTATION = 0x0112  # the EXIF tag; its values, and what turns each upright
 UPRIGHT = {
@@ -25,17 +30,73 @@ UPRIGHT = {
     8: "ROTATE_90",
 }
 ONE_PICTURE = ("MPO", "PSD")  # what else is in such a file are views or layers of the first
+MASK_BLUR = 4  # pixels, unless another is asked for
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 
-def open_image(path: Path) -> Any:
-    """The image to start from, upright, as RGB. Raises ValueError, one line, for what is no plain picture.
+@dataclass(frozen=True)
+class Given:
+    """A picture that a job begins with, and what of it is to change.
+
+    picture: RGB. mask: L, as large as the picture and blurred; 255 where the picture is drawn anew, 0 where it stays. It is
+    drawn anew everywhere unless given.
+    """
+
+    picture: Any
+    mask: Any = None
+
+    @classmethod
+    def of(cls, image: Any, mask: Any = None, blur: int = 0) -> Given:
+        """From an image and a mask, RGB both. blur: of the mask, pixels of the image.
+
+        Raises ValueError, one line, for a mask of another size and one that is nowhere white.
+        """
+        from PIL import ImageFilter
+
+        if mask is None:
+            return cls(image)
+        if mask.size != image.size:
+            sizes = " and the image ".join(f"{w}x{h}" for w, h in (mask.size, image.size))
+            raise ValueError(f"the mask is {sizes}; they must be of one size")
+        mask = mask.convert("L")
+        if mask.getextrema()[1] < 128:
+            raise ValueError("nothing of the mask is white, so nothing would change; white is what is drawn anew")
+        return cls(image, mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask)
+
+    def times(self, size: tuple[int, int]) -> float:
+        """How many times larger than the picture's sides those of an image of (height, width) pixels are."""
+        return math.sqrt(math.prod(size) / math.prod(self.picture.size))
+
+    def mask_at(self, size: tuple[int, int]) -> Tensor:
+        """The mask, [1, 1, H, W] for a size of (H, W): 1 where the picture is drawn anew, 0 where it stays."""
+        import numpy as np
+        from PIL import Image
+        from torch import from_numpy
+
+        mask = self.mask.resize(size[::-1], Image.Resampling.BILINEAR)
+        return from_numpy(np.array(mask)).ge(128).float()[None, None]
+
+    def over(self, image: Any) -> Any:
+        """What was drawn, a PIL image of any size, with the picture around it; there it is the picture's own pixels, enlarged.
+
+        What is drawn shows in full where the mask is half white or more, and fades out with the mask from there.
+        """
+        from PIL import Image
+
+        if self.mask is None:
+            return image
+        shown = self.mask.point([min(2 * grey, 255) for grey in range(256)]).resize(image.size, Image.Resampling.BILINEAR)
+        return Image.composite(image, self.picture.resize(image.size, Image.Resampling.LANCZOS), shown)
+
+
+def open_image(path: Path, what: str = "image") -> Any:
+    """The image to start from, or its mask, upright, as RGB. Raises ValueError, one line, for what is no plain picture.
 
     Plain is what becomes 8-bit RGB without loss: colour, grey, black and white, a palette, transparency that hides nothing.
     """
     from PIL import Image, UnidentifiedImageError
 
-    check_file(path, "image")
+    check_file(path, what)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about large images and odd metadata
@@ -49,7 +110,7 @@ def open_image(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as an image: {first_line(error)}; save it anew, as plain RGB") from error
     if frames > 1:
         raise ValueError(f"{path} holds {frames} pictures; save the one to start from as a file of its own")
-    return _plain(turned, path)
+    return plain(turned, str(path), "save it as plain RGB first")
 
 
 def _upright(image: Any) -> Any:
@@ -63,15 +124,16 @@ def _upright(image: Any) -> Any:
     return image.transpose(Image.Transpose[turn]) if turn else image.copy()
 
 
-def _plain(image: Any, path: Path) -> Any:
+def plain(image: Any, name: str, remedy: str) -> Any:
+    """A PIL image as RGB. Raises ValueError, one line that begins with its name, for what RGB would lose."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
-            raise ValueError(f"{path} has transparency; save it as plain RGB first")
+            raise ValueError(f"{name} has transparency; put it on a background first")
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{path} is {image.mode}, more than 8 bits a channel; save it as plain RGB first")
+        raise ValueError(f"{name} is {image.mode}, more than 8 bits a channel; {remedy}")
     if image.mode not in ("1", "L", "P", "RGB", "RGBA", "RGBX"):
-        raise ValueError(f"{path} is {image.mode}; save it as plain RGB first")
+        raise ValueError(f"{name} is {image.mode}; {remedy}")
     return image.convert("RGB")
 
 

@@ -20,6 +20,7 @@ FORMAT = "demofusion-phase-1"
 HOSTS = {"command": True, "WebUI": False}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_SCALE = next(f.metadata["high"] for f in fields(DemoFusionConfig) if f.name == "scale")
+MOST_PHASES = 99  # of a job that begins with a picture, more than there can be
 LONGEST_HEADER = 10**7  # bytes; a saved phase's has a few thousand, a checkpoint's less than a million
 
 
@@ -30,6 +31,7 @@ class SavedPhase:
     latents: [B, C, H, W], finished; base: [B, C, h, w], the first phase's, whose statistics each phase takes on.
     generators: [B, bytes], the states of the images' random generators, where they go on from phase to phase.
     made_by: the host, since each draws its noise in its own way. settings: whatever it needs to go on.
+    from_picture: the job began with a given picture, of which base is the latents, shrunken to the window.
     Raises ValueError, one line, for what no phase can be.
     """
 
@@ -39,13 +41,14 @@ class SavedPhase:
     made_by: str
     generators: Tensor | None = None
     settings: str = ""
+    from_picture: bool = False
 
     def __post_init__(self) -> None:
         if self.made_by not in HOSTS:
             raise ValueError(f"{self.made_by!r} is no host that saves phases; {' and '.join(HOSTS)} are")
-        number = self.number
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= LARGEST_SCALE:
-            raise ValueError(f"the phase must be a whole number from 1 to {LARGEST_SCALE}, got {number!r}")
+        number, (least, most) = self.number, (2, MOST_PHASES) if self.from_picture else (1, LARGEST_SCALE)
+        if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+            raise ValueError(f"the phase must be a whole number from {least} to {most}, got {number!r}")
         for name, x in (("latents", self.latents), ("base", self.base)):
             if not isinstance(x, Tensor):
                 raise ValueError(f"{name} must be a tensor, got a {type(x).__name__}")
@@ -64,6 +67,10 @@ class SavedPhase:
                 "latents and base must agree in images and channels, got "
                 f"{_sides(self.latents.shape[:2])} and {_sides(self.base.shape[:2])}"
             )
+        if self.from_picture:  # whose phases are of the result's size
+            if any(side < of for side, of in zip(self.latents.shape[-2:], self.base.shape[-2:])):
+                raise ValueError("the phase is smaller than its windows")
+            return
         # The scales that make, rounded, this side of that one; both sides must have one in common.
         pairs = list(zip(self.latents.shape[-2:], self.base.shape[-2:]))
         low, high = max((side - 0.5) / of for side, of in pairs), min((side + 0.5) / of for side, of in pairs)
@@ -99,6 +106,8 @@ class SavedPhase:
 
         tensors = {"latents": self.latents, "base": self.base, "generators": self.generators}
         notes = {"format": FORMAT, "phase": str(self.number), "made_by": self.made_by, "settings": self.settings}
+        if self.from_picture:
+            notes["from_picture"] = "yes"
         # Clones, since two names must not share their memory, as the first phase and the base do.
         return save({name: x.cpu().clone().contiguous() for name, x in tensors.items() if x is not None}, notes)
 
@@ -130,7 +139,8 @@ def read_saved(path: Path, made_by: str) -> SavedPhase:
             raise ValueError(f"unknown: {', '.join(unknown)}")
         tensors = _tensors(path)
         number = int(notes["phase"]) if re.fullmatch("[0-9]{1,2}", notes["phase"]) else notes["phase"][:20]
-        return SavedPhase(number, made_by=notes["made_by"], settings=notes["settings"], **tensors)
+        own = dict(made_by=notes["made_by"], settings=notes["settings"], from_picture="from_picture" in notes)
+        return SavedPhase(number, **own, **tensors)
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
 

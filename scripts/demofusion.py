@@ -41,6 +41,7 @@ class DemoFusionScript(scripts.Script):
     create_group = False
     start = None  # the picture that the job starts from, from one of its callbacks to the next
     selected = None  # the gallery's picture, where its button has asked for the job; or why there is none
+    unrefused = {}  # what a refusal has changed on the job, and what it was
 
     def title(self):
         return TITLE
@@ -253,8 +254,8 @@ class DemoFusionScript(scripts.Script):
             if args and not problem:
                 self.start = checks.prepare(p, args, self.selected)
         except Exception as error:
-            refuse_because(p, error)
-            p.init = lambda *args: None  # which would encode pictures, at whatever size, for nothing; until `postprocess`
+            self.refuse(p, error)
+            p.init = lambda *args: None  # which would encode pictures, at whatever size, for nothing
 
     def twin(self, p, asked):
         """Another script of our name, if DemoFusion may be meant: the API gives the arguments of both to the first."""
@@ -275,7 +276,7 @@ class DemoFusionScript(scripts.Script):
             try:
                 checks.before_batch(p, args, self.of(p))
             except Exception as error:
-                refuse_because(p, error)
+                self.refuse(p, error)
         if refused(p):
             p.prompts = []  # ends the host's loop over the batches, however many another script has asked for since
 
@@ -295,7 +296,6 @@ class DemoFusionScript(scripts.Script):
         """A refused job of another script, a cell of a plot, say, becomes a picture of the refusal: they need one, or fail."""
         if not self.own(p):
             return
-        vars(p).pop("init", None)
         if self.of(p) is not None:
             self.start.put_back()
             self.start = None
@@ -304,6 +304,14 @@ class DemoFusionScript(scripts.Script):
             words = picture_of(f"{NAME}: {refused(p)}", p.width, p.height)
             processed.images = [words.copy() for _ in p.all_prompts]
             processed.infotexts = [processed.infotext(p, i) for i in range(len(p.all_prompts))]
+        if refused(p):  # img2img's batch goes on with p
+            vars(p).pop("init", None)
+            vars(p).update(self.unrefused)
+
+    def refuse(self, p, error):
+        if not refused(p):
+            self.unrefused = {name: getattr(p, name) for name in ("n_iter", "do_not_save_grid") if hasattr(p, name)}
+        refuse_because(p, error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,11 @@ import platform
 from importlib.metadata import version
 
 import hypothesis
+import pytest
+
+pytest.register_assert_rewrite("webui_fixtures")
+
+from webui_fixtures import at_call, calls, host, loaded  # noqa: E402, F401
 
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 

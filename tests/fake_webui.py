@@ -1102,7 +1102,7 @@ def parse_generation_parameters(x, skip_fields=None):
             values[key], _, rest = rest.partition(", ")
     if "Size" in values:
         values["Size-1"], values["Size-2"] = values["Size"].split("x")
-    return values
+    return {"Hires resize-1": 0, **values}
 
 
 # ---------------------------------------------------------------------------------------- gradio and modules.ui_components
@@ -1113,20 +1113,19 @@ class _Block:
         self.__dict__.update(given)
         self._events = {}  # name -> its listeners: (script, inputs, outputs)
 
-    def change(self, fn, inputs=None, outputs=None, *, _js=None):
-        self._events.setdefault("change", []).append((_js, inputs, outputs))
-
-    def click(self, fn, inputs=None, outputs=None, *, _js=None):
-        self._events.setdefault("click", []).append((_js, inputs, outputs))
-
-    def input(self, fn, inputs=None, outputs=None, *, _js=None):
-        self._events.setdefault("input", []).append((_js, inputs, outputs))
-
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         pass
+
+
+class _Control(_Block):
+    def change(self, fn, inputs=None, outputs=None, *, _js=None):
+        self._events.setdefault("change", []).append((_js, inputs, outputs))
+
+    def input(self, fn, inputs=None, outputs=None, *, _js=None):
+        self._events.setdefault("input", []).append((_js, inputs, outputs))
 
 
 class Row(_Block):
@@ -1147,18 +1146,18 @@ class HTML(_Block):
         super().__init__(value=value, elem_id=elem_id)
 
 
-class Checkbox(_Block):
+class Checkbox(_Control):
     def __init__(self, value=False, *, label=None, elem_id=None, **kwargs):
         super().__init__(value=value, label=label, elem_id=elem_id, **kwargs)
 
 
-class Slider(_Block):
+class Slider(_Control):
     def __init__(self, minimum=0, maximum=100, value=None, *, step=None, label=None, elem_id=None, **kwargs):
         assert minimum <= value <= maximum, label
         super().__init__(minimum=minimum, maximum=maximum, value=value, step=step, label=label, elem_id=elem_id, **kwargs)
 
 
-class Radio(_Block):
+class Radio(_Control):
     _made = None  # the last one
 
     def __init__(self, choices=None, *, value=None, label=None, elem_id=None, **kwargs):
@@ -1166,7 +1165,7 @@ class Radio(_Block):
         Radio._made = self
 
 
-class Textbox(_Block):
+class Textbox(_Control):
     def __init__(self, value="", *, label=None, placeholder=None, max_lines=20, elem_id=None, visible=True):
         super().__init__(
             value=value, label=label, placeholder=placeholder, max_lines=max_lines, elem_id=elem_id, visible=visible
@@ -1178,8 +1177,11 @@ def update(**kwargs):
 
 
 class ToolButton(_Block):
-    def __init__(self, value="", *, elem_id=None, **kwargs):
-        super().__init__(value=value, elem_id=elem_id, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(value=args[0], **kwargs)
+
+    def click(self, fn, inputs=None, outputs=None, *, _js=None):
+        self._events.setdefault("click", []).append((_js, inputs, outputs))
 
 
 class InputAccordion(Checkbox):

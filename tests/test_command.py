@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import save_file
 from tiny import tiny_pipeline
 
@@ -26,7 +27,7 @@ from lib_demofusion.arguments import parse, resumed
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.files import suffixed
 from lib_demofusion.fusion import Fusion
-from lib_demofusion.saved import SavedPhase
+from lib_demofusion.saved import SavedPhase, read_saved
 
 # For a process of its own: the package that is tested, whether or not one is installed.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(lib_demofusion.__file__).parent.parent)}
@@ -251,16 +252,6 @@ def test_a_killed_job_goes_on_from_its_last_phase(run, model, sampler):
             assert a.info == b.info
 
 
-def test_a_job_from_an_image_goes_on_without_the_image(run, tmp_path):
-    Image.radial_gradient("L").resize((80, 64)).save(tmp_path / "in.png")
-    *_, path = run("--image", str(tmp_path / "in.png"), "--size", "240x192", "--save-phases")
-    (tmp_path / "in.png").unlink()
-    for number in (1, 2):
-        assert main(["--resume", str(tmp_path / f"out-phase{number}.safetensors"), "-o", str(tmp_path / "again.png")]) == 0
-        assert Image.open(path).tobytes() == Image.open(tmp_path / "again.png").tobytes()
-        assert Image.open(path).info == Image.open(tmp_path / "again.png").info
-
-
 def test_each_image_of_several_can_be_resumed(run):
     *_, path = run("one red ring", "--scale", "2", "--seed", "3", "--batch-count", "2", "--save-phases")
     again = path.with_name("again.png")
@@ -356,10 +347,19 @@ def test_a_gpu_that_is_not_here_is_refused(model, tmp_path, capsys):
     ("name", "save", "says"),
     [
         ("cmyk.jpg", lambda path: Image.new("CMYK", (64, 64)).save(path), "is CMYK; save it as plain RGB first"),
-        ("alpha.png", lambda path: Image.new("RGBA", (64, 64)).save(path), "has transparency; save it as plain RGB first"),
+        ("alpha.png", lambda path: Image.new("RGBA", (64, 64)).save(path), "has transparency; put it on a background first"),
         ("text.png", lambda path: path.write_text("no image"), "cannot be read as an image"),
         ("cut.png", lambda path: path.write_bytes(png()[:200]), "cannot be read as an image"),
-        ("odd.png", lambda path: Image.new("RGB", (65, 64)).save(path), "width must be divisible by 8, got 65; 64 is near"),
+        (
+            "deep.png",
+            lambda path: Image.new("I;16", (64, 64)).save(path),
+            r"is I(;16)?, more than 8 bits a channel; save it as",
+        ),
+        (
+            "small.png",
+            lambda path: Image.new("RGB", (16, 16)).save(path),
+            "64x64 is no larger than what .*; scale 5.25 is the sm",
+        ),
         ("folder.png", lambda path: path.mkdir(), "cannot be read: it is a folder"),
     ],
 )
@@ -452,6 +452,7 @@ def test_the_picture_is_the_same_however_the_views_are_batched(run):
 def settings(**changed):
     """The settings in a saved phase of the command's."""
     own = dict(prompt="one red ring", negative_prompt="", model="/nowhere/model", image=None, size=None, width=64, height=64)
+    own.update(mask=None, mask_blur=4)
     own.update(steps=3, cfg_scale=7.5, sampler="Euler", seed=0, batch_count=1, dtype="float32", preset="Paper", scale=3.0)
     method = {f.name: f.default for f in dataclasses.fields(DemoFusionConfig) if f.name not in ("scale", "view_batch_size")}
     made = {**own, **method, **changed}
@@ -474,13 +475,16 @@ def saved_phase(path, text, latents=(1, 4, 16, 16), base=(1, 4, 8, 8), number=2)
         (dict(extra=1), "its settings have extra, which this version does not know"),
         (dict(view_batch_size=4), "its settings have view_batch_size"),
         *(
-            ({name: value}, f"its {name.replace('_', ' ')} is .*, of the wrong type")
+            ({name: value}, f"its {name.replace('_', ' ')} is .*, of the wrong type|window must be a whole number")
             for name, value in [
                 ("prompt", None),
                 ("prompt", 3),
                 ("negative_prompt", ["a"]),
                 ("model", 4),
-                ("image", "a.png"),
+                ("image", 3),
+                ("mask", "a.png"),
+                ("mask_blur", None),
+                ("window", "64"),
                 ("size", [64, 64]),
                 ("width", "64"),
                 ("width", 64.0),
@@ -495,6 +499,9 @@ def saved_phase(path, text, latents=(1, 4, 16, 16), base=(1, 4, 8, 8), number=2)
                 ("batch_count", 1.5),
             ]
         ),
+        (dict(image="a.png"), "its width is 64, of the wrong type"),
+        (dict(window=9999), "window must be from 0 to 4096, got 9999"),
+        (dict(mask_blur=5), "--mask-blur is of a mask; give --mask too"),
         (dict(width=7), "width must be at least 8, got 7|is no image of 7x64"),
         (dict(height=0), "height must be at least 8, got 0"),
         (dict(width=72), "its base is 8x8 latent pixels, which is no image of 72x64"),
@@ -570,6 +577,7 @@ def test_latents_that_the_settings_do_not_make_are_refused(tmp_path, capsys, mod
 
 def test_files_of_older_versions_are_resumed(tmp_path):
     young = ("preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps")
+    young += ("window", "mask", "mask_blur")
     text = json.dumps(settings(**dict.fromkeys(young, LEFT_OUT), stride=0, alpha1=2))
     argv = ["--resume", str(saved_phase(tmp_path / "x.safetensors", text)), "--view-batch-size", "3"]
     args, saved = resumed(parse(argv), argv)
@@ -773,3 +781,343 @@ def test_a_console_that_has_failed_lets_the_program_end(watched):
     code, root = BROKEN_CONSOLE.format(watched=watched), Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- a picture that is given
+
+
+def photo(size=(80, 64)):
+    return Image.merge("RGB", [Image.radial_gradient("L").resize(size).rotate(90 * turn) for turn in range(3)])
+
+
+@pytest.fixture
+def given(run, tmp_path):
+    """Runs the command with a picture of 80x64 that is to be 240x192, in phases of 2 and 3 windows, and maybe with a mask."""
+
+    def given(*args, picture=None, mask=None, scale="3", **more):
+        (picture or photo()).save(tmp_path / "in.png")
+        args = ["--image", str(tmp_path / "in.png"), *args]
+        if mask is not None:
+            mask.save(tmp_path / "mask.png")
+            args += ["--mask", str(tmp_path / "mask.png")]
+        return run(*args, *(["--scale", scale] if scale else []), **more)
+
+    return given
+
+
+def spot(size=(80, 64), grey=255):
+    mask = Image.new("L", size)
+    mask.paste(grey, (24, 24, 48, 48))
+    return mask
+
+
+FAR = (190, 0, 240, 192)  # of the result of 240x192; nothing of the mask, however blurred, is there
+
+
+def read(path):
+    """A picture, and the settings of its parameters, by name."""
+    with Image.open(path) as image:
+        image.load()
+        text = image.info.get("parameters")
+    return image, dict(pair.split(": ", 1) for pair in text.splitlines()[-1].split(", ")) if text else None
+
+
+def test_a_given_pictures_plan_has_its_window_and_its_phases(given):
+    code, out, _, path = given("--plan", "--cfg-scale", "1")
+    assert code == 0
+    assert [line.split() for line in out.splitlines()[:-1]] == [
+        ["window:", "80x64"],
+        ["phase", "image", "steps", "views", "a", "step", "model", "calls"],
+        ["2", "160x128", "3", "9", "+", "4", "39"],
+        ["3", "240x192", "3", "25", "+", "9", "102"],
+        ["all", "141"],
+    ]
+    assert re.fullmatch(r"memory: about \d+ MiB with 4 views a call, \d+ MiB for one window alone", out.splitlines()[-1])
+    assert not path.exists()
+    _, out, _, _ = given("--plan", "--window", "40")
+    assert out.splitlines()[0] == "window: 48x40"
+
+
+def test_a_given_picture_is_enlarged_and_says_so(given):
+    code, out, err, path = given("one red ring", "--cfg-scale", "1", "--seed", "7", "--window", "64")
+    assert code == 0, err
+    assert out == f"{path}: 141 model calls\n"
+    assert "141/141" in err
+    image, values = read(path)
+    assert image.size == (240, 192)
+    assert list(values.items()) == [
+        *{"Steps": "3", "Sampler": "Euler", "CFG scale": "1", "Seed": "7", "Size": "80x64", "Model": "tiny-sd15"}.items(),
+        *{"DemoFusion scale": "3", "DemoFusion hold steps": "50", "DemoFusion window": "64"}.items(),
+        ("DemoFusion start", "Picture 80x64"),
+        ("Version", f"demofusion {__version__}"),
+    ]
+    assert DemoFusionConfig.from_infotext(values) == DemoFusionConfig(scale=3.0, window=64)
+    assert not any("upscale" in name.lower() for name in values)
+
+
+def test_around_a_mask_the_picture_is_the_given_one_enlarged(given):
+    code, _, err, path = given(mask=spot())
+    assert code == 0, err
+    image, values = read(path)
+    enlarged = photo().resize((240, 192), Image.Resampling.LANCZOS)
+    assert ImageChops.difference(image.crop(FAR), enlarged.crop(FAR)).getbbox() is None
+    assert min(high for _, high in ImageChops.difference(image, enlarged).getextrema()) > 50
+    assert (values["Mask blur"], values["DemoFusion start"]) == ("4", "Picture 80x64")
+    *_, sharp = given("--mask-blur", "0", mask=spot(), output="sharp.png")
+    changed = ImageChops.difference(read(sharp)[0], enlarged).getbbox()
+    assert changed == (71, 71, 145, 145), "the mask's white, and the pixel that is blended with its neighbour"
+    assert read(sharp)[1]["Mask blur"] == "0"
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_mask_fits_the_picture_as_it_is_shown(given, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo((64, 80) if orientation == 6 else (80, 64)).save(tmp_path / "turned.jpg", exif=exif)
+    spot().save(tmp_path / "spot.png")
+    args = ["--image", str(tmp_path / "turned.jpg"), "--mask", str(tmp_path / "spot.png")]
+    code, out, err, _ = given("--plan", *args)
+    assert code == 0, err
+    assert "240x192" in out
+
+
+def test_the_comparison_has_the_given_picture_on_its_left(given):
+    *_, path = given("--compare", scale="2")
+    with Image.open(path.with_name("out-compare.png")) as sheet:
+        left = sheet.crop((0, 0, 160, 128))
+    assert left.tobytes() == photo().resize((160, 128), Image.Resampling.LANCZOS).tobytes()
+
+
+@pytest.mark.parametrize(("size", "scale"), [("160x128", "2"), ("216x176", f"{math.sqrt(216 * 176 / 80 / 64):.12g}")])
+def test_a_given_picture_has_the_size_that_is_asked_for(given, size, scale):
+    code, _, err, path = given("--size", size, scale=None)
+    assert code == 0, err
+    image, values = read(path)
+    assert "{}x{}".format(*image.size) == size
+    assert (values["Size"], values["DemoFusion scale"]) == ("80x64", scale)
+
+
+def test_a_picture_whose_sides_no_factor_divides_is_enlarged(given):
+    code, _, err, path = given(picture=photo((83, 61)), mask=spot((83, 61)), scale="2.3")
+    assert code == 0, err
+    image, values = read(path)
+    assert image.size == (192, 144)
+    assert (values["Size"], values["DemoFusion scale"]) == ("83x61", "2.3")
+
+
+@pytest.mark.parametrize("size", [(200, 50), (50, 200)])
+def test_a_picture_may_be_four_times_as_long_as_it_is_wide(given, size):
+    code, _, err, path = given("--steps", "1", picture=photo(size), scale="2")
+    assert code == 0, err
+    assert read(path)[0].size == tuple(104 if side == 50 else 400 for side in size)
+
+
+def interrupt(monkeypatch, phase):
+    """Ctrl-C at the second step of a phase."""
+    predict, seen = Fusion.predict, []
+
+    def press(fusion, *args):
+        seen.append(fusion.phase)
+        if seen.count(phase) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return predict(fusion, *args)
+
+    monkeypatch.setattr(Fusion, "predict", press)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ctrl_c_before_a_phase_is_finished_leaves_the_picture_as_it_was_given(given, monkeypatch, masked):
+    interrupt(monkeypatch, 2)
+    code, _, err, path = given("--save-phases", "--compare", mask=spot() if masked else None)
+    assert code == 130
+    line = f"demofusion: stopped; no phase was finished; the picture as it was given is in {path}"
+    assert err.splitlines()[-1] == line
+    image, values = read(path)
+    assert image.tobytes() == photo().tobytes()
+    assert values is None, "nothing of it was made"
+    assert [p.name for p in path.parent.glob("out*")] == ["out.png"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ctrl_c_leaves_the_last_finished_phase_of_a_given_picture(given, monkeypatch, masked):
+    interrupt(monkeypatch, 3)
+    code, _, err, path = given(mask=spot() if masked else None)
+    assert code == 130
+    assert err.splitlines()[-1] == f"demofusion: stopped; the last finished phase, 2 of 3, is in {path}"
+    image, values = read(path)
+    assert image.size == (160, 128)
+    assert (values["Size"], values["DemoFusion scale"]) == ("80x64", "2")
+    enlarged, far = photo().resize((160, 128), Image.Resampling.LANCZOS), (127, 0, 160, 128)
+    assert (ImageChops.difference(image.crop(far), enlarged.crop(far)).getbbox() is None) == masked
+
+
+@pytest.mark.parametrize("where", ["encode", "decode"])
+def test_whatever_fails_the_given_picture_is_not_lost(given, monkeypatch, where):
+    def fail(vae, *args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(AutoencoderKL, where, fail)
+    code, _, err, path = given(scale="2")
+    assert code == 1
+    assert re.match("demofusion: (phase 2 cannot be decoded: )?out of memory in the autoencoder", err.splitlines()[-1])
+    assert err.splitlines()[-1].endswith(f"; no phase was finished; the picture as it was given is in {path}")
+    assert read(path)[0].tobytes() == photo().tobytes()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [[], ["--size", "216x176"]])
+def test_a_job_from_an_image_goes_on_with_the_image(given, tmp_path, capsys, monkeypatch, masked, size):
+    monkeypatch.chdir(tmp_path)
+    *_, path = given("--save-phases", "--compare", *size, mask=spot() if masked else None, scale=None if size else "3")
+    assert sorted(p.name for p in tmp_path.glob("out-phase*")) == ["out-phase2.png", "out-phase2.safetensors"]
+    again, saved = tmp_path / "again.png", str(tmp_path / "out-phase2.safetensors")
+    monkeypatch.chdir("/")
+    assert main(["--resume", saved, "-o", str(again), "--compare"]) == 0
+    for name in ("{}.png", "{}-compare.png"):
+        a, b = (Image.open(tmp_path / name.format(stem)) for stem in ("out", "again"))
+        assert a.tobytes() == b.tobytes()
+        assert a.info == b.info
+
+
+def test_a_job_from_an_image_that_is_gone_or_another_one_does_not_go_on(given, tmp_path, capsys):
+    given("--save-phases", mask=spot())
+    again, saved = tmp_path / "again.png", tmp_path / "out-phase2.safetensors"
+
+    def line(*args):
+        capsys.readouterr()
+        code = main(["--resume", str(saved), "-o", str(again), *args])
+        err = capsys.readouterr().err
+        refused(code, err, f"^demofusion: {saved} cannot be resumed: ", again)
+        return err.partition(" cannot be resumed: ")[2].strip()
+
+    ImageOps.invert(photo()).save(tmp_path / "in.png")
+    assert line() == "the saved phase is of another picture; give the one that it was made from, as it was"
+    photo((88, 64)).save(tmp_path / "in.png")
+    assert line().startswith("the mask is 80x64 and the image 88x64")
+    photo().save(tmp_path / "in.png")
+    (tmp_path / "mask.png").unlink()
+    assert line() == f"no such mask: {tmp_path / 'mask.png'}"
+    (tmp_path / "in.png").unlink()
+    assert line() == f"no such image: {tmp_path / 'in.png'}"
+    for more in (["--mask", "x.png"], ["--image", "x.png"], ["--mask-blur", "3"], ["--size", "64x64"], ["--window", "64"]):
+        assert main(["--resume", str(saved), "-o", str(again), *more]) == 2
+        assert f"--resume takes {more[0][2:].replace('-', ' ')} from the file; leave that out" in capsys.readouterr().err
+
+
+def of_an_image(**changed):
+    return settings(**{**dict(image="/nowhere/in.png", width=None, height=None), **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, "no such image: /nowhere/in.png"),
+        (dict(mask=3), "its mask is 3, of the wrong type"),
+        (dict(size="64x64"), "its size is '64x64', of the wrong type"),
+        (dict(mask_blur=2.5), "its mask blur is 2.5, of the wrong type"),
+        (dict(image="/nowhere/\0"), "cannot be read: embedded null"),
+        (dict(image="\udc80"), "no such image"),
+        (dict(height=64), "its height is 64, of the wrong type"),
+    ],
+)
+def test_settings_that_no_job_from_an_image_has_are_refused(tmp_path, capsys, changed, says):
+    path = tmp_path / "x.safetensors"
+    generators, text = torch.stack([torch.Generator().get_state()]), json.dumps(of_an_image(**changed))
+    SavedPhase(2, torch.zeros(1, 4, 16, 20), torch.zeros(1, 4, 8, 10), "command", generators, text, True).write(path)
+    code = main(["--resume", str(path), "-o", str(tmp_path / "out.png")])
+    err = capsys.readouterr().err
+    refused(code, err, says, tmp_path / "out.png")
+    assert err.startswith(f"demofusion: {path} cannot be resumed: ")
+
+
+@pytest.mark.parametrize("from_picture", [False, True])
+def test_a_phase_and_settings_of_two_kinds_of_jobs_are_refused(tmp_path, capsys, from_picture):
+    path = tmp_path / "x.safetensors"
+    generators, text = torch.stack([torch.Generator().get_state()]), json.dumps(settings() if from_picture else of_an_image())
+    x = torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 8, 8)
+    SavedPhase(2, *x, "command", generators, text, from_picture).write(path)
+    code = main(["--resume", str(path), "-o", str(tmp_path / "out.png")])
+    says = f"its phase is of a job with{'' if from_picture else 'out'} an image, and its settings are not"
+    refused(code, capsys.readouterr().err, says, tmp_path / "out.png")
+
+
+@pytest.mark.parametrize(("size", "says"), [([64], "size must be"), ([64, "a"], "must be a whole"), ([], "size must be")])
+def test_a_size_in_a_file_that_is_none_is_refused(given, tmp_path, capsys, size, says):
+    given("--save-phases", scale="3")
+    text = json.dumps(
+        {**json.loads(read_saved(tmp_path / "out-phase2.safetensors", "command").settings), "size": size, "scale": 4.0}
+    )
+    saved = dataclasses.replace(read_saved(tmp_path / "out-phase2.safetensors", "command"), settings=text)
+    saved.write(tmp_path / "x.safetensors")
+    capsys.readouterr()
+    code = main(["--resume", str(tmp_path / "x.safetensors"), "-o", str(tmp_path / "again.png")])
+    refused(code, capsys.readouterr().err, says, tmp_path / "again.png")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (
+            ["--width", "64"],
+            "--width/--height are of a base made from the prompt; with --image use --size or --scale, and --win",
+        ),
+        (["--height", "64"], "--width/--height are of a base"),
+        (["--size", "160x128", "--scale", "2"], "give --size or --scale, not both"),
+        (["--size", "64x48"], "64x48 is not larger than the picture, 80x64; choose a larger size"),
+        (["--size", "162x128"], "size must be divisible by 8, got 162x128; 160x128 is near"),
+        (["--size", "160x160"], "160x160 has not the aspect of the picture, 80x64; 176x144 is near"),
+        (["--size", "800x640"], "800x640 is more than 8 times the picture's sides; 640x512 is the largest"),
+        (["--window", "1024"], "320x256 is no larger than what the checkpoint draws at once; a smaller window works"),
+        (
+            ["--window", "256"],
+            "320x256 is no larger than what the checkpoint draws at once; scale 4.45 is the smallest that works",
+        ),
+        (
+            ["--window", "8", "--scale", "8"],
+            "640x512 is more than 64 times as long and wide as a window of 8; scale 7.1 is the la",
+        ),
+        (["--window", "4"], "a window of 4 pixels is too small"),
+        (["--window", "5000"], "window must be from 0 to 4096, got 5000"),
+        (["--mask-blur", "3"], "--mask-blur is of a mask; give --mask too"),
+        (["--mask", "/nowhere/mask.png"], "no such mask: /nowhere/mask.png"),
+    ],
+)
+def test_what_a_given_picture_cannot_have_is_refused(given, args, says):
+    code, _, err, path = given(*args, scale=None)
+    refused(code, err, says, path)
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (spot((80, 72)), "the mask is 80x72 and the image 80x64; they must be of one size"),
+        (spot(grey=0), "nothing of the mask is white, so nothing would change; white is what is drawn anew"),
+        (Image.new("LA", (80, 64)), "mask.png has transparency; put it on a background first"),
+        (Image.new("I;16", (80, 64)), r"mask.png is I(;16)?, more than 8 bits a channel; save it as plain RGB first"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_refused_before_the_model_is_loaded(given, mask, says):
+    code, _, err, path = given("--model", "/nowhere", mask=mask)
+    refused(code, err, says, path)
+
+
+def test_more_that_cannot_be_used_of_a_mask(given, run, tmp_path):
+    spot().convert("CMYK").save(tmp_path / "cmyk.jpg")
+    code, _, err, path = given("--mask", str(tmp_path / "cmyk.jpg"))
+    refused(code, err, "cmyk.jpg is CMYK; save it as plain RGB first", path)
+    for blur in ("-1", "65"):
+        code, _, err, path = given("--mask-blur", blur, mask=spot())
+        refused(code, err, f"mask blur must be at least 0 and at most 64, got {blur}", path)
+    code, _, err, path = run("ring", "--mask", str(tmp_path / "mask.png"))
+    refused(code, err, "a mask is of an image; give --image too", path)
+    code, _, err, path = run("ring", "--window", "64")
+    refused(code, err, "a window is for a picture that is given; without one it is the base's size", path)
+
+
+def test_a_large_photo_is_planned_for_the_embedded_checkpoint(tmp_path, capsys):
+    """Also with what its first phase is: the picture's own size is none."""
+    photo((1920, 1280)).save(tmp_path / "in.png")
+    assert main(["two red rings", "--image", str(tmp_path / "in.png"), "--scale", "2", "--plan", "--preset", "Fast"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "window: 160x112"
+    assert [line.split()[:2] for line in lines[2:-2]] == [["2", "2560x1704"], ["3", "3840x2560"]]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from lib_demofusion import fusion as fusion_module
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion, gaussian_blur, match_moments, skip_residual_
-from lib_demofusion.phases import make_plan, upscale
+from lib_demofusion.original import Original
+from lib_demofusion.phases import make_plan, plan_from_picture, upscale
 from lib_demofusion.schedule import cosine_decay, weights_at
 
 
@@ -175,3 +176,17 @@ def test_samplers_that_add_fresh_noise_get_the_denoised_images_fused():
 def test_real_images_start_at_the_second_phase():
     plan = make_plan((16, 16), 50, DemoFusionConfig(scale=2.0), from_image=True)
     assert [phase.evaluations for phase in plan.phases] == [0, 50 * 13]
+
+
+def test_a_real_image_is_seen_in_windows_of_the_models_size_and_begins_as_itself_in_the_first_phase_that_is_larger():
+    plan = plan_from_picture((1024, 1536), 64, 1, DemoFusionConfig(scale=2.0, doubling=True))
+    assert (plan.window, [phase.scale for phase in plan.phases]) == ((52, 77), [1, 4, 192 * 2 / 77])
+    begun = []
+
+    def denoise(phase, reference, noise, held):
+        begun.append(float(reference.mean()))
+        return torch.randn(reference.shape)
+
+    original = Original(lambda size: torch.full((1, 4, *size), 7.0))
+    list(upscale(plan, torch.randn(1, 4, 52, 77), lambda phase: torch.zeros(1), denoise, original=original))
+    assert begun == pytest.approx([7.0, 0.0], abs=0.1)

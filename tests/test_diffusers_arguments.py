@@ -106,14 +106,20 @@ REFUSED = [
     ("image", picture("RGBA", (64, 64)).crop((0, 0, 72, 64)), "the image has transparency"),
     ("image", Image.new("LA", (64, 64)), "the image has transparency"),
     ("image", Image.new("PA", (64, 64)), "the image has transparency"),
-    ("image", Image.new("I;16", (64, 64)), "the image is I;16; convert it to plain RGB first"),
-    ("image", Image.new("I", (64, 64)), "the image is I;"),
-    ("image", Image.new("F", (64, 64)), "the image is F;"),
+    ("image", Image.new("I;16", (64, 64)), "the image is I;16, more than 8 bits a channel; convert it to plain RGB first"),
+    ("image", Image.new("I", (64, 64)), "the image is I, more than 8 bits a channel;"),
+    ("image", Image.new("F", (64, 64)), "the image is F, more than 8 bits a channel;"),
     ("image", Image.new("CMYK", (64, 64)), "the image is CMYK;"),
     ("image", Image.new("LAB", (64, 64)), "the image is LAB;"),
     ("image", Image.new("YCbCr", (64, 64)), "the image is YCbCr;"),
-    ("image", Image.new("RGB", (0, 0)), "height must be at least 1, got 0"),
-    ("image", Image.new("RGB", (65, 64)), "width must be divisible by 8, got 65; 64 is near"),
+    ("image", Image.new("RGB", (0, 0)), "a picture of 0x0 is too small; a latent pixel is 8 pixels"),
+    ("image", picture(size=(32, 32)), "48x48 is no larger than what the checkpoint draws at once; scale 2.65 is the smallest"),
+    ("size", (128, 128), "a size is of what becomes of an image that is given; without one config.scale says it"),
+    ("config", DemoFusionConfig(window=64), "a window is for a picture that is given; without one it is the base's size"),
+    ("mask", picture("L"), "a mask is of an image; give the image too"),
+    ("mask_blur", -1, "mask blur must be at least 0 and at most 64, got -1"),
+    ("mask_blur", 65, "mask blur must be at least 0 and at most 64, got 65"),
+    ("mask_blur", 1.5, "mask blur must be a whole number, got 1.5"),
     ("progress", 5, "progress must be a function, got a int"),
     ("cancelled", False, "cancelled must be a function, got a bool"),
     ("finished", "x", "finished must be a function, got a str"),
@@ -177,6 +183,84 @@ def test_a_file_that_is_cut_off_is_refused(pipe, tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     with Image.open(tmp_path / "cut.png") as image, pytest.raises(ValueError, match="the image cannot be read: "):
         generate(pipe, "", config=SMALL, steps=2, image=image)
+
+
+# --- an image, its mask and its size
+
+
+def white(size=(64, 64), mode="L"):
+    return Image.new("L", size, 255).convert(mode)
+
+
+SIZED = [
+    (dict(height=64), "height and width are of a base made from the prompt; with an image use size or config.scale"),
+    (dict(width=64), "height and width are of a base"),
+    (dict(size=(120, 100)), "size must be divisible by 8, got 100x120; 96x120 is near"),
+    (dict(size=(128, 96)), "96x128 has not the aspect of the picture, 64x64; 112x112 is near"),
+    (dict(size=(64, 64)), "64x64 is not larger than the picture, 64x64; choose a larger size"),
+    (dict(size=(56, 64)), "64x56 is not larger than the picture"),
+    (dict(size=(520, 520)), "520x520 is more than 8 times the picture's sides; 512x512 is the largest"),
+    (dict(size=(72, 72)), "72x72 is no larger than what the checkpoint draws at once; scale 1.35 is the smallest that works"),
+    (dict(size=128), "size must be height and width, got 128"),
+    (dict(size=(128,)), "size must be height and width, got a tuple"),
+    (dict(size="128x128"), "size must be height and width, got '128x128'"),
+    (dict(size=(128, 128.5)), "the result's width must be a whole number, got 128.5"),
+    (dict(size=(0, 128)), "the result's height must be at least 1, got 0"),
+]
+MASKED = [
+    (white((64, 72)), "the mask is 64x72 and the image 64x64; they must be of one size"),
+    (white().point(lambda x: 0), "nothing of the mask is white, so nothing would change"),
+    (white().point(lambda x: 127), "nothing of the mask is white"),
+    (white(mode="CMYK"), "the mask is CMYK; convert it to plain RGB first"),
+    (Image.new("LA", (64, 64)), "the mask has transparency; put it on a background first"),
+    (Image.new("I;16", (64, 64)), "the mask is I;16, more than 8 bits a channel"),
+    ("mask.png", "the mask must be a PIL image, got a str; Image.open makes one of a file"),
+]
+
+
+@pytest.mark.parametrize(("settings", "says"), [*SIZED, *((dict(mask=mask), says) for mask, says in MASKED)])
+def test_what_an_image_cannot_have_is_refused_in_one_line_before_anything_is_computed(pipe, settings, says, monkeypatch):
+    for network in (pipe.unet, pipe.text_encoder, pipe.vae):
+        monkeypatch.setattr(network, "forward", None)
+    monkeypatch.setattr(pipe.vae, "encode", None)
+    for call in (lambda **more: generate(pipe, "red fox", config=SMALL, **more), lambda **more: plan_for(pipe, SMALL, **more)):
+        with pytest.raises(ValueError, match=f"^{says}[^\n]*$"):
+            call(steps=2, image=picture(), **settings)
+
+
+def test_white_that_is_too_small_to_draw_in_is_refused(pipe):
+    mask = Image.new("L", (64, 64))
+    mask.putpixel((20, 20), 255)
+    assert plan_for(pipe, DemoFusionConfig(scale=8.0), image=picture(), mask=mask, mask_blur=0)
+    with pytest.raises(ValueError, match="^the mask's white areas are too small to be drawn in; make them larger, or blur"):
+        plan_for(pipe, DemoFusionConfig(scale=8.0), image=picture(), mask=mask)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+def test_a_mask_may_be_of_any_plain_kind(pipe, mode):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    assert torch.equal(latents(pipe, image=picture(), mask=mask.convert(mode)), latents(pipe, image=picture(), mask=mask))
+
+
+def test_the_size_may_be_stretched_by_two_parts_in_a_hundred(pipe):
+    image = picture(size=(800, 400))
+    for size, final in [((800, 1600), (100, 200)), ((800, 1576), (100, 197)), ([816, 1600], (102, 200))]:
+        assert plan_for(pipe, SMALL, image=image, size=size).phases[-1].size == final
+    with pytest.raises(ValueError, match="1560x800 has not the aspect of the picture, 800x400; 1576x792 is near"):
+        plan_for(pipe, SMALL, image=image, size=(800, 1560))
+    assert plan_for(pipe, SMALL, image=picture(size=(20, 200)), size=(400, 40)).phases[-1].size == (50, 5)
+
+
+def test_a_checkpoint_that_does_not_say_its_size_is_told_it():
+    pipe = tiny_pipeline("sd15")
+    told = plan_for(pipe, SMALL, image=picture())
+    pipe.unet.register_to_config(sample_size=[4, 16])
+    assert plan_for(pipe, SMALL, image=picture()) == told, "sides of 8 on average"
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="^this checkpoint does not say its own size; give window, the side in pixels"):
+        plan_for(pipe, SMALL, image=picture())
+    assert plan_for(pipe, DemoFusionConfig(scale=1.5, window=64), image=picture()) == told
 
 
 # --- a saved phase

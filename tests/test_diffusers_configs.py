@@ -1,5 +1,7 @@
 """What a checkpoint's configuration says is obeyed as diffusers' own pipeline obeys it, or refused before all else."""
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
@@ -349,7 +351,7 @@ def test_encoding_is_the_inverse_of_decoding_then(monkeypatch):
         lambda self, z, **more: seen.append(z.clone()) or diffusers.models.autoencoders.vae.DecoderOutput(z),
     )
     result = generate(pipe, "", config=SMALL, steps=2, image=picture())
-    result.images(0)
+    decode_latents(pipe, result.phases[0][1], result.plan.window)
     with torch.inference_mode():
         x = pipe.image_processor.preprocess(picture())
         torch.testing.assert_close(seen[-1], pipe.vae.encode(x).latent_dist.mode(), rtol=1e-4, atol=1e-4)
@@ -648,11 +650,13 @@ def test_pipelines_that_cannot_work_are_refused(kind, change, says):
     refused(change, says, kind)
 
 
-@pytest.mark.parametrize("size", [dict(width=64, height=64), dict(image=Image.new("RGB", (64, 64)))])
-def test_a_unet_that_does_not_say_its_size_takes_the_one_that_is_given(size):
+@pytest.mark.parametrize(
+    ("window", "given"), [(0, dict(width=64, height=64)), (64, dict(image=Image.new("RGB", (64, 64))))], ids=["base", "image"]
+)
+def test_a_unet_that_does_not_say_its_size_takes_the_one_that_is_given(window, given):
     pipe = tiny_pipeline("sd15")
     pipe.unet.register_to_config(sample_size=None)
-    assert plan_for(pipe, SMALL, steps=2, **size).window == (8, 8)
+    assert plan_for(pipe, replace(SMALL, window=window), steps=2, **given).window == (8, 8)
 
 
 def test_a_sample_size_may_be_two_numbers():

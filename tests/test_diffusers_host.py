@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from tiny import KINDS, tiny_pipeline
 
@@ -212,6 +212,151 @@ def test_a_real_image_is_encoded_and_starts_at_the_second_phase(sd15):
     assert encoded.shape == (2, 4, 8, 12)
     assert torch.equal(encoded[0], encoded[1])
     assert latents.shape == (2, 4, 16, 24)
+
+
+def photo(size=(200, 136)):
+    return Image.merge("RGB", [Image.radial_gradient("L").resize(size).rotate(90 * turn) for turn in range(3)])
+
+
+def spot(size=(200, 136), box=(60, 40, 140, 100)):
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+def as_latents(pipe, image, size):
+    """The image, resized by Lanczos to a phase's size, as the autoencoder's latents."""
+    image = image.resize((8 * size[1], 8 * size[0]), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        return pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+
+
+def spy_fusion(monkeypatch):
+    """(phase, reference, held) of each phase's first call."""
+    seen, predict = {}, Fusion.predict
+
+    def spied(fusion, *args):
+        seen.setdefault(fusion.phase, (fusion.reference.clone(), fusion.held))
+        return predict(fusion, *args)
+
+    monkeypatch.setattr(Fusion, "predict", spied)
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_enlarged_in_windows_of_the_models_size(pipes, kind, monkeypatch):
+    """200x136 becomes 400x272, in 5 windows' sides: what the first phase begins with is the image itself, at its size."""
+    pipe, seen, calls = pipes[kind], spy_fusion(monkeypatch), []
+    config = DemoFusionConfig(scale=2.0, stride=1.0)
+    result = generate(
+        pipe, "", config=config, image=photo(), steps=1, seed=[1, 2], finished=lambda _, saved: calls.append(saved.number)
+    )
+    plan = result.plan
+    assert plan == plan_for(pipe, config, image=photo(), steps=1)
+    assert [phase.size for phase, _ in result.phases] == [(7, 10), (20, 30), (27, 40), (34, 50)]
+    assert [phase.scale for phase, _ in result.phases] == [1, 3, 4, 5]
+    assert calls == [2, 3, 4], "the image itself is no phase that is sampled"
+    assert result.evaluations == plan.evaluations == plan.evaluations_to(4)
+    assert plan.evaluations_to(1) == 0
+    torch.testing.assert_close(seen[2][0], as_latents(pipe, photo(), (20, 30)).repeat(2, 1, 1, 1), rtol=0, atol=1e-4)
+    base = as_latents(pipe, photo(), (7, 10))
+    torch.testing.assert_close(result.phases[0][1], base.repeat(2, 1, 1, 1), rtol=0, atol=1e-4)
+    for _, latents in result.phases[1:]:
+        torch.testing.assert_close(latents.std(dim=(1, 2, 3)), base.std().repeat(2), rtol=1e-3, atol=0)
+    assert [image.size for image in result.images()] == [(400, 272)] * 2
+    assert [image.tobytes() for image in result.images(0)] == [photo().tobytes()] * 2
+
+
+def test_what_is_flat_in_an_image_is_held_in_the_first_phase(sd15, monkeypatch):
+    image = Image.new("RGB", (205, 131), (90, 120, 150))
+    image.paste(Image.effect_noise((100, 131), 90).convert("RGB"), (0, 0))
+    seen = spy_fusion(monkeypatch)
+    generate(sd15, "", config=DemoFusionConfig(scale=2.0, hold_flat=12.0), image=image, steps=1)
+    held = seen[2][1]
+    assert held.shape[-2:] == seen[2][0].shape[-2:]
+    width = held.shape[-1]
+    assert held[..., : width * 9 // 20].max() == 0
+    assert held[..., width * 6 // 10 :].min() > 0.5
+
+
+@pytest.mark.parametrize("settings", [{}, {"pixel_upsampling": True, "hold_flat": 6.0}])
+def test_around_a_mask_the_image_stays(sd15, settings, monkeypatch):
+    """In every phase's latents, which are the image's there, and in the pictures, to the bit."""
+    seen = spy_fusion(monkeypatch)
+    config = DemoFusionConfig(scale=2.0, stride=1.0, **settings)
+    result = generate(sd15, "", config=config, image=photo(), mask=spot(), steps=2, seed=[1, 2])
+    for index, (phase, latents) in enumerate(result.phases):
+        if phase.number == 1:
+            continue
+        mask = result.given.mask_at(phase.size)
+        outside = (mask == 0).expand(2, 4, -1, -1)
+        own = as_latents(sd15, photo(), phase.size).repeat(2, 1, 1, 1)
+        torch.testing.assert_close(latents[outside], own[outside], rtol=0, atol=1e-4)
+        assert (latents - own)[~outside].abs().min() > 0
+        assert seen[phase.number][1][mask.expand_as(seen[phase.number][1]) == 0].min() == 1
+        for image in result.images(index):
+            kept = np.asarray(photo().resize(image.size, Image.Resampling.LANCZOS))
+            far = np.asarray(spot(box=(40, 20, 160, 120)).resize(image.size)) == 0
+            assert (np.asarray(image)[far] == kept[far]).all()
+            assert (np.asarray(image) != kept)[~far].mean() > 0.3
+    again = generate(sd15, "", config=config, image=photo(), mask=spot(), mask_blur=0, steps=2, seed=[1, 2])
+    assert again.images()[0].tobytes() != result.images()[0].tobytes()
+
+
+def test_a_mask_that_is_all_white_changes_nothing(sd15):
+    white = Image.new("L", (200, 136), 255)
+    a, b = (generate(sd15, "", config=TWICE, image=photo(), mask=mask, steps=1, seed=3) for mask in (None, white))
+    assert a.images()[0].tobytes() == b.images()[0].tobytes()
+
+
+def test_around_a_mask_the_image_stays_after_an_interrupt(sd15):
+    calls = []
+    config = DemoFusionConfig(scale=2.0, stride=1.0)
+    job = dict(config=config, image=photo(), mask=spot(), steps=2, progress=lambda phase, _: calls.append(phase.number))
+    with pytest.raises(Incomplete) as stop:
+        generate(sd15, "", cancelled=lambda: 4 in calls, **job)
+    [image] = stop.value.result.images()
+    assert image.size == (320, 216)
+    far = np.asarray(spot(box=(40, 20, 160, 120)).resize(image.size)) == 0
+    assert (np.asarray(image)[far] == np.asarray(photo().resize(image.size, Image.Resampling.LANCZOS))[far]).all()
+    with pytest.raises(Incomplete) as stop:
+        generate(sd15, "", cancelled=lambda: True, **job)
+    assert [image.tobytes() for image in stop.value.result.images()] == [photo().tobytes()]
+
+
+@pytest.mark.parametrize("size", [(33, 130), (130, 33), (101, 67), (65, 64), (120, 30)])
+def test_images_of_any_size_and_aspect_are_enlarged(sd15, size):
+    config = DemoFusionConfig(scale=3.0, stride=1.0, hold_flat=6.0)
+    result = generate(sd15, "", config=config, image=photo(size), steps=1, cfg_scale=1)
+    assert result.images()[0].size == tuple(math.floor(3 * side / 8 + 0.5) * 8 for side in size)
+    assert result.evaluations == result.plan.evaluations
+
+
+@pytest.mark.parametrize("mask", [None, spot()])
+def test_a_job_from_an_image_goes_on_from_a_saved_phase(sd15, mask):
+    settings = dict(config=DemoFusionConfig(scale=2.0, stride=1.0), steps=2, seed=[3, 4], sampler="Euler a", mask=mask)
+    saved = {}
+    whole = generate(sd15, "a", **settings, image=photo(), finished=lambda result, phase: saved.update({phase.number: phase}))
+    again = generate(sd15, "a", **settings, image=photo(), resume=saved[2])
+    assert torch.equal(again.phases[-1][1], whole.phases[-1][1])
+    assert again.evaluations == whole.evaluations
+    assert again.images(0)[0].tobytes() == photo().tobytes()
+    with pytest.raises(ValueError, match="^the saved phase is of another picture; give the one that it was made from"):
+        generate(sd15, "a", **settings, image=ImageOps.invert(photo()), resume=saved[2])
+    if mask is None:
+        with pytest.raises(ValueError, match="^the saved phase is of a job with an image to begin with$"):
+            generate(sd15, "a", **settings, resume=saved[2])
+
+
+def test_out_of_memory_names_the_window_where_there_is_no_base(sd15, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sd15.unet, "forward", full)
+    with pytest.raises(Incomplete, match="^out of memory with one view at a time; a smaller window or half precision") as stop:
+        generate(sd15, "", config=TWICE, image=photo(), steps=1)
+    assert stop.value.result.images()[0].tobytes() == photo().tobytes()
 
 
 @pytest.mark.parametrize("after", range(0, 22, 3))
@@ -420,7 +565,7 @@ def test_diffusers_own_tiling_is_left_alone_where_the_user_has_enabled_it(monkey
         monkeypatch.setattr(pipe.vae, name, lambda *a, name=name, method=method, **k: calls.append(name) or method(*a, **k))
     decode_latents(pipe, torch.randn(1, 4, 26, 30), (8, 8))
     generate(pipe, "", config=TWICE, steps=1, image=Image.new("RGB", (256, 256)))
-    assert calls == ["tiled_decode", encode]
+    assert calls == ["tiled_decode", encode, encode], "shrunken to the window, and as the phase begins with it"
 
 
 def test_a_batch_goes_on_from_a_saved_phase(sd15):
@@ -460,12 +605,16 @@ def test_needs_are_what_is_measured(sd15):
 def test_a_large_image_is_encoded_in_tiles(monkeypatch):
     pipe = tiny_pipeline("sd15")
     image = Image.effect_noise((320, 208), 90).convert("RGB")
-    whole = generate(pipe, "", config=TWICE, steps=1, image=image).phases[0][1]
+    references, predict = [], Fusion.predict
+    monkeypatch.setattr(Fusion, "predict", lambda self, *x: references.append(self.reference.clone()) or predict(self, *x))
+    generate(pipe, "", config=TWICE, steps=1, image=image)
     small_tiles(monkeypatch)
     sizes = set()
     pipe.vae.encoder.conv_in.register_forward_pre_hook(lambda module, args: sizes.add(tuple(args[0].shape[-2:])))
-    tiled = generate(pipe, "", config=TWICE, steps=1, image=image).phases[0][1]
+    generate(pipe, "", config=TWICE, steps=1, image=image)
     assert max(h * w for h, w in sizes) <= (8 * 24) ** 2
+    whole, tiled = references[0], references[len(references) // 2]
+    assert whole.shape == tiled.shape == (1, 4, 32, 50)
     assert (tiled - whole).abs().max() < 0.01 * whole.std()
 
 

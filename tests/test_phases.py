@@ -1,16 +1,32 @@
 """The plan, as a value, and the loop over the phases."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
-from lib_demofusion.phases import Pace, clock_time, enlarge, enlarge_latents, flat_areas, make_plan, phase_scales, upscale
+from lib_demofusion.original import Original
+from lib_demofusion.phases import (
+    FITTING,
+    LARGEST,
+    Pace,
+    clock_time,
+    enlarge,
+    enlarge_latents,
+    enlarged_size,
+    flat_areas,
+    make_plan,
+    phase_scales,
+    plan_from_picture,
+    upscale,
+    window_for,
+)
 
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(2, 700), (3, 2400), (4, 5650)])
@@ -256,3 +272,173 @@ def test_the_pace_foresees_the_phases_from_the_one_before():
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (59.7, "1:00"), (8105, "2:15:05")])
 def test_clock_time(seconds, text):
     assert clock_time(seconds) == text
+
+
+# ------------------------------------------------------------------------------------------------- a picture that is given
+
+
+def planned(picture, side, scale=2.0, steps=1, **settings):
+    final = settings.pop("final", None)
+    return plan_from_picture(picture, side, steps, DemoFusionConfig(scale=scale, **settings), final=final)
+
+
+@pytest.mark.parametrize(
+    ("picture", "side", "settings", "window", "scales", "last"),
+    [
+        ((1280, 1920), 128, {}, (107, 160), [2, 3], (320, 480)),
+        ((1280, 1920), 64, {"doubling": True}, (54, 80), [4, 6], (320, 480)),
+        ((3000, 4000), 128, {"doubling": True}, (108, 143), [4, 1000 / 143], (750, 1000)),
+        ((512, 512), 128, {"scale": 4.0}, (128, 128), [2], (256, 256)),
+        ((1280, 1920), 16, {}, (14, 20), list(range(13, 25)), (320, 480)),
+    ],
+)
+def test_a_given_picture_is_made_in_windows_of_the_models_size(picture, side, settings, window, scales, last):
+    """Of latent pixels; 1280x856, 640x432, 1144x864 and 1024x1024 pixels, and of the embedded checkpoint 160x112."""
+    plan = planned(picture, side, **settings)
+    base, *phases = plan.phases
+    assert (plan.window, base.size, base.evaluations, plan.from_picture) == (window, window, 0, True)
+    assert [phase.scale for phase in phases] == pytest.approx(scales)
+    assert phases[-1].size == last
+    assert [phase.dilation for phase in phases] == [math.ceil(scale) for scale in scales]
+    assert [phase.number for phase in plan.phases] == list(range(1, len(scales) + 2))
+
+
+def test_the_window_can_be_asked_for():
+    assert planned((1280, 1920), 64, window=1024) == planned((1280, 1920), 128)
+    assert planned((1280, 1920), 0, window=1024) == planned((1280, 1920), 128)
+
+
+def test_a_given_pictures_plan_prints_without_it():
+    plan = planned((128, 192), 16, scale=3.0, steps=10)
+    assert [line.split() for line in plan.table().splitlines()] == [
+        ["phase", "image", "steps", "views", "a", "step", "model", "calls"],
+        ["2", "288x192", "10", "9", "+", "4", "260"],
+        ["3", "432x288", "10", "25", "+", "9", "680"],
+        ["4", "576x384", "10", "49", "+", "16", "1,300"],
+        ["all", "2,240"],
+    ]
+
+
+def planned_or_refused(*args, **settings):
+    """The plan, or what is said instead."""
+    try:
+        return planned(*args, **settings), None
+    except ValueError as error:
+        return None, str(error)
+
+
+PICTURES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
+
+
+@given(PICTURES, st.floats(1.001, 8), st.floats(16, 160), st.booleans())
+@example((4606, 1587), 2.0, 185.398740483641, False)  # its own size, rounded, is no phase
+@example((2716, 1609), 2.0, 64, True)
+@example((77, 36), 1.5, 32, False)
+@example((1788, 992), 7.45, 16, False)
+@example((1, 1), 8.0, 16, False)
+@example((205, 701), 4.9, 16, False)
+def test_any_picture_is_planned_or_refused_in_one_line_that_says_what_works(picture, scale, side, doubling):
+    plan, line = planned_or_refused(picture, side, scale, doubling=doubling)
+    if plan is None:
+        named = re.fullmatch(r".*; (?:choose a|a|scale ([\d.]+) is the) (larger|smaller|largest|smallest)[a-z ]+", line)
+        assert named, line
+        if named[1]:
+            beyond = float(named[1]) + (0.05 if named[2] == "largest" else -0.05)
+            assert planned(picture, side, float(named[1]))
+            assert not 1 < beyond <= 8 or planned_or_refused(picture, side, beyond)[0] is None
+        return
+    window, (base, *phases) = plan.window, plan.phases
+    assert phases[-1].size == enlarged_size(picture, scale)
+    assert base.size == window
+    assert base.evaluations == 0
+    assert math.sqrt(math.prod(side - 1 for side in window)) <= FITTING[1] * side
+    assert math.sqrt(math.prod(window)) >= FITTING[0] * side
+    assert phases[-1].scale <= LARGEST
+    for before, phase in zip(plan.phases, phases):
+        assert phase.size > before.size
+        assert all(a >= b for a, b in zip(phase.size, before.size))
+        assert math.prod(phase.size) * 64 > math.prod(picture), "each is larger than the picture"
+        assert all(length * phase.dilation >= whole for length, whole in zip(window, phase.size))
+        assert all(length <= whole for length, whole in zip(window, phase.size))
+
+
+@given(st.tuples(st.integers(2, 600), st.integers(2, 600)), st.floats(4, 160))
+def test_a_window_has_the_aspect_and_about_the_models_size(final, side):
+    window = window_for(final, side)
+    whole = max(int(math.sqrt(math.prod(final)) / side + 0.5), 1)
+    assert all(length <= of for length, of in zip(window, final))
+    assert abs(window[0] / final[0] - window[1] / final[1]) <= 1 / min(final)
+    if FITTING[0] <= math.sqrt(math.prod(final)) / side / whole <= FITTING[1]:
+        assert window == tuple(math.ceil(length / whole) for length in final), "whole windows, so that nothing is padded"
+    else:
+        assert math.sqrt(math.prod(window)) >= min(side, math.sqrt(math.prod(final))) - 1e-6
+
+
+def test_a_plan_may_end_at_any_size():
+    plan = make_plan((10, 6), 1, DemoFusionConfig(), final=(37, 21))
+    assert [(phase.scale, phase.size) for phase in plan.phases] == [(1, (10, 6)), (2, (20, 11)), (3, (30, 17)), (3.7, (37, 21))]
+    assert [phase.number for phase in make_plan((10, 6), 1, DemoFusionConfig(), final=(37, 21), begin=220).phases] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("picture", "side", "settings", "says"),
+    [
+        ((512, 512), 128, {}, "1024x1024 is no larger than what the checkpoint draws at once; scale 2.55 is the smallest that"),
+        ((64, 64), 128, {}, "128x128 is no larger than what the checkpoint draws at once; a smaller window works"),
+        ((1280, 1920), 16, {"scale": 6.0}, "11520x7680 is more than 64 times .* of 128; scale 5.2 is the largest that works"),
+        ((12800, 19200), 16, {}, "more than 64 times as long and wide as a window of 128; a larger window works"),
+        ((1280, 1920), 64, {"final": (160, 240)}, "1920x1280 is not larger than the picture, 1920x1280; choose a larger size"),
+        ((1280, 1920), 64, {"window": 4}, "a window of 4 pixels is too small; a latent pixel is 8 pixels"),
+        ((0, 1920), 64, {}, "a picture of 1920x0 is too small; a latent pixel is 8 pixels"),
+        ((1280, 1920), 64, {"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_a_picture_that_cannot_be_enlarged_is_refused_in_one_line(picture, side, settings, says):
+    with pytest.raises(ValueError, match=says) as error:
+        planned(picture, side, **settings)
+    assert "\n" not in str(error.value)
+
+
+def loop(plan, original, finished=None, fail=None):
+    """The references that the phases get, and what they yield, with a sampler that adds 1 to the reference."""
+    seen = []
+
+    def denoise(phase, reference, noise, held):
+        seen.append((phase.number, reference.clone(), held))
+        return reference + 1
+
+    base = torch.randn(1, 4, *plan.window)
+    return seen, list(upscale(plan, base, lambda phase: torch.zeros(1), denoise, finished, original=original))
+
+
+def encoded(size):
+    """A picture of which every size has latents of its own."""
+    return torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(size[0]))
+
+
+def test_the_first_phase_begins_with_the_picture_itself_and_the_next_with_that_phase():
+    plan = planned((64, 64), 8, scale=3.0)
+    seen, done = loop(plan, Original(encoded))
+    assert [number for number, *_ in seen] == [phase.number for phase in plan.phases[1:]] == [2, 3]
+    assert torch.equal(seen[0][1], encoded(plan.phases[1].size))
+    assert torch.equal(seen[1][1], enlarge_latents(done[0][1], plan.phases[2].size))
+    again, rest = loop(plan, Original(encoded), finished=(2, done[0][1]))
+    assert torch.equal(again[0][1], seen[1][1])
+    assert len(rest) == 1
+
+
+def test_around_a_mask_each_phase_keeps_the_picture_to_the_bit():
+    plan = planned((64, 96), 8, scale=3.0)
+
+    def mask(size):
+        half = torch.zeros(1, 1, *size)
+        half[..., : size[1] // 2] = 1
+        return half
+
+    seen, done = loop(plan, Original(encoded, mask=mask))
+    for (_, reference, held), (phase, latents) in zip(seen, done):
+        outside = (mask(phase.size) == 0).expand(1, 4, -1, -1)
+        for x in (reference, latents):
+            assert torch.equal(x[outside], encoded(phase.size)[outside])
+        assert torch.equal(held, 1 - mask(phase.size))
+        assert not torch.isclose(latents, encoded(phase.size))[~outside].any()

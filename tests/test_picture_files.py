@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
-from lib_demofusion.pictures import check_text, model_name, open_image, parameters_text, quote, save_png
+from lib_demofusion.pictures import Given, check_text, model_name, open_image, parameters_text, quote, save_png
 
 GREY = Image.radial_gradient("L").resize((48, 32))
 COLOUR = Image.merge("RGB", [GREY, GREY.rotate(90, expand=False), GREY.point(lambda x: 255 - x)])
@@ -68,7 +68,7 @@ def half(image):
 @pytest.mark.parametrize(
     ("name", "image", "says"),
     [
-        ("a.png", with_alpha(COLOUR, 0), "has transparency; save it as plain RGB first"),
+        ("a.png", with_alpha(COLOUR, 0), "has transparency; put it on a background first"),
         ("a.png", half(COLOUR), "has transparency"),
         ("a.png", half(GREY), "has transparency"),
         ("a.tif", half(COLOUR), "has transparency"),
@@ -203,6 +203,78 @@ def test_a_large_image_is_used_without_a_warning(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_image(tmp_path / "a.png").size == (48, 32)
+
+
+# ---------------------------------------------------------------------------------------------------- a picture and its mask
+
+
+def square(size=(48, 32), box=(16, 8, 31, 23), grey=255):
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle(box, fill=grey)
+    return mask
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+def test_a_mask_is_read_as_grey(tmp_path, mode):
+    square().convert(mode).save(tmp_path / "mask.png")
+    given = Given.of(COLOUR, open_image(tmp_path / "mask.png", "mask"))
+    assert given.mask.mode == "L"
+    assert given.mask.tobytes() == square().tobytes()
+
+
+def test_a_masks_blur_is_in_the_pictures_pixels():
+    assert Given.of(COLOUR, square()).mask.getcolors() == [(48 * 32 - 256, 0), (256, 255)]
+    row = np.asarray(Given.of(COLOUR, square(), 2).mask, int)[16]
+    assert row[15] + row[16] == pytest.approx(255, abs=2)  # at the edge
+    assert (row[:8].max(), row[24]) == (0, 255)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (8, 12), (32, 48), (9, 13)])
+def test_the_mask_at_a_phases_size_is_whole(size):
+    """A latent pixel changes where half of it or more is white."""
+    mask = Given.of(COLOUR, square()).mask_at(size)
+    assert mask.shape == (1, 1, *size)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert float(mask.mean()) == pytest.approx(256 / (48 * 32), abs=0.05)
+    assert Given.of(COLOUR, square(box=(0, 0, 47, 31))).mask_at(size).min() == 1
+    assert Given.of(COLOUR, square(grey=128)).mask_at((32, 48)).sum() == 256
+
+
+@pytest.mark.parametrize("blur", [0, 1, 4])
+def test_around_the_mask_is_the_picture_enlarged_to_the_bit(blur):
+    drawn = Image.effect_noise((96, 64), 90).convert("RGB")
+    given = Given.of(COLOUR, square(), blur)
+    result, kept = np.asarray(given.over(drawn)), np.asarray(COLOUR.resize((96, 64), Image.Resampling.LANCZOS))
+    # What the mask is at least and at most around a pixel, its neighbours included, which the enlarged one blends in.
+    least, most = (
+        np.asarray(given.mask.filter(filter(5)).resize((96, 64), Image.Resampling.NEAREST))
+        for filter in (ImageFilter.MinFilter, ImageFilter.MaxFilter)
+    )
+    assert (result[most == 0] == kept[most == 0]).all()
+    assert (result[least >= 128] == np.asarray(drawn)[least >= 128]).all()
+    assert (most == 0).mean() > 0.1
+    assert (least >= 128).sum() > 100
+    low, high = np.minimum(drawn, kept), np.maximum(drawn, kept)
+    assert ((result >= low) & (result <= high)).all(), "in between it fades"
+
+
+def test_without_a_mask_what_is_drawn_is_all():
+    drawn = COLOUR.resize((96, 64))
+    assert Given.of(COLOUR).over(drawn) is drawn
+    assert Given.of(COLOUR).times((64, 96)) == 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (square((48, 33)), "the mask is 48x33 and the image 48x32; they must be of one size"),
+        (square(grey=0), "nothing of the mask is white, so nothing would change; white is what is drawn anew"),
+        (square(grey=127), "nothing of the mask is white, so nothing would change"),
+    ],
+)
+def test_a_mask_that_changes_nothing_is_refused(mask, says):
+    with pytest.raises(ValueError, match=f"^{says}[^\n]*$"):
+        Given.of(COLOUR, mask)
 
 
 # ------------------------------------------------------------------------------------------ what a picture says of itself

@@ -43,6 +43,21 @@ def test_what_is_written_is_read(tmp_path, made_by):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_a_phase_of_a_job_from_a_picture_says_so_and_has_a_size_of_its_own(tmp_path):
+    state = torch.stack([torch.Generator().get_state()])
+    latents, base = torch.rand(1, 4, 60, 80), torch.rand(1, 4, 6, 8)
+    SavedPhase(2, latents, base, "command", state, from_picture=True).write(tmp_path / "x.safetensors")
+    assert read_saved(tmp_path / "x.safetensors", "command").from_picture
+    (tmp_path / "y.safetensors").write_bytes(good())
+    assert not read_saved(tmp_path / "y.safetensors", "command").from_picture
+    assert SavedPhase(24, latents, base, "WebUI", from_picture=True).number == 24
+    for number in (1, 100):
+        with pytest.raises(ValueError, match=f"^the phase must be a whole number from 2 to 99, got {number}$"):
+            SavedPhase(number, latents, base, "WebUI", from_picture=True)
+    with pytest.raises(ValueError, match="^the phase is smaller than its windows$"):
+        SavedPhase(2, base, latents, "WebUI", from_picture=True)
+
+
 @pytest.mark.parametrize(
     ("number", "size", "base"),
     [

@@ -27,6 +27,16 @@ from torch import Tensor
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
+from lib_demofusion.hosts.diffusers_arguments import (
+    base_size,
+    final_size,
+    given_picture,
+    own_side,
+    plain_image,
+    seeds_of,
+    short,
+    whole_number,
+)
 from lib_demofusion.hosts.diffusers_checkpoints import EMBEDDED_CHECKPOINT, check_parts, default_device, load_pipeline
 from lib_demofusion.hosts.diffusers_schedules import (
     SAMPLERS,
@@ -42,7 +52,19 @@ from lib_demofusion.hosts.diffusers_schedules import (
 )
 from lib_demofusion.hosts.prompts import as_webui_prompt, check_syntax
 from lib_demofusion.memory import Needs, OutOfMemory, ViewBatch, call_bytes, check_fits, latents_bytes, picture_bytes
-from lib_demofusion.phases import Phase, Plan, enlarge, fusion_for, make_plan, upscale
+from lib_demofusion.original import Original
+from lib_demofusion.phases import (
+    Phase,
+    Plan,
+    enlarge,
+    enlarged_size,
+    flat_areas,
+    fusion_for,
+    make_plan,
+    plan_from_picture,
+    upscale,
+)
+from lib_demofusion.pictures import MASK_BLUR, Given
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size, View
 
@@ -54,6 +76,7 @@ __all__ = [
     "Sampler",
     "as_webui_prompt",
     "check_prompt",
+    "check_resume",
     "check_syntax",
     "decode_latents",
     "default_device",
@@ -65,7 +88,6 @@ __all__ = [
     "unet_inputs",
 ]
 
-LARGEST_SEED = 2**63 - 1
 # One lock for each network that is in use, so that pipelines which share one wait for each other too.
 _LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -85,6 +107,7 @@ class Result:
     """Finished phases, the base first, each with its latents [B, C, H, W] on the CPU.
 
     evaluations: views that the model saw, per image, as counted at the model. view_batch: how many went into a call.
+    given: the picture that the job began with, if it did; its latents, shrunken to the window, take the base's place.
     """
 
     plan: Plan
@@ -92,10 +115,19 @@ class Result:
     phases: list[tuple[Phase, Tensor]]
     view_batch: ViewBatch
     evaluations: int = 0
+    given: Given | None = None
 
     def images(self, index: int = -1) -> list:
-        """The PIL images of one phase: -1 the last one finished, 0 the base."""
-        return decode_latents(self.pipe, self.phases[index][1], self.plan.window)
+        """The PIL images of one phase: -1 the last one finished, 0 the base, or the picture that was given, at its own size.
+
+        Outside of a mask they are that picture, enlarged by Lanczos.
+        """
+        phase, latents = self.phases[index]
+        if self.given is None:
+            return decode_latents(self.pipe, latents, self.plan.window)
+        if phase.number == 1:
+            return [self.given.picture.copy() for _ in latents]
+        return [self.given.over(image) for image in decode_latents(self.pipe, latents, self.plan.window)]
 
 
 def generate(
@@ -111,59 +143,65 @@ def generate(
     sampler: str = "Euler",
     seed: int | Sequence[int] = 0,
     image: Any = None,
+    size: Sequence[int] | None = None,
+    mask: Any = None,
+    mask_blur: int = MASK_BLUR,
     progress: Callable[[Phase, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     finished: Callable[[Result, SavedPhase], None] | None = None,
     resume: SavedPhase | None = None,
 ) -> Result:
-    """Images of config.scale times height x width (pixels; the model's own size unless given).
+    """Images of config.scale times height x width (pixels; the model's own size unless given), or of that times `image`.
 
     prompt: plain text; what only the WebUI understands in one, weights for instance, is refused. negative_prompt: none
     if it is empty or None; SDXL checkpoints then have zeros for it where their config says so, as in diffusers.
     seed: one for one image, several for a batch; each image depends on its own seed alone. cfg_scale 1: no guidance,
-    half the model calls. image: a PIL image to start from instead of the model's own base; height and width then
-    are the image's unless given. progress: called after every model call with the phase and the views just done.
-    cancelled: asked before every model call. finished: called after each phase, with the result so far and what it
-    takes to go on from there. resume: such a phase, to go on after it; the other settings must be those it was made with.
+    half the model calls. image: a PIL image to enlarge, of any size, instead of the model's own base, which height and width
+    are of. size: (height, width) in pixels of what becomes of it, instead of the scale. mask: a PIL image of the same size;
+    where it is white the image is drawn anew, and where it is black it stays, enlarged. mask_blur: of the mask, in pixels of
+    the image. progress: called after every model call with the phase and the views just done. cancelled: asked before
+    every model call. finished: called after each phase that is sampled, with the result so far and what it takes to go on
+    from there. resume: such a phase, to go on after it; the other settings must be those it was made with.
 
     A pipeline serves one job at a time: from several threads, a job waits until the one before it is done.
 
     Raises ValueError, one line, before anything is computed, if a setting cannot work; Incomplete, with what was
     finished, if it was cancelled or failed later, whatever the reason, which is its __cause__.
     """
-    plan = plan_for(pipe, config, height=height, width=width, steps=steps, cfg_scale=cfg_scale, sampler=sampler, image=image)
+    given = given_picture(image, mask, mask_blur)
+    sampled = dict(steps=steps, cfg_scale=cfg_scale, sampler=sampler)
+    plan = _plan(pipe, config, given, height=height, width=width, size=size, **sampled)
     negative_prompt = "" if negative_prompt is None else negative_prompt
     for text, name in ((prompt, "prompt"), (negative_prompt, "negative prompt")):
         check_prompt(pipe, text, name)
         check_syntax(text, name)
-    seeds = _seeds(seed)
+    seeds = seeds_of(seed)
     for name, callback in (("progress", progress), ("cancelled", cancelled), ("finished", finished)):
         if callback is not None and not callable(callback):
             raise ValueError(f"{name} must be a function, got a {type(callback).__name__}")
     if resume is not None:
-        _check_resume(resume, plan, len(seeds), pipe.unet.config.in_channels)
-    if image is not None:
-        image = _plain_image(image)
-    last = plan.phases[-1]
+        check_resume(pipe, resume, plan, len(seeds), image)
+    last, factor = plan.phases[-1], pipe.vae_scale_factor
+    scale = given.times([side * factor for side in last.size]) if given else last.scale
     with _one_at_a_time(pipe):
-        device = _device(pipe, pipe.unet)
-        check_fits(last.size, last.scale, device, pipe.unet.config.in_channels, len(seeds), pipe.vae_scale_factor)
+        check_fits(last.size, scale, _device(pipe, pipe.unet), pipe.unet.config.in_channels, len(seeds), factor)
         steps, sampler = int(steps), SAMPLERS[sampler_named(sampler)]
-        run = _Run(pipe, plan, config, sampler, steps, float(cfg_scale), seeds, progress, cancelled, finished)
+        run = _Run(pipe, plan, config, sampler, steps, float(cfg_scale), seeds, progress, cancelled, finished, given)
         try:
             with torch.inference_mode():
                 run.encode_prompts(prompt, negative_prompt)
                 if resume is not None:
                     base, done = run.take_up(resume)
                 else:
-                    base, done = run.base() if image is None else run.encode_image(image), None
+                    base, done = run.encode(plan.window) if given else run.base(), None
                     run.finish(plan.phases[0], base)
-                for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge):
+                for phase, latents in upscale(plan, base, run.noise, run.denoise, done, run.enlarge, run.original()):
                     run.finish(phase, latents)
         except (Cancelled, KeyboardInterrupt, SystemExit) as error:
             raise Incomplete("stopped", run.result, cancelled=True) from error
         except OutOfMemory as error:
-            raise Incomplete(str(error), run.result) from error
+            line = str(error).replace("base image", "window") if given else str(error)
+            raise Incomplete(line, run.result) from error
         except Exception as error:  # the model's, or of one of the caller's own functions
             kind = "" if isinstance(error, (RuntimeError, FloatingPointError)) else f"{type(error).__name__}: "
             raise Incomplete(f"failed: {kind}{first_line(error)}", run.result) from error
@@ -193,49 +231,6 @@ def _offloaded(network: Any) -> bool:
     return any(hasattr(module, hook) for module in network.modules() for hook in ("_hf_hook", "_diffusers_hook"))
 
 
-def _whole_number(value: Any, name: str, low: int, high: int | None = None) -> int:
-    """A whole number of whatever type, numpy's too. Raises ValueError, one line, for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value != int(value):
-        raise ValueError(f"{name} must be a whole number, got {_short(value)}")
-    if value < low or high is not None and value > high:
-        raise ValueError(f"{name} must be at least {low}{f' and at most {high}' if high is not None else ''}, got {int(value)}")
-    return int(value)
-
-
-def _short(value: Any) -> str:
-    """A value for a line of text."""
-    return repr(value) if isinstance(value, (int, float, str)) and len(repr(value)) < 40 else f"a {type(value).__name__}"
-
-
-def _seeds(seed: Any) -> list[int]:
-    if isinstance(seed, Real):
-        return [_whole_number(seed, "seed", 0, LARGEST_SEED)]
-    if isinstance(seed, (str, bytes, Mapping)) or not hasattr(seed, "__iter__"):
-        raise ValueError(f"the seed must be a whole number or several, got {_short(seed)}")
-    seeds = [_whole_number(s.item() if isinstance(s, Tensor) and s.ndim == 0 else s, "seed", 0, LARGEST_SEED) for s in seed]
-    if not seeds:
-        raise ValueError("there is no seed; give one for each image")
-    return seeds
-
-
-def _plain_image(image: Any) -> Any:
-    """A PIL image as RGB. Raises ValueError, one line, for another object and for what RGB would lose."""
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"the image must be a PIL image, got a {type(image).__name__}; Image.open makes one of a file")
-    if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
-        raise ValueError(f"the image is {image.mode}; convert it to plain RGB first")
-    try:
-        image.load()
-        may_be_clear = image.mode not in ("1", "L", "RGB") or "transparency" in image.info
-        if may_be_clear and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            raise ValueError("the image has transparency; put it on a background first")
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except OSError as error:  # Pillow reads a file when it is asked for its pixels
-        raise ValueError(f"the image cannot be read: {first_line(error)}") from error
-
-
 def plan_for(
     pipe: Any,
     config: DemoFusionConfig,
@@ -246,55 +241,50 @@ def plan_for(
     cfg_scale: float = 7.5,
     sampler: str = "Euler",
     image: Any = None,
+    size: Sequence[int] | None = None,
+    mask: Any = None,
+    mask_blur: int = MASK_BLUR,
 ) -> Plan:
     """The plan that `generate` follows with the same settings. Raises ValueError, one line, if one cannot work."""
+    sampled = dict(steps=steps, cfg_scale=cfg_scale, sampler=sampler)
+    return _plan(pipe, config, given_picture(image, mask, mask_blur), height=height, width=width, size=size, **sampled)
+
+
+def _plan(pipe, config, given: Given | None, *, height, width, size, steps, cfg_scale, sampler) -> Plan:
     _check_pipeline(pipe)
     if not isinstance(config, DemoFusionConfig):
         raise ValueError(f"config must be a DemoFusionConfig, got a {type(config).__name__}")
     sampler = sampler_named(sampler)
-    steps = _whole_number(steps, "steps", 1)
+    steps = whole_number(steps, "steps", 1)
     if isinstance(cfg_scale, bool) or not isinstance(cfg_scale, Real) or not math.isfinite(cfg_scale):
-        raise ValueError(f"CFG scale must be a number, got {_short(cfg_scale)}")
+        raise ValueError(f"CFG scale must be a number, got {short(cfg_scale)}")
     if cfg_scale < 1:
         raise ValueError(f"CFG scale must be at least 1, got {cfg_scale:g}")
-    factor = pipe.vae_scale_factor
-    size = _base_size(pipe, None if image is None else _plain_image(image), height, width)
-    plan = make_plan(
-        (size[0] // factor, size[1] // factor),
-        steps,
-        config,
-        branches=2 if cfg_scale > 1 else 1,
-        calls=SAMPLERS[sampler].calls,
-        from_image=image is not None,
-    )
-    if image is None:
+    factor, calls = pipe.vae_scale_factor, SAMPLERS[sampler].calls
+    branches = 2 if cfg_scale > 1 else 1
+    if given is None:
+        if size is not None:
+            raise ValueError("a size is of what becomes of an image that is given; without one config.scale says it")
+        if config.window:
+            raise ValueError("a window is for a picture that is given; without one it is the base's size")
+        window = tuple(side // factor for side in base_size(pipe, height, width))
+        plan = make_plan(window, steps, config, branches=branches, calls=calls)
         check_steps(pipe.scheduler, sampler, steps)
+    else:
+        if height is not None or width is not None:
+            raise ValueError(
+                "height and width are of a base made from the prompt; with an image use size or config.scale, and "
+                "config.window for the window"
+            )
+        picture, side = given.picture.size[::-1], own_side(pipe, config)
+        final = None if size is None else final_size(size, given, factor)
+        more = dict(branches=branches, calls=calls, final=final, factor=factor)
+        plan = plan_from_picture(picture, side, steps, config, **more)
+        if given.mask is not None and not given.mask_at(plan.phases[-1].size).any():
+            raise ValueError("the mask's white areas are too small to be drawn in; make them larger, or blur them less")
     phase, name = plan.phases[-1], "phase steps" if config.phase_steps else "steps"
     check_steps(pipe.scheduler, sampler, phase.steps, name, SAMPLERS[sampler].phase_settings, phase.skipped)
     return plan
-
-
-def _base_size(pipe: Any, image: Any, height: Any, width: Any) -> Size:
-    """The base's (height, width) in pixels: as given, else the image's, else the model's own."""
-    factor = pipe.vae_scale_factor
-    native = pipe.unet.config.sample_size
-    if image is not None:
-        own = (image.height, image.width)
-    elif native is not None:
-        own = [side * factor for side in ((native, native) if isinstance(native, int) else native)]
-    elif height is None or width is None:
-        raise ValueError("this checkpoint does not say its own size; give height and width")
-    else:
-        own = (height, width)
-    multiple = factor * 2 ** (len(pipe.unet.config.down_block_types) - 1)
-    size = []
-    for name, value in zip(("height", "width"), (own[0] if height is None else height, own[1] if width is None else width)):
-        value = _whole_number(value, name, 1)
-        if value % factor:
-            near = max(round(value / multiple), 1) * multiple
-            raise ValueError(f"{name} must be divisible by {factor}, got {value}; {near} is near")
-        size.append(value)
-    return tuple(size)
 
 
 def unet_inputs(unet: Any, rows: int, size: Size, device: str) -> tuple[Tensor, dict[str, Any]]:
@@ -338,17 +328,28 @@ def _check_pipeline(pipe: Any) -> None:
     check_scheduler(pipe.scheduler)
 
 
-def _check_resume(saved: Any, plan: Plan, images: int, channels: int) -> None:
-    """Raises ValueError, one line, if a saved phase, which is one by itself, does not belong to the plan."""
+def check_resume(pipe: Any, saved: Any, plan: Plan, images: int = 1, image: Any = None) -> None:
+    """Raises ValueError, one line, if a saved phase, which is one by itself, is not of the plan, or not of the image."""
     if not isinstance(saved, SavedPhase):
         raise ValueError(f"resume must be a SavedPhase, got a {type(saved).__name__}")
     if saved.made_by != "command":
         raise ValueError(f"the phase was saved by {saved.made_by}, whose noise cannot be repeated here")
+    if saved.from_picture != plan.from_picture:
+        raise ValueError(f"the saved phase is of a job with{'' if saved.from_picture else 'out'} an image to begin with")
     if saved.number >= len(plan.phases):
         raise ValueError(f"phase {saved.number} is saved, and there is none after it")
-    sizes = [(images, channels, *plan.phases[number - 1].size) for number in (1, saved.number)]
+    sizes = [(images, pipe.unet.config.in_channels, *plan.phases[number - 1].size) for number in (1, saved.number)]
     if [saved.base.shape, saved.latents.shape] != sizes:
         raise ValueError("the saved phase is of other sizes than these settings make")
+    if not plan.from_picture:
+        return
+    with torch.inference_mode(), _one_at_a_time(pipe):
+        try:
+            base = _encode_picture(pipe, plain_image(image), plan.window, plan.window).cpu()
+        finally:
+            pipe.maybe_free_model_hooks()
+    if (saved.base.float() - base).square().mean().sqrt() > 0.1 * base.std():  # another device moves the last bits alone
+        raise ValueError("the saved phase is of another picture; give the one that it was made from, as it was")
 
 
 def check_prompt(pipe: Any, prompt: str, name: str) -> None:
@@ -436,6 +437,15 @@ def _encode(pipe: Any, image: Tensor, base: Size) -> Tensor:
     return _scaled(vae, latents).float()
 
 
+def _encode_picture(pipe: Any, picture: Any, size: Size, base: Size) -> Tensor:
+    """A PIL image, resized to (h, w) latent pixels, as latents [1, C, h, w]."""
+    from PIL import Image
+
+    w, h = (side * pipe.vae_scale_factor for side in reversed(size))
+    image = picture.resize((w, h), resample=Image.Resampling.LANCZOS)
+    return _encode(pipe, pipe.image_processor.preprocess(image), base)
+
+
 def _moments(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """The mean and spread of the autoencoder's latents, [1, C, 1, 1] each; None if its config does not have both."""
     moments = [vae.config.get(key) for key in ("latents_mean", "latents_std")]
@@ -498,7 +508,7 @@ def _enough_precision(vae: Any) -> Iterator[None]:
 class _Run:
     """One call of `generate`: the settings, the prompts' embeddings, the seeded generators and what is finished."""
 
-    def __init__(self, pipe, plan, config, sampler, steps, cfg_scale, seeds, progress, cancelled, finished):
+    def __init__(self, pipe, plan, config, sampler, steps, cfg_scale, seeds, progress, cancelled, finished, given):
         self.pipe = pipe
         self.plan = plan
         self.config = config
@@ -507,13 +517,14 @@ class _Run:
         self.progress = progress
         self.cancelled = cancelled or (lambda: False)
         self.finished = finished
+        self.given = given
         self.device, self.dtype = _device(pipe, pipe.unet), pipe.unet.dtype  # asked once: that looks at every module
         self.factor = pipe.vae_scale_factor
         self.schedule = self._schedule(steps)
         self.phase_schedule = self._schedule(config.phase_steps or steps, sampler.phase_settings)
         # On the CPU whatever the device, so that a seed gives one picture everywhere.
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
-        self.result = Result(plan, pipe, [], ViewBatch(config.view_batch_size, self.device))
+        self.result = Result(plan, pipe, [], ViewBatch(config.view_batch_size, self.device), given=given)
 
     def _schedule(self, steps: int, settings: Mapping[str, Any] = MappingProxyType({})) -> Any:
         return make_schedule(self.pipe.scheduler, self.sampler, steps, settings, self.device)
@@ -522,9 +533,11 @@ class _Run:
         if not torch.isfinite(latents).all():
             raise FloatingPointError(f"phase {phase.number} gave NaN; use --dtype float32")
         self.result.phases.append((phase, latents.cpu()))
-        if self.finished is not None:
+        begun = self.plan.from_picture
+        if self.finished is not None and not (begun and phase.number == 1):
             states = torch.stack([generator.get_state() for generator in self.generators])
-            saved = SavedPhase(phase.number, latents.cpu(), self.result.phases[0][1], "command", states)
+            base = self.result.phases[0][1]
+            saved = SavedPhase(phase.number, latents.cpu(), base, "command", states, from_picture=begun)
             self.finished(self.result, saved)
 
     def take_up(self, saved: SavedPhase) -> tuple[Tensor, tuple[int, Tensor]]:
@@ -550,14 +563,21 @@ class _Run:
         pairs = [torch.cat([negative, own]) if guided else own for own, negative in zip(encoded[::2], encoded[1::2])]
         self.embeds, self.pooled = (*pairs, None)[:2]
 
-    def encode_image(self, image: Any) -> Tensor:
-        """A PIL image, resized to the plan's base, as latents, one copy for each seed."""
-        from PIL import Image
+    def encode(self, size: Size) -> Tensor:
+        """The given picture, resized to (h, w) latent pixels, as latents, one copy for each seed."""
+        latents = _encode_picture(self.pipe, self.given.picture, size, self.plan.window)
+        return latents.to(self.device).repeat(len(self.generators), 1, 1, 1)
 
-        h, w = self.plan.window
-        image = image.resize((w * self.factor, h * self.factor), resample=Image.Resampling.LANCZOS)
-        latents = _encode(self.pipe, self.pipe.image_processor.preprocess(image), (h, w))
-        return latents.repeat(len(self.generators), 1, 1, 1)
+    def original(self) -> Original | None:
+        """The given picture, as the phases take it."""
+        if self.given is None:
+            return None
+        flat, picture = None, self.given.picture
+        if self.config.hold_flat:
+            h, w = (side * self.factor for side in enlarged_size(picture.size[::-1], 1, self.factor))
+            pixels = self.pipe.image_processor.preprocess(picture.resize((w, h)))
+            flat = flat_areas(pixels, self.config.hold_flat, self.factor).to(self.device)
+        return Original(self.encode, flat=flat, mask=None if self.given.mask is None else self.given.mask_at)
 
     def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
         decode, encode = (partial(code, self.pipe, base=self.plan.window) for code in (_decode, _encode))

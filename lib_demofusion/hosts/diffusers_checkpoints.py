@@ -43,6 +43,7 @@ OTHER_FILES = (
 )
 AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "first_stage_model.", "loss.", "model_ema.")
 UNET = "model.diffusion_model."
+PLAIN = "use a text-to-image one, which takes a mask too"
 # The names of exceptions, of whatever package, that mean that there is no connection.
 OFFLINE = ("Connect", "Timeout", "Offline", "LocalEntryNotFound", "Proxy", "gaierror", "MaxRetry")
 
@@ -289,7 +290,7 @@ def _check_kind(shapes: Mapping[str, tuple[int, ...]]) -> None:
         raise ValueError("it is a refiner, which goes on from another checkpoint's images; use the base checkpoint")
     first = shapes.get(f"{UNET}input_blocks.0.0.weight")
     if first is not None and first[1:2] != (4,):
-        raise ValueError(f"its UNet takes {first[1]} channels instead of 4 (inpainting, for one); use a text-to-image one")
+        raise ValueError(f"its UNet takes {first[1]} channels instead of 4 (inpainting, for one); {PLAIN}")
 
 
 def _not_usable(name: str) -> str:
@@ -323,7 +324,7 @@ def check_parts(pipe: Any) -> None:
 def _check_unet(unet: Any, vae: Any) -> None:
     config = unet.config
     if config.in_channels != vae.config.latent_channels:
-        raise ValueError("this checkpoint's UNet takes more than latents (inpainting, for one); use a text-to-image one")
+        raise ValueError(f"this checkpoint's UNet takes more than latents (inpainting, for one); {PLAIN}")
     if config.out_channels != config.in_channels:
         raise ValueError("this checkpoint's UNet predicts more than noise (its variance, for one); use another checkpoint")
     if config.time_cond_proj_dim is not None:

@@ -21,6 +21,7 @@ tests, checkpoints, data, jobs, setup = sys.argv[1:]
 sys.path[:0] = [tests, str(Path(tests).parent)]
 import webui_host
 from arguments import script_arguments
+from PIL import Image
 
 host = webui_host.start(Path(checkpoints), Path(data))
 host.shared.opts.data.update(live_previews_enable=False)
@@ -34,8 +35,19 @@ def hooks():
     return [("forward" in vars(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in unet.modules()]
 
 
+def interrupt():
+    host.shared.state.interrupt()
+
+
+def box(sides):
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, tuple(sides))
+    return mask
+
+
 exec(setup)
 calls = []
+pictures = {side: host.generate(width=side[0], height=side[1], seed=3).images[0] for side in ((64, 64), (128, 128))}
 unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
 before = hooks()
 there = {script.title() for script in host.scripts.scripts_txt2img.alwayson_scripts}
@@ -47,9 +59,22 @@ for enabled, scripts, settings in json.loads(jobs):
     options = settings.pop("options", {})
     host.shared.opts.data.update(options)
     scripts = {title: {"args": args} for title, args in scripts.items()}
+    ours = settings.pop("ours", [2, {"phase_steps": 3}])
     if enabled:
-        scripts[host.script.title()] = {"args": script_arguments(host.webui, (True, 2, {"phase_steps": 3}))}
-    reply = host.post(alwayson_scripts=scripts, **{"steps": 4, **settings})
+        scripts[host.script.title()] = {"args": script_arguments(host.webui, (True, *ours))}
+    stop = settings.pop("interrupt_at", None)
+    handle = unet.register_forward_pre_hook(lambda *_: interrupt() if len(calls) == stop else None)
+    settings = {"steps": 4, **settings}
+    if settings.pop("given", False):
+        given = webui_host.encoded(pictures[tuple(settings.pop("size", (64, 64)))])
+        if "mask" in settings:
+            settings["mask"] = webui_host.encoded(box(settings["mask"]))
+        fixed = dict(prompt="two red rings", seed=1, sampler_name="Euler", width=64, height=64, denoising_strength=0.5)
+        body = {**fixed, "init_images": [given], "alwayson_scripts": scripts, **settings}
+        reply = host.client.post("/sdapi/v1/img2img", json=body)
+    else:
+        reply = host.post(alwayson_scripts=scripts, **settings)
+    handle.remove()
     assert reply.status_code == 200, reply.text
     reply = reply.json()
     images = [webui_host._image(image) for image in reply["images"]]
@@ -57,6 +82,7 @@ for enabled, scripts, settings in json.loads(jobs):
         sizes=[image.size for image in images],
         pictures=[hashlib.md5(image.tobytes()).hexdigest() for image in images],
         infotext=json.loads(reply["info"])["infotexts"][0],
+        same=[image.convert("RGB").tobytes() == picture.tobytes() for image in images for picture in pictures.values()],
         calls=sum(calls),
         reports=list(reports),
         clean=hooks() == before,
@@ -194,3 +220,51 @@ def test_adetailer_goes_over_the_finished_picture(alone, checkpoints, tmp_path):
     for reply in (on, two_on, with_all):
         assert reply["reports"] == []
         assert "DemoFusion scale: 2" in reply["infotext"]
+
+
+def test_adetailer_goes_over_an_enlarged_picture(alone, checkpoints, tmp_path):
+    """In img2img. What it says of a picture that was interrupted is what was reached, in both tabs."""
+    pytest.importorskip("rich")
+    pytest.importorskip("cv2")
+    detail = {"ad_model": "mediapipe_face_full", "ad_denoising_strength": 0.5}
+    scripts, skip = {"ADetailer": [True, False, detail]}, {"ADetailer": [True, True, detail]}
+    every, some = ({"options": {"ad_only_selected_scripts": only}} for only in (False, True))
+    given = {"given": True, "size": [128, 128], **some}
+    stopped = {"ours": [4, {"stride": 1.0, "view_batch_size": 1}], "interrupt_at": 2 * 8 + 3}
+    masked = {"mask": [32, 32, 96, 96], "inpaint_full_res": False}
+    jobs = [(False, {}, given), (False, scripts, given), (False, scripts, given | every)]
+    jobs += [(True, {}, given), (True, scripts, given), (True, scripts, given | every)]
+    jobs += [(True, scripts, given | stopped), (True, scripts, stopped | {"interrupt_at": 80})]
+    jobs += [(True, skip, given), (True, {}, given | masked), (True, scripts, given | masked)]
+    replies = beside("adetailer", jobs, checkpoints, tmp_path, DETECTOR)
+    base, base_on, base_with_all, off, on, with_all, interrupted, of_a_prompt, skipped, in_mask_off, in_mask = replies
+    assert base_on["calls"] > base["calls"]
+    assert off["sizes"] == on["sizes"] == with_all["sizes"] == [[256, 256]]
+    assert on["calls"] - off["calls"] == base_on["calls"] - base["calls"]
+    assert with_all["calls"] - off["calls"] == base_with_all["calls"] - base["calls"]
+    assert on["pictures"] != off["pictures"]
+    for reply in (on, with_all):
+        assert "DemoFusion scale: 2" in reply["infotext"]
+    assert interrupted["sizes"] == [[256, 256]], "ADetailer went over what was reached"
+    assert of_a_prompt["sizes"] == [[128, 128]]
+    for reply in (interrupted, of_a_prompt):
+        assert "DemoFusion scale: 2," in reply["infotext"]
+        assert "DemoFusion incomplete: " in reply["infotext"]
+    assert skipped["sizes"] == [[128, 128]], "it is asked for details of the picture as it is"
+    assert "DemoFusion note: " in skipped["infotext"]
+    assert "DemoFusion scale" not in skipped["infotext"]
+    assert in_mask["sizes"] == [[256, 256]]
+    for reply in replies:
+        assert reply["reports"] == []
+        assert reply["clean"]
+
+
+def test_ultimate_sd_upscale_is_refused(alone, checkpoints, tmp_path):
+    """It calls for tile after tile, each of which would be enlarged."""
+    tiles = [None, 64, 64, 8, 16, 64, 0.35, 32, 0, False, 0, False, 8, 0, 1, 128, 128, 2]
+    given = {"given": True, "script_name": "Ultimate SD upscale", "script_args": tiles}
+    off, on = beside("ultimate-upscale", [(False, {}, given), (True, {}, given)], checkpoints, tmp_path)
+    assert off["sizes"] == [[128, 128]]
+    assert off["calls"] > 0
+    assert on["calls"] == 0
+    assert "DemoFusion refused: the script Ultimate SD upscale is chosen" in on["infotext"].replace('"', "")

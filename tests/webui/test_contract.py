@@ -78,7 +78,7 @@ def control(gradio, kind):
         if kind == "radio":
             return gradio.Radio(["a", "b"], value="a", label="letter")
         if callable(kind):
-            return kind("x", elem_id="button", tooltip="what it does")
+            return kind("x", elem_id="button")
         return gradio.Slider(0, 1, 0.5, label="number") if kind == "slider" else gradio.Checkbox(True, label="flag")
 
 

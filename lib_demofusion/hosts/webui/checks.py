@@ -77,7 +77,7 @@ def prepare(p: Any, args: Sequence[Any], selected: Selected | None = None) -> St
         say(p, "note", "it stood aside, since a finished picture was enlarged, by Hires. fix")
         return None
     if neighbours.stands_aside_for(p):
-        say(p, "note", f"it stood aside, since {neighbours.stands_aside_for(p)} is on; untick one of the two")
+        _stand_aside(p)
         return None
     _refuse_hires_fix(p)
     a1111.check_model()
@@ -85,26 +85,32 @@ def prepare(p: Any, args: Sequence[Any], selected: Selected | None = None) -> St
     start = _start(p, settings, selected)
     settings = settings_for(p, args, start)
     plan = plan_for(p, settings.config, start)
-    if start is not None and start.from_picture:
-        start.set(width=plan.window[1] * FACTOR, height=plan.window[0] * FACTOR)
     _check_fits(p, settings.config, plan)
     last = plan.phases[-1]
     if settings.resume:
         _check_resume(p, read_resumed(settings.resume), plan)
     describe(p, settings.config, *reached(plan, last, settings.config, start))
     _warn_of_small_jpegs(p, last)
+    if start is not None and start.from_picture:
+        start.set(width=plan.window[1] * FACTOR, height=plan.window[0] * FACTOR)
     return start
+
+
+def _stand_aside(p: Any) -> None:
+    describe(p, DemoFusionConfig(), 1.0)
+    say(p, "note", f"it stood aside, since {neighbours.stands_aside_for(p)} is on; untick one of the two")
 
 
 def _start(p: Any, settings: Settings, selected: Selected | None) -> Start | None:
     """What p starts from; None: from a prompt. Raises ValueError, one line, for pictures that cannot be taken."""
+    if hasattr(p, "init_images"):
+        neighbours.check_chosen(p, NAME)
     if selected is not None:
         return Start(p, [selected.image], PICTURE, selected.drawn_at_once)
     if not hasattr(p, "init_images"):
         if settings.start_from:
             raise ValueError(f"there is no picture in txt2img to start from, as {settings.start_from!r} wants; img2img has one")
         return None
-    neighbours.check_chosen(p, NAME)
     given = list(p.init_images or [])
     if not given or any(picture is None for picture in given):
         raise ValueError("there is no picture; drop one on the tab")
@@ -150,9 +156,13 @@ def before_batch(p: Any, args: Sequence[Any], start: Start | None = None) -> Non
     """
     settings = settings_for(p, args, start)
     if settings is None:
+        if start is not None:  # asked for since `prepare`, by a script that comes after ours
+            _stand_aside(p)
         return
     for kind in ("incomplete", "note"):  # of the batch before
         p.extra_generation_params.pop(f"{INFOTEXT_PREFIX} {kind}", None)
+    if start is not None:
+        start.reached = None
     _refuse_hires_fix(p)
     neighbours.check_again(p)
     note = neighbours.note_on(p.sd_model)
@@ -202,3 +212,5 @@ def _check_resume(p: Any, saved: SavedPhase, plan: Plan) -> None:
         )
     if saved.latents.shape[-2:] != plan.phases[saved.number - 1].size or saved.base.shape[-2:] != plan.window:
         raise ValueError("the saved phase is of other sizes than these settings make; take those in its image's PNG Info")
+    if saved.from_picture != plan.from_picture:
+        raise ValueError(f"the saved phase is of a job with{'' if saved.from_picture else 'out'} a picture to start from")

@@ -10,6 +10,7 @@ from typing import Any
 from modules import infotext_utils
 
 from lib_demofusion.config import first_line, infotext_label
+from lib_demofusion.hosts.webui.picture import LATENT_RESIZE
 from lib_demofusion.hosts.webui.settings import CONFIG_FIELDS, selected_in
 from lib_demofusion.views import Size
 
@@ -26,7 +27,8 @@ class Selected:
         """Its (height, width), if the model has drawn it in one piece, without Hires. fix or DemoFusion; else None."""
         said = self.parameters
         size = (said.get("Size-2"), said.get("Size-1"))
-        enlarged = any(name in said for name in ("Hires upscale", "Hires resize-1", infotext_label(CONFIG_FIELDS["scale"])))
+        names = ("Hires upscale", "Hires resize-1", infotext_label(CONFIG_FIELDS["scale"]))
+        enlarged = any(said.get(name) for name in names)  # the host adds some that were not written, as 0
         own = (self.image.height, self.image.width)
         return own if not enlarged and size == tuple(map(str, own)) else None
 
@@ -65,6 +67,7 @@ def take(p: Any, args: Sequence[Any]) -> Selected | None:
             setattr(p, name, int(selected.parameters[key]))
     if hasattr(p, "init_images"):
         p.init_images, p.image_mask = [selected.image], None
+        p.resize_mode = p.resize_mode if p.resize_mode != LATENT_RESIZE else 0  # which would encode the picture as it is
     else:
         p.enable_hr = False  # the base is there
     return selected

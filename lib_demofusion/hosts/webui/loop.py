@@ -31,7 +31,7 @@ from lib_demofusion.views import Size
 def before_sampling(p: Any, args: Sequence[Any], start: Start | None = None) -> None:
     """The base is about to be sampled, or one of our phases, whose sampler has its hooks already."""
     denoiser = p.sampler.model_wrap_cfg
-    if hasattr(denoiser, "demofusion") or getattr(p, "enable_hr", False):
+    if isinstance(getattr(denoiser, "demofusion", None), PhaseHooks) or getattr(p, "enable_hr", False):
         return
     settings = settings_for(p, args, start)
     if settings is None:
@@ -63,18 +63,20 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any], start: Start | None = None
             _run_phases(p, ps, settings, start)
     except Exception as error:
         errors.report(f"{NAME} failed", exc_info=True)
+        describe(p, DemoFusionConfig(), 1.0)
         made = "the base is the last one finished"
-        if start is not None and start.from_picture:
+        if start is not None:
             start.hand_over(ps)
-            made = "the picture is as it was given"
+            made = "the picture is as it was given" if start.from_picture else made
         say(p, "incomplete", f"{made}, because the next {_verb(_reason(error))}")
 
 
 def _run_phases(p: Any, ps: Any, settings: Settings, start: Start | None) -> None:
     if getattr(ps.samples, "already_decoded", False):
+        describe(p, settings.config, 1.0)
         say(p, "incomplete", "the base is the last one finished, because something else has made pictures of it already")
         return
-    base_hooks = getattr(p.sampler.model_wrap_cfg, "demofusion", None)
+    base_hooks = vars(p.sampler.model_wrap_cfg).pop("demofusion", None)  # img2img has one sampler for all batches
     progress = base_hooks.progress if base_hooks else Progress(plan_for(p, settings.config, start))
     job = _Job(p, ps, settings, start, progress)
     try:
@@ -106,13 +108,13 @@ class _Job:
         self.progress = progress
         self.plan = progress.plan
         self.from_picture = start is not None and start.from_picture
-        self.finished: list[tuple[Phase, Any]] = []  # with latents, but for a given picture
+        self.finished: list[tuple[Phase, Tensor]] = []  # with its latents; of a given picture the base's stand for itself
 
     def run(self) -> None:
         p, plan, settings = self.p, self.plan, self.settings
         self.progress.pause(1)
         base, trouble = self.ps.samples, None
-        self.finished.append((plan.phases[0], self.start.as_given(len(base)) if self.from_picture else base))
+        self.finished.append((plan.phases[0], base))
         with _restored(p), in_turns(p.sd_model):
             phases = _Phases(p, plan, self.config, self.progress, self.start)
             try:
@@ -156,8 +158,11 @@ class _Job:
         while True:
             phase, latents = self.finished.pop()
             self.describe(phase)
+            if self._given(phase):
+                self.start.hand_over(ps)
+                return
             if self.start is not None:
-                self.start.reached = self.start.size if self._given(phase) else tuple(side * FACTOR for side in phase.size)
+                self.start.reached = tuple(side * FACTOR for side in phase.size)
             if not self.finished or not may_use_tiles(p.sd_model):
                 ps.samples = latents
                 return
@@ -253,7 +258,8 @@ def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> N
             p=p,
             suffix=f"-demofusion-phase{phase.number}",
         )
-        SavedPhase(phase.number, latents[i : i + 1], base[i : i + 1], "WebUI").write(Path(path).with_suffix(".safetensors"))
+        saved = SavedPhase(phase.number, latents[i : i + 1], base[i : i + 1], "WebUI", from_picture=plan.from_picture)
+        saved.write(Path(path).with_suffix(".safetensors"))
 
 
 class _Phases:

@@ -78,10 +78,11 @@ class Start:
         setattr(sampler, name, as_it_is)
 
     def base(self, made: Tensor) -> Tensor:
-        """The base latents, whose moments the phases keep: as the host made them, unless it put other things under a mask."""
-        if self.from_picture and self.mask is not None and self.p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
-            return self._encoded(tuple(made.shape[-2:])).to(made)
-        return made
+        """The base latents, whose moments the phases keep: as the host made them, or of the picture alone.
+
+        The host encodes with the noise of all programs, and puts other things under a mask.
+        """
+        return self._encoded(tuple(made.shape[-2:])).to(made) if self.from_picture else made
 
     def original(self, config: DemoFusionConfig) -> Original | None:
         """The picture for the phases; None where they have no need of it."""
@@ -106,16 +107,20 @@ class Start:
             return self.p.txt2img_image_conditioning(latents, width=width, height=height)
         if not a1111.sees_picture(self.p.sampler):
             return latents.new_zeros(len(latents), 5, 1, 1)
-        source = torch.cat([_pixels(self._drawn(i, height, width)) for i in range(len(self.pictures))])
-        source = source.expand(len(latents), -1, -1, -1).to(latents.device)
         mask = None if self.mask is None else self._resized(self.mask, height, width)
-        with encoding(self.p.sd_model, base):
-            return self.p.img2img_image_conditioning(source, latents, mask, self.p.mask_round)
+        seen = []
+        for i in range(len(self.pictures)):  # tiles take one image at a time
+            source = _pixels(self._drawn(i, height, width)).to(latents.device)
+            with encoding(self.p.sd_model, base):
+                seen.append(self.p.img2img_image_conditioning(source, latents[i : i + 1], mask, self.p.mask_round))
+        return torch.cat(seen).expand(len(latents), *seen[0].shape[1:])
 
     def hand_over(self, ps: Any) -> None:
-        """Let the host's job end with the picture as it was given."""
-        ps.samples = self.as_given(len(ps.samples))
-        self.reached = self.size
+        """Let the host's job end with the picture as it was given; without one, with the base."""
+        self.reached = None
+        if self.from_picture:
+            ps.samples = self.as_given(len(ps.samples))
+            self.reached = self.size
 
     def as_given(self, count: int) -> Any:
         """The picture as it was given, as the host's decoder would have made it, once for each of `count` images."""
@@ -135,7 +140,9 @@ class Start:
             (np.asarray(self._resized(self.mask, height, width), np.float32) * 2).clip(0, 255).astype(np.uint8)
         )
         args.mask_for_overlay = kept
-        if args.overlay_image is not None:  # the settings want one
+        if self.from_picture and self.reached == self.size:
+            args.overlay_image = None  # it is as it was given; half clear pixels would round
+        elif args.overlay_image is not None:  # the settings want one
             around = Image.new("RGBa", (width, height))
             picture = self._resized(self.pictures[args.index % len(self.pictures)], height, width)
             around.paste(picture.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(kept))
