@@ -36,15 +36,16 @@ def section(title: str, size: str, tasks: list[Task], judge, out: Path, arithmet
     table, count = TABLES[title], len(tasks)
     bases = [read(task, "base") for task in tasks]
     rows, shown = {}, {"base": [picture.image for picture in bases[:SHOWN]]}
+    window = tasks[0].size.window(bases[0].image.shape[:2])
     for name, method in tqdm(table.methods.items(), f"{title}, {size}", dynamic_ncols=True):
         made = [read(task, name) for task in tasks]
         subjects = [task.subject for task in tasks]
-        statistics = judge(Set(subjects, [p.image for p in made], [p.image for p in bases], method.stride))
+        statistics = judge(Set(subjects, [p.image for p in made], [p.image for p in bases], method.stride, window))
         time = np.median([picture.seconds / base.seconds for picture, base in zip(made, bases)])
-        measured = {metric: Estimate.of(statistic, count, judge.draws) for metric, statistic in statistics.items()}
+        measured = {key: Estimate.of(statistics[key], count, judge.draws) for key in table.metrics or statistics}
         rows[name] = report.Row(np.mean([picture.evaluations for picture in made]), time, measured)
         shown[name] = [picture.image for picture in made[:SHOWN]]
-    stem = f"{title}-{size.split(',')[0]}".lower()
+    stem = f"{title}-{size.split(',')[0]}".lower().replace(" ", "-")
     report.sheet(shown, [task.caption for task in tasks[:SHOWN]]).save(out / f"{stem}.jpg", quality=85)
     report.plot(rows, out / f"{stem}.svg")
     yield f"## {title}, {size}\n\n{table.about} {count} prompts, {tasks[0].steps} steps, the UNet in {arithmetic}.\n"
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
     subjects = [Scene.draw(rng) for _ in range(prompts)]
     if args.captions:
         subjects = args.captions.read_text().splitlines()[:prompts]
+        sizes = [size for size in sizes if not SIZES[size].given]  # of what there is no true render
 
     model = args.model or str(EMBEDDED_CHECKPOINT)
     name = f"{Path(model).name}-{zlib.crc32(model.encode()):08x}" if args.model else "embedded"
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     suffix = "-openvino" if args.openvino else "" if args.dtype == "float32" else f"-{args.dtype}"
     kept = args.build / f"{name}-{steps}{suffix}"
     tasks = {
-        size: [Task(kept / size, i, subject, SIZES[size], steps, methods) for i, subject in enumerate(subjects)]
+        size: [Task(kept / size, i, subject, SIZES[size], steps, methods, args.layout) for i, subject in enumerate(subjects)]
         for size in sizes
         if (methods := methods_at(size, titles))
     }
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
             if args.inception:
                 judges[size] = PhotoJudge(args.inception, args.clip, args.real, base.shape[:2], args.device)
             else:
-                real = 200 if args.quick else TRUE_RENDERS
+                real = 200 if args.quick or SIZES[size].given else TRUE_RENDERS  # those of given sizes are for detail alone
                 judges[size] = SceneJudge(readers.load(), picture.shape[:2], real, args.layout)
         text += section(title, size, own, judges[size], folder, arithmetic)
     out.write_text("\n".join(text))

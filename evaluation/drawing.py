@@ -5,37 +5,56 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.methods import ABLATION, HELD, METHODS, PRESETS, STEPS, Method, Picture, make_job
+from evaluation.methods import ABLATION, HELD, METHODS, PICTURES, PRESETS, STEPS, Method, Picture, make_job
 from lib_demofusion.hosts.diffusers import load_pipeline
-from training.scenes import Scene
+from training.scenes import Scene, render
+
+GIVEN_SEED = 4244
 
 
 @dataclass(frozen=True)
 class Size:
-    """A size of the paper's table 1: the base's (height, width) as shares of the model's own, and the scale."""
+    """A size of the paper's table 1: the base's (height, width) as shares of the model's own, and the scale.
+
+    given: the base is not the model's, but a true render of the scene.
+    """
 
     base: tuple[float, float]
     scale: int
+    given: bool = False
+
+    def window(self, base: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the methods' windows, of the base's: the base's own, or the model's where it is given."""
+        return tuple(round(side / share) for side, share in zip(base, self.base)) if self.given else base
 
 
-SIZES = {"4x": Size((1, 1), 2), "8x, 1:2": Size((0.5, 1), 4), "16x": Size((1, 1), 4), "9x": Size((1, 1), 3)}
+SIZES = {
+    "4x": Size((1, 1), 2),
+    "8x, 1:2": Size((0.5, 1), 4),
+    "16x": Size((1, 1), 4),
+    "9x": Size((1, 1), 3),
+    # Of a model whose own images are of 128 pixels, as the embedded one's.
+    "256 to 512": Size((2, 2), 2, given=True),
+    "256 to 1024": Size((2, 2), 4, given=True),
+}
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a report holds. against: the method that the others are judged by."""
+    """What a report holds. against: the method that the others are judged by. metrics: all that there are, unless named."""
 
     methods: dict[str, Method]
     about: str
     against: str = "DemoFusion"
     sizes: tuple[str, ...] = ("4x", "8x, 1:2", "16x")
+    metrics: tuple[str, ...] = ()
 
 
 TABLES = {
@@ -53,6 +72,14 @@ TABLES = {
         "PU + SR + DS",
         ("9x",),
     ),
+    "Pictures": Table(
+        PICTURES,
+        "The base is no image of the model but a given one, a true render of the scene, of so many pixels each way; time is "
+        "over that of an image of the model's own size. Paper, 8 steps: the last phases of 8 steps, all of them.",
+        "tiles 0.35",
+        ("256 to 512", "256 to 1024"),
+        ("count kept", "texture right", "strays", "off the base", "detail", "object detail", "seams"),
+    ),
 }
 
 
@@ -66,6 +93,7 @@ class Task:
     size: Size
     steps: int
     methods: tuple[str, ...]
+    layout: str = "anywhere"
 
     @property
     def caption(self) -> str:
@@ -110,8 +138,12 @@ def draw(task: Task) -> int:
     """Make a task's missing pictures; returns how many."""
     missing = task.missing(task.methods)
     own = _pipe.unet.config.sample_size * _pipe.vae_scale_factor
-    shape = tuple(int(own * share) for share in task.size.base)
-    job = make_job(_pipe, task.caption, task.index, task.size.scale, task.steps, shape)
+    shape, given = tuple(int(own * share) for share in task.size.base), task.size.given
+    job = make_job(_pipe, task.caption, task.index, task.size.scale, task.steps, (own, own) if given else shape)
+    if given:
+        true = render(task.subject, np.random.default_rng([GIVEN_SEED, task.index]), task.layout).round().astype(np.uint8)
+        picture = Image.fromarray(true).resize(shape[::-1], Image.Resampling.BOX)
+        job = replace(job, base=picture, latents=None, window=(own, own))
     for name in missing:
         base = Picture(np.asarray(job.base), 2 * task.steps, job.seconds)
         picture = base if name == "base" else all_methods()[name](job)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from evaluation import metrics, readers
 from evaluation.metrics import Statistic, mean_of
 from lib_demofusion.views import Size, window_starts
-from training.scenes import Scene, render
+from training.scenes import SIZE, Scene, render
 from training.train import to_unit
 
 REAL_SEED = 4243
@@ -27,20 +27,21 @@ REAL_SEED = 4243
 class Set:
     """Pictures of one method, uint8 [H, W, 3] each, the base images that they were made from, and the method's stride.
 
-    subjects: what they are to show, scenes or captions, as the judge takes them.
+    subjects: what they are to show, scenes or captions, as the judge takes them. window: the method's, (height, width).
     """
 
     subjects: Sequence[Scene | str]
     images: Sequence[np.ndarray]
     bases: Sequence[np.ndarray]
     stride: float
+    window: Size
 
     @property
     def borders(self) -> tuple[list[int], list[int]]:
-        """Where windows of the base's size begin and end, in rows and columns of pixels."""
+        """Where windows begin and end, in rows and columns of pixels."""
         return tuple(
             sorted({edge for start in window_starts(side, own, int(own * self.stride)) for edge in (start, start + own)})
-            for side, own in zip(self.images[0].shape, self.bases[0].shape[:2])
+            for side, own in zip(self.images[0].shape, self.window)
         )
 
 
@@ -55,7 +56,7 @@ class SceneJudge:
     def __init__(self, reader: readers.Reader, size: Size, real: int, layout: str = "anywhere"):
         self.reader = reader
         indices = tqdm(range(real), "true renders", dynamic_ncols=True)
-        true = [readers.true_render(REAL_SEED, index, layout) for index in indices]
+        true = [readers.true_render(REAL_SEED, index, layout, _times(size)) for index in indices]
         true = [(scene, _at_size(image, size)) for scene, image in true]
         self.whole, self.close = (x.numpy() for x in self.read(*zip(*true)))
         self.detail = np.mean([metrics.detail(image) for _, image in true])
@@ -110,9 +111,14 @@ def _at_size(image: np.ndarray, size: Size) -> np.ndarray:
     return np.asarray(middle.resize((width, height), Image.Resampling.BOX))
 
 
+def _times(size: Size) -> int:
+    """How many times larger than 512 x 512 a true render must be not to be enlarged to a size."""
+    return -(-max(size) // SIZE)
+
+
 def _object_detail(scene: Scene, size: Size, layout: str) -> float:
     """Of a true render of the scene, square, so that no object is cut off; mostly colour and texture decide it."""
-    image = render(scene, np.random.default_rng(REAL_SEED), layout).round().astype(np.uint8)
+    image = render(scene, np.random.default_rng(REAL_SEED), layout, _times(size)).round().astype(np.uint8)
     return metrics.detail(_at_size(image, (size[1], size[1])), scene)
 
 

@@ -6,6 +6,7 @@ Costs are counted in evaluations of the UNet at the base's size: a pass at k tim
 from __future__ import annotations
 
 import functools
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,7 +32,10 @@ CFG_SCALE = 7.5
 
 @dataclass(frozen=True)
 class Job:
-    """What every method is given. base and latents: the model's own image for caption and seed, made in `seconds`."""
+    """What every method is given. base and latents: the model's own image for caption and seed, made in `seconds`.
+
+    window: (height, width) of the model's own image where the base is a given picture instead, without latents.
+    """
 
     pipe: object
     caption: str
@@ -39,13 +43,19 @@ class Job:
     scale: int
     steps: int
     base: Image.Image
-    latents: torch.Tensor
+    latents: torch.Tensor | None
     seconds: float
+    window: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the result."""
         return self.base.width * self.scale, self.base.height * self.scale
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """(height, width) of what the model draws at once."""
+        return self.window or (self.base.height, self.base.width)
 
 
 @dataclass(frozen=True)
@@ -107,10 +117,11 @@ def demofusion(
     tag = f"-{zlib.crc32(str(changed).encode()):08x}" if changed else ""
 
     def run(job: Job) -> tuple[Image.Image, float]:
-        own, shape = replace(config, scale=float(job.scale)), dict(height=job.base.height, width=job.base.width)
+        own = replace(config, scale=float(job.scale))
+        base = dict(image=job.base) if job.window else dict(height=job.base.height, width=job.base.width)
         with only(progressive, skip_residual, dilated):
-            result = generate(job.pipe, job.caption, config=own, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE, **shape)
-        return result.images()[0], result.evaluations - 2 * job.steps
+            result = generate(job.pipe, job.caption, config=own, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE, **base)
+        return result.images()[0], result.evaluations - result.plan.evaluations_to(1)
 
     return Method(run, config.stride, tag)
 
@@ -176,7 +187,8 @@ def hires_fix(enlarged: str, denoise: float) -> Method:
     def run(job: Job) -> tuple[Image.Image, float]:
         latent = enlarged == "latent"
         start = F.interpolate(job.latents, scale_factor=job.scale, mode="bilinear") if latent else lanczos(job)[0]
-        return _redrawn(job, start, denoise), 2 * int(job.steps * denoise) * job.scale**2
+        area = math.prod(job.size) / math.prod(job.own)
+        return _redrawn(job, start, denoise), 2 * int(job.steps * denoise) * area
 
     return Method(run)
 
@@ -185,7 +197,7 @@ def tiles(denoise: float = 0.35, overlap: float = 0.25) -> Method:
     """As the SD upscale script and its kin: the base enlarged by Lanczos, redrawn tile by tile, the tiles pasted together."""
 
     def run(job: Job) -> tuple[Image.Image, float]:
-        start, window = np.asarray(lanczos(job)[0]), (job.base.height, job.base.width)
+        start, window = np.asarray(lanczos(job)[0]), job.own
         height, width = start.shape[:2]
         views = local_views((height, width), window, tuple(int(side * (1 - overlap)) for side in window))
         ramps = [np.minimum(np.arange(side) + 0.5, side * overlap) / (side * overlap) for side in window]
@@ -245,6 +257,14 @@ METHODS: dict[str, Method] = {
     "Hires. fix, Lanczos 0.7": hires_fix("Lanczos", 0.7),
     "tiles 0.35": tiles(),
     **PRESETS,
+}
+# What enlarges a picture that was not made by the model.
+PICTURES: dict[str, Method] = {
+    **{name: METHODS[name] for name in ("Lanczos", "Hires. fix, Lanczos 0.5", "tiles 0.35")},
+    "Paper, 8 steps": STEPS["Paper, 8 steps"],
+    "Fast, strength 0.3": demofusion(preset="Fast", denoising_strength=0.3),
+    "Fast": PRESETS["Fast"],
+    "Fast, hold flat 6": HELD["Fast, hold flat 6"],
 }
 # Figure 5: progressive upscaling, skip residual, dilated sampling.
 ABLATION: dict[str, Method] = {

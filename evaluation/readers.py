@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluation import networks
-from training.scenes import BACKGROUNDS, COLOURS, COUNTS, CROP, SHAPES, TEXTURES, Scene, object_mask, render
+from training.scenes import BACKGROUNDS, COLOURS, COUNTS, CROP, SHAPES, SIZE, TEXTURES, Scene, object_mask, render, shrink
 from training.train import to_unit
 
 CLASSES = {
@@ -40,7 +40,12 @@ def labels(scene: Scene) -> list[int]:
 
 
 def close_up(image: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """128 x 128 pixels [128, 128, 3] of a larger image around a point of an object, or of anything if there is none."""
+    """128 x 128 pixels [128, 128, 3] of a larger image around a point of an object, or of anything if there is none.
+
+    Of an image of more than 512 x 512 pixels averaged down to that, as whose close-ups the reader knows textures.
+    """
+    if image.shape[0] > SIZE:
+        image = shrink(image, image.shape[0] // SIZE).round().astype(np.uint8)
     scale = image.shape[0] // CROP
     places = np.argwhere(object_mask(image, scene))
     y, x = places[rng.integers(len(places))] * scale if len(places) else rng.integers(0, image.shape[0], 2)
@@ -53,11 +58,11 @@ def small(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BOX))
 
 
-def true_render(seed: int, index: int, layout: str = "anywhere") -> tuple[Scene, np.ndarray]:
-    """A scene and its picture, uint8 [512, 512, 3]."""
+def true_render(seed: int, index: int, layout: str = "anywhere", times: int = 1) -> tuple[Scene, np.ndarray]:
+    """A scene and its picture, uint8 [512, 512, 3] or so many times larger."""
     rng = np.random.default_rng([seed, index])
     scene = Scene.draw(rng)
-    return scene, render(scene, rng, layout).round().astype(np.uint8)
+    return scene, render(scene, rng, layout, times).round().astype(np.uint8)
 
 
 def _example(index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:

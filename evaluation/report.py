@@ -29,7 +29,7 @@ BETTER = {
     "crop IS": True,
 }
 PLOTTED = ("count right", "texture right", "strays", "crop FID")
-OURS = ("DemoFusion", "Fast", "Turbo")  # in another colour
+OURS = ("DemoFusion", "Paper", "Fast", "Turbo")  # in another colour, with whatever settings
 COLUMNS = 7  # metrics of a table, so that a page is wide enough for it
 SIDE = 224  # pixels of a picture on a sheet
 
@@ -103,7 +103,7 @@ def plot(rows: dict[str, Row], path: Path) -> None:
             value, (low, high) = row.metrics[metric].value, row.metrics[metric].interval
             x = max(row.evaluations, 30)  # those that ask the model nothing stand at the left edge
             error = [[max(value - low, 0)], [max(high - value, 0)]]
-            axis.errorbar(x, value, error, fmt="o", capsize=2, color="tab:red" if name in OURS else "tab:blue")
+            axis.errorbar(x, value, error, fmt="o", capsize=2, color="tab:red" if name.startswith(OURS) else "tab:blue")
             axis.annotate(name, (x, value), xytext=(4, 4), textcoords="offset points", fontsize=7)
         axis.set_xscale("log")
         axis.set_xlabel("model evaluations")

@@ -157,6 +157,14 @@ function demofusionLargest(form, plan, has) {
     }
 }
 
+// That it fits; of a given picture, which may be large, with what it takes.
+function demofusionNeed(form, plan) {
+    if (!plan.given) return "fits in memory";
+    const {pictures, latents, device: [where], main: [name]} = form.facts.memory;
+    const each = pictures + (where === name ? latents : 0);
+    return `fits in memory, ${demofusionBytes(form.batchSize * each * plan.height * plan.width)} of ${name} for its pictures`;
+}
+
 // Whether it fits, and what to change if it does not; nothing where that is not known.
 function demofusionFits(form, plan) {
     const memory = form.facts.memory;
@@ -176,12 +184,12 @@ function demofusionFits(form, plan) {
     const line = lack(plan.height, plan.width);
     if (line) {
         const scale = demofusionLargest(form, plan, (height, width) => lack(height, width) === null);
-        return `does not fit: ${line}; ${scale ? `scale ${scale} fits` : "no scale fits, a smaller base may"}`;
+        return `does not fit: ${line}; ${scale ? `scale ${scale} fits` : `no scale fits, a smaller ${plan.given ? "picture" : "base"} may`}`;
     }
     // Decoded at once, or with features that fit: all that the decoder's attention is to see is there.
     const whole = (height, width) => height * width <= Math.max(plan.h * plan.w, memory.tile ** 2) ||
         memory.features * height * width < memory.device[1];
-    if (memory.features === null || whole(plan.height, plan.width)) return "fits in memory";
+    if (memory.features === null || whole(plan.height, plan.width)) return demofusionNeed(form, plan);
     const [need, free] = [memory.features * plan.height * plan.width, memory.device[1]].map(demofusionBytes);
     const scale = demofusionLargest(form, plan, whole);
     return `fits, but decoding at its best takes ${need} of ${memory.device[0]}, and ${free} are free${scale ? `: scale ${scale}` : ""}`;

@@ -261,12 +261,19 @@ def picture_bytes(size: tuple[int, int], factor: int = 8) -> int:
 
 
 def check_fits(
-    size: tuple[int, int], scale: float, device: torch.device, channels: int, images: int, factor: int, pictures: int = 1
+    size: tuple[int, int],
+    scale: float,
+    device: torch.device,
+    channels: int,
+    images: int,
+    factor: int,
+    pictures: int = 1,
+    start: str = "base",
 ) -> None:
     """Raises ValueError, one line, if a job's latents or its pictures cannot fit, whatever the view batch and the tiles.
 
     size: (h, w) of the last phase, latent pixels, which is `scale` times the base. images: made at once. pictures: how
-    often the host has each of them in main memory at the end.
+    often the host has each of them in main memory at the end. start: what the user calls the base.
     """
     free = {where: free_memory(where) for where in (device, torch.device("cpu"))}
 
@@ -288,4 +295,4 @@ def check_fits(
     for twentieths in range(math.ceil(20 * scale) - 1, 20, -1):  # as the WebUI's slider goes
         if lack(tuple(round(side * twentieths / 20) for side in base)) is None:
             raise ValueError(f"{line}; scale {twentieths / 20:g} fits")
-    raise ValueError(f"{line}; no scale fits, a smaller base may")
+    raise ValueError(f"{line}; no scale fits, a smaller {start} may")

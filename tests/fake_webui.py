@@ -824,7 +824,8 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
             self.overlay_images = []
         pixels = []
         for picture in self.init_images:
-            picture = flatten(picture, shared.opts.img2img_background_color).resize(size)
+            picture = flatten(picture, shared.opts.img2img_background_color)
+            picture = picture if self.resize_mode == 3 else picture.resize(size)
             if mask is not None:
                 overlay = picture.copy()
                 overlay.putalpha(mask.point(lambda value: 255 - value))
@@ -834,6 +835,8 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         pixels = torch.stack(pixels) if len(pixels) > 1 else pixels[0].repeat(self.batch_size, 1, 1, 1)
         self.batch_size = len(pixels)
         self.init_latent = images_tensor_to_samples(pixels, model=self.sd_model)
+        if self.resize_mode == 3:
+            self.init_latent = nn.functional.interpolate(self.init_latent, size=(self.height // FACTOR, self.width // FACTOR))
         if mask is not None:
             small = mask.resize((self.width // FACTOR, self.height // FACTOR))
             self.nmask = torch.from_numpy(np.around(np.array(small, np.float32) / 255)).expand(CHANNELS, -1, -1)

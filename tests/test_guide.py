@@ -77,7 +77,7 @@ def test_the_settings_table_has_the_papers_values(webui):
         found[name] = {"on": True, "off": False}[value] if value in ("on", "off") else float(value or "nan")
     names = [name for name in webui.settings.ARGUMENTS if name in webui.settings.CONFIG_FIELDS]
     assert {name: found[name] for name in names} == {name: getattr(paper, name) for name in names}
-    assert set(found) == {*names, "save_intermediate_phases", "resume_from"}
+    assert set(found) == {*names, "save_intermediate_phases", "resume_from", "start_from"}
 
 
 def test_the_apis_examples(webui):
@@ -86,7 +86,7 @@ def test_the_apis_examples(webui):
     for text, name, scale in re.findall(r"`(\[True[^`]*\])`\s+(?:is\s+)?(\w+)\s+at\s+(\d)x", GUIDE):
         settings = webui.settings.read_settings(ast.literal_eval(text))
         assert settings.config == webui.settings.DemoFusionConfig.preset(name, scale=float(scale)), text
-    assert len(re.findall(r"`\[True", GUIDE)) == 3
+    assert len(re.findall(r"`\[True", GUIDE)) == 5, "and two of img2img"
     assert "which are Fast at scale 2:" in GUIDE
 
 

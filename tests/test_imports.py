@@ -89,7 +89,7 @@ def test_only_the_hosts_the_command_and_saved_phases_know_other_packages():
 
 
 # The files of the WebUI's package, each of which may import those before it. A second host of the family replaces A1111.
-WEBUI = ["embedded", "neighbours", "settings", "samplers", "a1111", "decoding", "gallery", "picture", "checks", "readout"]
+WEBUI = ["embedded", "neighbours", "settings", "samplers", "a1111", "decoding", "picture", "gallery", "checks", "readout"]
 WEBUI += ["progress", "step", "loop"]
 SIDEWAYS = ["plot"]  # nothing imports these
 

@@ -177,21 +177,21 @@ def has_free(webui, monkeypatch, device, main):
         monkeypatch.setitem(module.__globals__, "free_memory", free_memory)
 
 
+@pytest.mark.parametrize("start", ["", "Picture"])
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-def test_it_says_that_it_fits_or_what_the_refusal_will_say(webui, monkeypatch, kind):
+def test_it_says_that_it_fits_or_what_the_refusal_will_say(webui, monkeypatch, kind, start):
     rng = random.Random(4)
     forms, lines = [], []
     while len(forms) < 200:
-        form = random_form(rng, webui)
+        form = random_form(rng, webui, start)
         if (plan := plan_of(form, webui)) is None:
             continue
-        last = plan.phases[-1]
+        last, of = plan.phases[-1], "picture" if start else "base"
+        given = (torch.device(kind), 4, form["batchSize"], webui.a1111.FACTOR, webui.checks.PICTURES, of)
         has_free(webui, monkeypatch, *(int(10 ** rng.uniform(6, 11)) for _ in range(2)))
-        forms.append(dict(form, facts={"memory": webui.readout._memory(torch.device(kind))}))
+        forms.append(dict(form, facts={**form["facts"], "memory": webui.readout._memory(torch.device(kind))}))
         try:
-            webui.checks.check_fits(
-                last.size, last.scale, torch.device(kind), 4, form["batchSize"], webui.a1111.FACTOR, webui.checks.PICTURES
-            )
+            webui.checks.check_fits(last.size, form["scale"], *given)
             lines.append(f"{expected(form, plan, webui)}, fits")
         except ValueError as error:
             lines.append(f"{expected(form, plan, webui)}, does not fit: {error}")

@@ -1124,6 +1124,15 @@ def test_a_pass_over_a_finished_image_is_the_hosts_alone(host, calls, overlays, 
     assert (reply.p.width, reply.p.height) == (64, 64)
 
 
+def test_a_pass_that_says_so_is_the_hosts_alone_wherever_it_runs(host, calls):
+    p = host.processing_for(True, 2.0, init_images=[picture()])
+    p._ad_inner = True
+    processed = fake_webui.process_images(p)
+    assert [image.size for image in processed.images] == [(64, 64)]
+    assert calls.rows == 2 * STEPS
+    assert "DemoFusion" not in processed.infotexts[0]
+
+
 def test_a_pass_of_img2img_within_txt2img_is_the_hosts_alone(host, calls):
     made = []
 
@@ -1446,9 +1455,17 @@ def test_in_img2img_the_selected_picture_takes_the_tabs_place_without_its_mask(h
 
 
 def test_in_img2img_it_is_not_enlarged_as_latents(host, encoded):
-    reply = gallery(host, picture(), init_images=[picture(seed=1)], resize_mode=3)
-    assert_equal(reply.images[0], enlarge(host, picture()).images[0])
-    assert max(encoded) == (128, 128)
+    given = picture(160, 96)
+    reply = gallery(host, given, init_images=[picture(seed=1)], resize_mode=3)
+    assert (96, 160) not in encoded
+    assert_equal(reply.images[0], enlarge(host, given).images[0])
+
+
+def test_pictures_enlarged_as_latents_can_be_the_base(host, encoded):
+    given = picture(160, 96)
+    reply = enlarge(host, given, 2.0, {"start_from": RESULT}, resize_mode=3)
+    assert encoded == [(96, 160)]
+    assert reply.images[0].size == (128, 128)
 
 
 def test_in_img2img_no_script_of_the_list_may_be_chosen(host, calls):

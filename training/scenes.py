@@ -150,14 +150,15 @@ LAYOUTS = {
 }
 
 
-def render(scene: Scene, rng: np.random.Generator, layout: str = "anywhere") -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator, layout: str = "anywhere", times: int = 1) -> np.ndarray:
     """The scene as float32 [512, 512, 3] in 0...255; the generator decides places, sizes and tints.
 
-    layout: "anywhere", or "row": the objects stand side by side on one line.
+    layout: "anywhere", or "row": the objects stand side by side on one line. times: so many pixels for one, each way.
     """
     top, bottom = (np.array(c, np.float32) + rng.normal(0, 4, 3).astype(np.float32) for c in BACKGROUNDS[scene.background])
-    ramp = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
-    image = np.broadcast_to(top + ramp * (bottom - top), (SIZE, SIZE, 3)).copy()
+    side = SIZE * times
+    ramp = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]
+    image = np.broadcast_to(top + ramp * (bottom - top), (side, side, 3)).copy()
 
     colour = np.array(COLOURS[scene.colour], np.float32) + rng.normal(0, 6, 3).astype(np.float32)
     angle = np.pi / 4 + rng.uniform(-0.15, 0.15)
@@ -166,14 +167,15 @@ def render(scene: Scene, rng: np.random.Generator, layout: str = "anywhere") -> 
     for (cy, cx), radius in zip(own.places(radii, rng), radii, strict=True):
         y0, x0 = int(cy - radius) - 3, int(cx - radius) - 3
         y1, x1 = int(cy + radius) + 4, int(cx + radius) + 4
-        y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32)
+        box = np.s_[y0 * times : y1 * times, x0 * times : x1 * times]
+        y, x = (np.mgrid[box].astype(np.float32) + 0.5) / times - 0.5  # in pixels of 512
         y, x = y - cy, x - cx
         tilt = rng.uniform(-0.2, 0.2)
         u = (x * np.cos(tilt) + y * np.sin(tilt)) / radius
         v = (-x * np.sin(tilt) + y * np.cos(tilt)) / radius
         inside = _coverage(_implicit(scene.shape, u, v))[..., None]
         dark = _texture(scene.texture, x, y, angle, rng.uniform(0, 50, 2))[..., None]
-        patch = image[y0:y1, x0:x1]
+        patch = image[box]
         patch += inside * (colour * (1 - (1 - SHADE) * dark) - patch)
     return np.clip(image, 0, 255)
 

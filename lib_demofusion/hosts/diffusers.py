@@ -184,7 +184,8 @@ def generate(
     last, factor = plan.phases[-1], pipe.vae_scale_factor
     scale = given.times([side * factor for side in last.size]) if given else last.scale
     with _one_at_a_time(pipe):
-        check_fits(last.size, scale, _device(pipe, pipe.unet), pipe.unet.config.in_channels, len(seeds), factor)
+        device, start = _device(pipe, pipe.unet), "picture" if given else "base"
+        check_fits(last.size, scale, device, pipe.unet.config.in_channels, len(seeds), factor, start=start)
         steps, sampler = int(steps), SAMPLERS[sampler_named(sampler)]
         run = _Run(pipe, plan, config, sampler, steps, float(cfg_scale), seeds, progress, cancelled, finished, given)
         try:

@@ -108,12 +108,13 @@ def reload_ui(page):
     page.wait_for_selector(f"#{FORM}_enable-visible-checkbox", state="attached")
 
 
-def readout(page):
-    return page.locator(".demofusion-readout").inner_text()
+def readout(page, form=FORM):
+    return page.locator(f"#{form}_enable .demofusion-readout").inner_text()
 
 
-def says(page, text):
-    page.wait_for_function("text => document.querySelector('.demofusion-readout').innerText.includes(text)", arg=text)
+def says(page, text, form=FORM):
+    line = f"document.querySelector('#{form}_enable .demofusion-readout')"
+    page.wait_for_function(f"text => {line}.innerText.includes(text)", arg=text)
 
 
 def preset(page):
@@ -123,20 +124,20 @@ def preset(page):
 
 
 def preset_help(page):
-    return page.locator(".demofusion-preset-help").inner_text()
+    return page.locator(f"#{FORM}_preset_help .demofusion-preset-help").inner_text()
 
 
 def choose_preset(page, name):
     page.locator(f"#{FORM}_preset label", has_text=name).click()
 
 
-def generate(page, data, running=None):
+def generate(page, data, running=None, tab="txt2img", button=None):
     """The file of the image that is made; running: the name of a picture of the form on the way."""
     before = set((data / "outputs").rglob("*.png")) if (data / "outputs").exists() else set()
-    page.click("#txt2img_generate")
+    page.click(button or f"#{tab}_generate")
     for _ in range(600):
-        new = [path for path in (data / "outputs").rglob("*.png") if path not in before]
-        if new and page.locator("#txt2img_gallery img").count():
+        new = [path for path in (data / "outputs").rglob("*.png") if path not in before and "grids" not in str(path)]
+        if new and page.locator(f"#{tab}_gallery img").count():
             page.wait_for_timeout(1000)
             return new[0]
         if running and "phase 2 of" in page.locator("#txt2img_results").inner_text():
@@ -290,5 +291,60 @@ def test_a_new_user(page, server, tmp_path_factory):
     page.locator(f"#{FORM}_enable > .label-wrap").click()
     says(page, ", about ")  # the browser remembers the pace; of the nearest size, since the form starts at 512x512
 
+    from_pictures(page, data, first)
+
     errors = [line for line in (data / "log").read_text().splitlines() if "demofusion" in line.lower() and "rror" in line]
     assert not errors
+
+
+def from_pictures(page, data, large):
+    """The gallery's button, and a picture that is dropped on img2img."""
+    page.locator("#txt2img_prompt textarea").fill("two purple striped discs on snow")
+    for element, value in [("txt2img_width", 128), ("txt2img_height", 128), ("txt2img_steps", 20), ("txt2img_seed", 1)]:
+        number(page, element, value)
+    page.locator(f"#{FORM}_enable > .label-wrap").click()  # off again
+    base = generate(page, data)
+    with Image.open(base) as image:
+        assert image.size == (128, 128)
+    number(page, "txt2img_seed", 7)
+    made = generate(page, data, button=f"#{FORM}_gallery")
+    shot(page, "gallery")
+    with Image.open(made) as image, Image.open(large) as before:
+        assert image.size == (256, 256)
+        assert "Seed: 1," in image.info["parameters"], "the picture's own"
+        assert "DemoFusion start: Picture 128x128" in image.info["parameters"]
+        apart = np.abs(np.asarray(image, float) - np.asarray(before, float)).mean()
+        assert apart < 12, "nearly what txt2img makes at once: the base has gone through the VAE once more"
+    again = generate(page, data)
+    with Image.open(again) as image:
+        assert image.size == (128, 128), "the button's request is gone"
+
+    form = f"{FORM}_img2img"
+    tab(page, "img2img")
+    page.locator("#img2img_image input[type=file]").first.set_input_files(large)
+    page.locator("#img2img_prompt textarea").fill("two purple striped discs on snow")
+    page.locator(f"#{form}_enable > .label-wrap").click()
+    number(page, "img2img_steps", 20)
+    number(page, "img2img_denoising_strength", 0.4)
+    says(page, "from 256x256 to 512x512, windows of 128x128, 1 phase, 832 model calls", form)  # 8 steps of 36 + 16 views
+    says(page, "of main memory for its pictures", form)
+    page.locator(f"#{form}_advanced .label-wrap").click()
+    assert page.locator(f"#{form}_denoising_strength").is_hidden(), "the tab's own counts"
+    page.locator(f"#{form}_start_from label", has_text="img2img result").click()
+    page.wait_for_timeout(500)
+    assert page.locator(f"#{form}_denoising_strength").is_visible()
+    page.locator(f"#{form}_start_from label", has_text="Picture").click()
+    page.wait_for_timeout(500)
+    page.locator(f"#{form}_enable").scroll_into_view_if_needed()
+    shot(page, "img2img")
+    page.locator(f"#{form}_advanced .label-wrap").click()
+    enlarged = generate(page, data, tab="img2img")
+    page.locator("#img2img_gallery").scroll_into_view_if_needed()
+    shot(page, "img2img-done")
+    with Image.open(enlarged) as image:
+        assert image.size == (512, 512)
+        assert "DemoFusion start: Picture 256x256" in image.info["parameters"]
+    page.locator(f"#{form}_enable > .label-wrap").click()
+    page.click("#img2img_send_to_inpaint")
+    page.wait_for_timeout(2000)
+    assert not page.locator(f"#{form}_enable-visible-checkbox").is_checked(), "it would be enlarged once more"

@@ -173,7 +173,8 @@ def before_batch(p: Any, args: Sequence[Any], start: Start | None = None) -> Non
 
 def _check_fits(p: Any, config: DemoFusionConfig, plan: Plan) -> None:
     last = plan.phases[-1]
-    check_fits(last.size, config.scale, devices.device, a1111.latent_channels(), p.batch_size, FACTOR, PICTURES)
+    start = "picture" if plan.from_picture else "base"
+    check_fits(last.size, config.scale, devices.device, a1111.latent_channels(), p.batch_size, FACTOR, PICTURES, start)
 
 
 def _refuse_hires_fix(p: Any) -> None:
