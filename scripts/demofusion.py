@@ -111,7 +111,7 @@ class DemoFusionScript(scripts.Script):
                     controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
                 with gr.Row():
                     controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
-                    controls["window"] = self.slider("window", "Window", maximum=2048, step=64)
+                    controls["window"] = self.slider("window", "Window", maximum=2048, step=64, visible=self.is_img2img)
                 with gr.Row():
                     controls["doubling"] = self.checkbox("doubling", "Doubling")
                     controls["pixel_upsampling"] = self.checkbox("pixel_upsampling", "Pixel upsampling")
