@@ -148,7 +148,8 @@ def run(args: argparse.Namespace) -> None:
             if args.inception:
                 judges[size] = PhotoJudge(args.inception, args.clip, args.real, base.shape[:2], args.device)
             else:
-                real = 200 if args.quick or SIZES[size].given else TRUE_RENDERS  # those of given sizes are for detail alone
+                few = args.quick or SIZES[size].given  # where there is no FID
+                real = min(TRUE_RENDERS, 200) if few else TRUE_RENDERS
                 judges[size] = SceneJudge(readers.load(), picture.shape[:2], real, args.layout)
         text += section(title, size, own, judges[size], folder, arithmetic)
     out.write_text("\n".join(text))

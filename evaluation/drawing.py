@@ -74,8 +74,8 @@ TABLES = {
     ),
     "Pictures": Table(
         PICTURES,
-        "The base is no image of the model but a given one, a true render of the scene, of so many pixels each way; time is "
-        "over that of an image of the model's own size. Paper, 8 steps: the last phases of 8 steps, all of them.",
+        "The base is a given picture, a true render of the scene, of so many pixels each way, and time is over that of an "
+        "image of the model's own size, as which the windows are. Paper, 8 steps: the paper's settings, phases of 8 steps.",
         "tiles 0.35",
         ("256 to 512", "256 to 1024"),
         ("count kept", "texture right", "strays", "off the base", "detail", "object detail", "seams"),

@@ -1,5 +1,7 @@
 """The evaluation's methods do what their names say, on a tiny random model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tiny import tiny_pipeline
 import evaluation.__main__
 from evaluation import report
 from evaluation.drawing import draw, start
-from evaluation.methods import ABLATION, METHODS, make_job, only
+from evaluation.methods import ABLATION, METHODS, PICTURES, make_job, only
 from evaluation.metrics import Estimate, mean_of
 from evaluation.readers import small, true_render
 from evaluation.upscaler import enlarge
@@ -64,6 +66,29 @@ def test_costs_are_counted_at_the_bases_size(job, name, evaluations):
         2 * STEPS if "Fusion" in name or "Diff" in name else 0
     )
     assert picture.evaluations == counted == evaluations
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"),
+    [
+        ("Lanczos", 0),
+        ("Hires. fix, Lanczos 0.5", 2 * 2 * 16),
+        ("tiles 0.35", 2 * 1 * 25),
+        ("Paper, 8 steps", 2 * 8 * (25 + 9 + 49 + 16)),  # 384 and 512, since the picture is as large as the phase before
+        ("Fast, strength 0.3", 2 * 1 * (36 + 16)),
+        ("Fast", 2 * 2 * (36 + 16)),
+        ("Fast, hold flat 6", 2 * 2 * (36 + 16)),
+    ],
+)
+def test_a_given_picture_is_enlarged_in_windows_of_the_models_own_size(job, name, evaluations):
+    seen = []
+    handle = job.pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    base = Image.fromarray(true_render(21, 0)[1]).resize((256, 256))
+    picture = PICTURES[name](replace(job, base=base, latents=None, window=(128, 128)))
+    handle.remove()
+    assert picture.image.shape == (512, 512, 3)
+    assert picture.evaluations == sum(shape[0] * shape[2] * shape[3] / 256 for shape in seen) == evaluations
+    assert {shape[2] for shape in seen} <= ({64} if "Hires" in name else {16})
 
 
 def test_scalecrafter_dilates_the_deep_kernels_for_the_first_steps(job):
@@ -161,6 +186,32 @@ def test_the_report(checkpoint, tmp_path, monkeypatch):
     text = evaluate(checkpoint, tmp_path, monkeypatch, "--no-draw")
     complete = text.count(" 3 prompts, 2 steps, the UNet in float32.")
     assert text.count("\n## Presets, ") == complete == 3, "those that every method has a picture of"
+
+
+def test_the_report_on_given_pictures(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.__main__.TRUE_RENDERS", 4)
+    few = {name: PICTURES[name] for name in ("Lanczos", "tiles 0.35", "Fast")}
+    monkeypatch.setitem(evaluation.__main__.TABLES, "Pictures", replace(evaluation.__main__.TABLES["Pictures"], methods=few))
+    text = evaluate(checkpoint, tmp_path, monkeypatch, "--tables", "Pictures", "--prompts", "2", "--steps", "4")
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["## Pictures, 256 to 512", "## Pictures, 256 to 1024"]
+    heads = [line for line in text.splitlines() if line.startswith("| | ")]
+    assert len(heads) == 2
+    assert all("count kept" in head and "seams" in head and "FID" not in head for head in heads)
+    for size, side in (("256-to-512", 512), ("256-to-1024", 1024)):
+        assert f"(report/pictures-{size}.jpg)" in text
+        [folder] = (tmp_path / "build").glob(f"*/{size.replace('-', ' ')}/0001")
+        assert {path.stem[:4]: Image.open(path).size[0] for path in folder.glob("*.png")} == {
+            "base": 256, "Lanc": side, "tile": side, "Fast": side
+        }  # fmt: skip
+    bases = [Image.open(path) for path in (tmp_path / "build").glob("*/*/0001/base.png")]
+    assert np.array_equal(*map(np.asarray, bases)), "the same picture at both sizes"
+    captions = tmp_path / "captions.txt"
+    make_stand_ins(tmp_path)
+    captions.write_text("one red ring\ntwo blue stars\n")
+    options = ["--captions", str(captions), "--real", str(tmp_path / "real"), "--clip", str(tmp_path / "clip")]
+    options += ["--inception", str(tmp_path / "inception.pt"), "--tables", "Pictures"]
+    assert "## Pictures" not in evaluate(checkpoint, tmp_path, monkeypatch, *options), "captions have no true render"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ CAPTIONS = ["one red ring"] * 8
 
 
 def test_borders_are_where_windows_begin_and_end():
-    made = Set([], [np.zeros((256, 512, 3), np.uint8)], [np.zeros((64, 128, 3), np.uint8)], stride=0.75)
+    made = Set([], [np.zeros((256, 512, 3), np.uint8)], [np.zeros((64, 128, 3), np.uint8)], stride=0.75, window=(64, 128))
     rows, columns = made.borders
     assert rows == [0, 48, 64, 96, 112, 144, 160, 192, 208, 256]
     assert columns == [0, 96, 128, 192, 224, 288, 320, 384, 416, 512]
@@ -36,11 +36,11 @@ def images():
 
 def test_the_papers_metrics(judge, images):
     index, bases = np.arange(8), [image[::4, ::4] for image in images]
-    good = judge(Set(CAPTIONS, images, bases, 0.5))
+    good = judge(Set(CAPTIONS, images, bases, 0.5, (128, 128)))
     assert set(good) == {"FID", "IS", "crop FID", "crop IS", "CLIP"}
     assert all(np.isfinite(statistic(index)) for statistic in good.values())
-    tinted = judge(Set(CAPTIONS, [(image * (1, 0.1, 0.1)).astype(np.uint8) for image in images], bases, 0.5))
-    same = judge(Set(CAPTIONS, [images[0]] * 8, bases, 0.5))
+    tinted = judge(Set(CAPTIONS, [(image * (1, 0.1, 0.1)).astype(np.uint8) for image in images], bases, 0.5, (128, 128)))
+    same = judge(Set(CAPTIONS, [images[0]] * 8, bases, 0.5, (128, 128)))
     for prefix in ("", "crop "):
         assert tinted[f"{prefix}FID"](index) > 1.5 * good[f"{prefix}FID"](index)
         assert same[f"{prefix}IS"](index) < good[f"{prefix}IS"](index)

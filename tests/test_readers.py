@@ -31,7 +31,7 @@ def true(judge, renders):
 def scores(judge, images):
     images = [np.asarray(image) for image in images]
     scenes = [true_render(11, index)[0] for index in range(COUNT)]
-    statistics = judge(Set(scenes, images, [small(image) for image in images], stride=0.5))
+    statistics = judge(Set(scenes, images, [small(image) for image in images], stride=0.5, window=(128, 128)))
     return {name: statistic(np.arange(COUNT)) for name, statistic in statistics.items()}
 
 
@@ -61,6 +61,12 @@ def test_a_close_up_is_of_an_object():
         crop = close_up(image, scene, np.random.default_rng(index))
         assert crop.shape == (128, 128, 3)
         assert object_mask(crop, scene).mean() > 0.15
+
+
+def test_a_close_up_of_a_larger_image_is_as_of_one_of_512():
+    scene, image = true_render(12, 0)
+    crops = [close_up(x, scene, np.random.default_rng(0)) for x in (image, image.repeat(2, 0).repeat(2, 1))]
+    assert np.array_equal(*crops)
 
 
 def test_true_renders_score_as_they_should(true):

@@ -28,6 +28,14 @@ def test_a_scene_is_the_same_for_the_same_seed_and_its_caption_says_what_it_is()
     assert np.array_equal(*(render(scene, np.random.default_rng(3)) for _ in range(2)))
 
 
+def test_a_scene_is_the_same_with_more_pixels():
+    scene = Scene(2, "blue", "striped", "disc", "sand")
+    plain, finer = (render(scene, np.random.default_rng(3), times=times) for times in (1, 2))
+    assert finer.shape == (1024, 1024, 3)
+    assert np.abs(shrink(finer, 2) - plain).mean() < 0.2
+    assert np.abs(finer - plain.repeat(2, 0).repeat(2, 1)).mean() > 0.2, "and finer"
+
+
 @pytest.mark.parametrize("texture", TEXTURES[1:])
 def test_textures_are_coarse_at_4x_and_finer_than_a_latent_pixel_at_1x(texture):
     """How often a row through one large square changes its tone: well over once in 8 pixels of 128, less in 512."""

@@ -718,6 +718,16 @@ def test_outside_the_mask_every_phase_holds_the_encoded_picture(host, fusions, s
         assert (fusion.reference - want).abs()[~where].max() > 1e-2 or fusion is fusions[0]
 
 
+@pytest.mark.parametrize("start", [PICTURE, RESULT])
+def test_what_is_not_masked_is_put_back_after_a_phase_too(host, start):
+    """Taking on the base's moments has moved it."""
+    given, mask = picture(), disc()
+    latents = inpaint(host, given, mask, 2.0, {"start_from": start}, inpainting_fill=1).latents[-1]
+    size = tuple(latents.shape[-2:])
+    outside = latent_mask(host, mask, size) == 0
+    assert_same_where(latents, encode(host, resized(host, given, size)), outside)
+
+
 @pytest.mark.parametrize("fill", [0, 1, 2, 3])
 def test_the_first_phase_begins_with_what_masked_content_says(host, fusions, overlays, fill):
     given, mask = picture(), disc()

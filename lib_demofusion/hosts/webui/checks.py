@@ -163,6 +163,8 @@ def before_batch(p: Any, args: Sequence[Any], start: Start | None = None) -> Non
         p.extra_generation_params.pop(f"{INFOTEXT_PREFIX} {kind}", None)
     if start is not None:
         start.reached = None
+        if start.from_picture and getattr(p, "initial_noise_multiplier", 1) != 1:
+            say(p, "note", "the settings' noise multiplier changes nothing here, since no base is sampled")
     _refuse_hires_fix(p)
     neighbours.check_again(p)
     note = neighbours.note_on(p.sd_model)

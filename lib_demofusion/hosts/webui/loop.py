@@ -141,8 +141,7 @@ class _Job:
             say(p, "note", f"a view batch size of {self.config.view_batch_size} did not fit; {phases.view_batch.size} did.")
         if trouble:
             last = self.finished[-1][0]
-            kept = f"phase {last.number} of {len(plan.phases)} is the last one finished"
-            which = "the last one finished"
+            kept, which = f"phase {last.number} of {len(plan.phases)} is the last one finished", "the last one finished"
             if self._given(last):
                 kept, which = "the picture is as it was given", "what you get"
             p.comment(f"{NAME}: {trouble}; {self.called(last)}, is {which}.")
@@ -230,8 +229,7 @@ def _restored(p: Any) -> Iterator[None]:
     """Put back what the phases change on p and in the host's state."""
     names = ("rng", "sampler", "steps", "c", "uc", "step_multiplier", "mask", "nmask")
     before = {name: getattr(p, name) for name in names if hasattr(p, name)}
-    state = shared.state
-    job, textinfo = state.job, state.textinfo
+    job, textinfo = shared.state.job, shared.state.textinfo
     try:
         for name in {"mask", "nmask"} & before.keys():
             setattr(p, name, None)  # of the base's size; samplers would take them
@@ -240,7 +238,7 @@ def _restored(p: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(p, name, value)
-        state.job, state.textinfo = job, textinfo
+        shared.state.job, shared.state.textinfo = job, textinfo
 
 
 def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> None:
