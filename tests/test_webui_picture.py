@@ -645,8 +645,7 @@ def test_pictures_of_a_batch_have_each_its_own_surroundings(host, overlays):
         assert_kept(host, reply, given[i], overlays, i)
 
 
-@pytest.mark.parametrize("inpainting", [False, True])
-@pytest.mark.parametrize("stop", ["interrupt", "skip"])
+@pytest.mark.parametrize(("stop", "inpainting"), [("interrupt", False), ("skip", True)])
 @pytest.mark.parametrize(("call", "side"), [(1, 96), (20, 96), (39, 96), (40, 128), (100, 128), (141, 128)])
 def test_a_stop_in_each_phase_keeps_what_is_not_masked(host, overlays, stop, call, side, inpainting):
     if inpainting:
@@ -849,7 +848,7 @@ TROUBLE = {
 
 
 @pytest.mark.parametrize("kind", TROUBLE)
-@pytest.mark.parametrize(("call", "reached"), [(1, 1), (25, 1), (39, 1), (40, 2), (90, 2), (141, 2)])
+@pytest.mark.parametrize(("call", "reached"), [(1, 1), (39, 1), (40, 2), (141, 2)])
 def test_trouble_keeps_the_last_finished_phase_or_the_picture(host, at_call, kind, call, reached):
     given = picture(96, 96)
     if reached == 2:
@@ -964,8 +963,7 @@ WHATEVER = ["_Phases", "_restored", "Progress.pause", "_keep_what_is_finished", 
 
 @pytest.mark.parametrize("what", WHATEVER)
 @pytest.mark.parametrize("start", [PICTURE, RESULT])
-@pytest.mark.parametrize("masked", [False, True])
-def test_whatever_else_fails_nothing_is_lost_and_no_scale_is_claimed(host, monkeypatch, tmp_path, what, start, masked):
+def test_whatever_else_fails_nothing_is_lost_and_no_scale_is_claimed(host, monkeypatch, tmp_path, what, start):
     def fail(*args, **kwargs):
         raise KeyError("a surprise")
 
@@ -975,14 +973,12 @@ def test_whatever_else_fails_nothing_is_lost_and_no_scale_is_claimed(host, monke
         watch_calls(host, lambda number, rows: host.shared.state.skip() if number == base + 2 else None)
     if what == "read_resumed":
         settings["resume"] = str(tmp_path / "phase.safetensors")
-        sides = (8, 16)
-        SavedPhase(
-            2, torch.ones(1, 4, sides[1], sides[1]), torch.ones(1, 4, 8, 8), "WebUI", from_picture=start == PICTURE
-        ).write(Path(settings["resume"]))
+        saved = SavedPhase(2, torch.ones(1, 4, 16, 16), torch.ones(1, 4, 8, 8), "WebUI", from_picture=start == PICTURE)
+        saved.write(Path(settings["resume"]))
     owner, _, name = what.rpartition(".")
     monkeypatch.setattr(getattr(host.webui.loop, owner) if owner else host.webui.loop, name, fail)
     given = picture()
-    reply = enlarge(host, given, 3.0 if start == RESULT else 2.0, settings, **(MASK if masked else {}))
+    reply = inpaint(host, given, disc(), 3.0 if start == RESULT else 2.0, settings)
     told = job_parameters(host, reply)
     assert list(told) == ["DemoFusion incomplete"]
     assert "because the next failed: 'a surprise'" in told["DemoFusion incomplete"]
@@ -1356,10 +1352,10 @@ def as_picture(sample):
 
 
 @pytest.mark.parametrize("ticked", [True, False])
-@pytest.mark.parametrize("batch", [dict(), dict(batch_size=3, n_iter=2)])
-@pytest.mark.parametrize("hires", [True, False])
-def test_the_button_enlarges_the_selected_picture_alone(host, calls, fusions, ticked, batch, hires):
-    reply = gallery(host, picture(), "a ring\nSteps: 4, Seed: 7", ticked=ticked, enable_hr=hires, **batch)
+@pytest.mark.parametrize("tab", [dict(), dict(batch_size=3, n_iter=2, enable_hr=True)])
+def test_the_button_enlarges_the_selected_picture_alone(host, calls, fusions, ticked, tab):
+    """Whatever the form says of batches and of Hires. fix."""
+    reply = gallery(host, picture(), "a ring\nSteps: 4, Seed: 7", ticked=ticked, **tab)
     assert calls.rows == 2 * STEPS * (VIEWS[2] + VIEWS[3])
     assert len(reply.images) == len(reply.infotexts) == 1
     assert reply.images[0].shape == (3, 192, 192)
