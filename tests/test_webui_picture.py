@@ -1600,3 +1600,27 @@ def test_the_plot_has_an_axis_for_the_start_in_img2img(host, plot, calls):
     assert "start from must be" in p.extra_generation_params["DemoFusion refused"]
     plot["[DemoFusion] window"].apply(p, 64, [])
     assert p.script_args[host.img2img_script.args_from + host.webui.settings.ARGUMENTS.index("window")] == 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_one_bar_over_the_phases_of_a_picture(host, batches):
+    """It begins at 0, since no base is sampled, and goes with what the model has seen."""
+    state, shown, rows = host.shared.state, [], []
+
+    def look(module, args):
+        own = state.sampling_step / state.sampling_steps if state.sampling_steps else 0
+        shown.append((state.job_no + own) / state.job_count)
+        rows.append(len(args[0]))
+
+    handle = host.unet.register_forward_pre_hook(look)
+    enlarge(host, picture(128, 128), 3.0, n_iter=batches, steps=6)
+    handle.remove()
+    assert shown[0] == 0
+    assert all(after >= before - 1e-9 for before, after in itertools.pairwise(shown)), "the bar goes back"
+    done = [sum(rows[:i]) / sum(rows) for i in range(len(rows))]
+    assert max(abs(a - b) for a, b in zip(shown, done, strict=True)) < 0.06
+    assert state.job_no == batches

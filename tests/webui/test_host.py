@@ -286,7 +286,7 @@ def test_nan_keeps_the_last_good_phase(host, monkeypatch):
 # ------------------------------------------------------------------------------------------------- settings and infotext
 
 
-FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12]
+FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12, "", 0]
 
 
 def test_the_infotext_makes_the_same_picture_again(host):
@@ -312,14 +312,14 @@ def test_pasting_restores_the_form_exactly(host):
 def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])
     values = settings_of(host.webui, [values.get(control) for control in host.script.controls])
-    assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, 0.0, True, 3.0, 1.0, 1.0, 1.0, 0, 50]
+    assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, 0.0, True, 3.0, 1.0, 1.0, 1.0, 0, 50, 0]
 
 
 def test_an_image_made_without_unticks_it(host):
     values = pasted(host, host.generate().infotexts[0])
     assert values[host.script.controls[0]] is False
     *settings, resume, unread = list(values.values())[1:]
-    assert (settings, resume, unread["value"]) == ([None] * 15, "", "")
+    assert (settings, resume, unread["value"]) == ([None] * 16, "", "")
 
 
 def test_script_info_shows_names_and_ranges(host):
@@ -614,7 +614,7 @@ def test_phases_of_few_steps_show_themselves_at_no_more_cost_than_the_base(host,
 def test_xyz_plot_over_our_settings(host, calls):
     plot = host.scripts.scripts_txt2img.script("x/y/z plot")
     labels = [option.label for option in plot.current_axis_options]
-    assert sum(label.startswith("[DemoFusion]") for label in labels) == 16
+    assert sum(label.startswith("[DemoFusion]") for label in labels) == 17
     x, y = labels.index("[DemoFusion] scale"), labels.index("[DemoFusion] jitter")
     args = [x, "2,3", [], y, "", ["True", "False"], 0, "", [], False, True, False, False, False, False, False, 0, False]
     reply = host.generate(script_name="x/y/z plot", script_args=args)
