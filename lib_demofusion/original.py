@@ -36,24 +36,31 @@ class Original:
 
     def begin(self, size: Size) -> tuple[Tensor, Tensor | None]:
         """The reference of the first phase, of `size`, and where it is held, as `enlarge` gives them."""
-        held = None
-        if self.flat is not None:
-            held = F.interpolate(self.flat, size=size, mode="bilinear", align_corners=False)
         if self.mask is None:
-            return self.encoded(size), held
+            return self.around(self.encoded(size), None)
         picture, _ = self._of(size)
-        return self.around(picture if self.fill is None else self.fill(picture), held)
+        return self.around(picture if self.fill is None else self.fill(picture), None)
 
     def around(self, reference: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A reference [B, C, H, W] with the picture around the mask, where it is held altogether."""
+        """A phase's reference [B, C, H, W] with the picture around the mask, where it is held altogether.
+
+        Where the picture is flat it is held in every phase: copies of an object that a phase has put there are not flat.
+        """
+        size = tuple(reference.shape[-2:])
+        if self.flat is not None:
+            flat = F.interpolate(self.flat, size=size, mode="bilinear", align_corners=False)
+            held = flat if held is None else torch.maximum(flat, held)
         if self.mask is None:
             return reference, held
-        picture, mask = self._of(tuple(reference.shape[-2:]))
+        picture, mask = self._of(size)
         return torch.lerp(picture, reference, mask), 1 - mask if held is None else torch.maximum(1 - mask, held)
 
     def keep(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] with the picture around the mask."""
-        return self.around(latents, None)[0]
+        if self.mask is None:
+            return latents
+        picture, mask = self._of(tuple(latents.shape[-2:]))
+        return torch.lerp(picture, latents, mask)
 
     def _of(self, size: Size) -> tuple[Tensor, Tensor]:
         if self._at is None or self._at[0] != size:
