@@ -173,7 +173,7 @@ def test_schedulers(host, calls, sampler):
 def test_the_calls_are_the_number_in_the_form(host, calls, scale, cfg):
     form = dict(width=64, height=96, steps=4, cfg=cfg, sampler="Euler", scheduler="Automatic", hires=False, scale=scale)
     form |= dict(stride=0.5, phaseSteps=0, doubling=False, strength=1, batchSize=1, batchCount=1, uniPcOrder=3)
-    [line] = readouts([form | dict(table=host.webui.readout.readout_table(), facts={})])
+    [line] = readouts([form | dict(table=host.webui.readout.readout_table(), facts={}, start="", window=0)])
     host.generate(True, scale, width=64, height=96, cfg_scale=cfg)
     assert re.search(r", ([\d,]+) model calls\b", line)[1] == f"{calls.rows:,}"
 
