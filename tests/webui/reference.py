@@ -21,7 +21,7 @@ def main(out, scale, h, w, settings):
     pipe = diffusers.load_pipeline()
     config = DemoFusionConfig(scale=scale, jitter=False, view_batch_size=3, **settings)
     plan = diffusers.plan_for(pipe, config, height=8 * h, width=8 * w, steps=STEPS, cfg_scale=CFG)
-    run = diffusers._Run(pipe, plan, config, diffusers.SAMPLERS["Euler"], STEPS, CFG, [0], None, None, None)
+    run = diffusers._Run(pipe, plan, config, diffusers.SAMPLERS["Euler"], STEPS, CFG, [0], None, None, None, None)
     generator = torch.Generator().manual_seed(7)
     base = torch.randn(1, 4, h, w, generator=generator)
     base[..., : w // 2] = 0  # a plain half

@@ -28,10 +28,10 @@ def test_same_latents_as_the_command(host, options, monkeypatch, tmp_path, scale
     webui, results = host.webui, {}
     post_sample, upscale = webui.loop.post_sample, webui.loop.upscale
 
-    def start_from_the_same(p, ps, args):
+    def start_from_the_same(p, ps, *args):
         ps.samples = expected["base"]
         p.sampler_noise_scheduler_override = lambda steps: expected["sigmas"]
-        post_sample(p, ps, args)
+        post_sample(p, ps, *args)
 
     def keep(*args):
         for phase, latents in upscale(*args):
