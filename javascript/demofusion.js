@@ -160,8 +160,8 @@ function demofusionLargest(form, plan, has) {
 // That it fits; of a given picture, which may be large, with what it takes.
 function demofusionNeed(form, plan) {
     if (!plan.given) return "fits in memory";
-    const {pictures, latents, device: [where], main: [name]} = form.facts.memory;
-    const each = pictures + (where === name ? latents : 0);
+    const {pictures, latents, features, device: [where], main: [name]} = form.facts.memory;
+    const each = pictures + (where === name ? latents + (features ?? 0) : 0); // what is coded in tiles shares features
     return `fits in memory, ${demofusionBytes(form.batchSize * each * plan.height * plan.width)} of ${name} for its pictures`;
 }
 
