@@ -28,8 +28,6 @@ function demofusionRound(x) {
     return low % 2 ? low + 1 : low;
 }
 
-const DEMOFUSION_LARGEST = 64, DEMOFUSION_FITTING = [0.8, 1.25], DEMOFUSION_WORTH = 1.02; // as phases.py has them
-
 // The base's steps, and how many of the first ones are not run: all of txt2img's, and of img2img's as its strength says.
 function demofusionBaseSteps(form) {
     if (form.start === "") return [form.steps, 0];
@@ -41,16 +39,16 @@ function demofusionBaseSteps(form) {
 }
 
 // What a picture of [height, width] pixels becomes at a scale, and by which windows; sizes in latent pixels.
-function demofusionWindow(picture, scale, side) {
+function demofusionWindow({picture, table}, scale, side) {
     const final = picture.map((length) => Math.max(Math.floor(length * scale / 8 + 0.5), 1));
     const area = final[0] * final[1], ratio = Math.sqrt(area) / side, whole = Math.max(Math.floor(ratio + 0.5), 1);
-    const [low, high] = DEMOFUSION_FITTING, fits = low <= ratio / whole && ratio / whole <= high;
+    const {fitting: [low, high], largest} = table.windows, fits = low <= ratio / whole && ratio / whole <= high;
     const window = final.map((length) => Math.ceil(length / Math.max(fits ? whole : ratio, 1) - 1e-9));
     return {
         final, window,
         smaller: area * 64 <= picture[0] * picture[1],
         atOnce: window[0] === final[0] && window[1] === final[1],
-        large: ratio > DEMOFUSION_LARGEST,
+        large: ratio > largest,
     };
 }
 
@@ -60,11 +58,11 @@ function demofusionFromPicture(form) {
     if (!height || !width) return {refused: "there is no picture; drop one on the tab"};
     if (!side) return {unknown: true};
     if (side < 1) return {refused: `a window of ${form.window} pixels is too small; a latent pixel is 8 pixels`};
-    const made = demofusionWindow(form.picture, form.scale, side), size = `${made.final[1] * 8}x${made.final[0] * 8}`;
+    const made = demofusionWindow(form, form.scale, side), size = `${made.final[1] * 8}x${made.final[0] * 8}`;
     if (made.smaller) return {refused: `${size} is not larger than the picture, ${width}x${height}; choose a larger size`};
     if (!made.atOnce && !made.large) return {...made, begin: height * width / 64};
     const scales = Array.from({length: 140}, (_, i) => (21 + i) / 20).filter(function(scale) {
-        const {smaller, atOnce, large} = demofusionWindow(form.picture, scale, side);
+        const {smaller, atOnce, large} = demofusionWindow(form, scale, side);
         return !smaller && !atOnce && !large;
     });
     if (made.atOnce) {
@@ -72,7 +70,7 @@ function demofusionFromPicture(form) {
         return {refused: `${size} is no larger than what the checkpoint draws at once; ${works}`};
     }
     const works = scales.length ? `scale ${scales.at(-1)} is the largest that works` : "a larger window works";
-    return {refused: `${size} is more than ${DEMOFUSION_LARGEST} times as long and wide as a window of ${side * 8}; ${works}`};
+    return {refused: `${size} is more than ${form.table.windows.largest} times as long and wide as a window of ${side * 8}; ${works}`};
 }
 
 // Sizes (latent pixels), phases and model calls of one image, those of the base among them; {refused} where there is no such
@@ -114,7 +112,7 @@ function demofusionPlan(form) {
         const before = [height, width], size = given ?
             from.final.map((side) => Math.max(demofusionRound(side * scale / largest), 1)) :
             [h, w].map((side) => demofusionRound(side * scale));
-        if (given && size[0] * size[1] <= DEMOFUSION_WORTH * from.begin && scale !== largest) continue;
+        if (given && size[0] * size[1] <= form.table.windows.worth * from.begin && scale !== largest) continue;
         [height, width] = size;
         phases += 1;
         if (height === before[0] && width === before[1]) {

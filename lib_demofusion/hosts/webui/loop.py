@@ -334,7 +334,7 @@ class _Phases:
             if p.scripts is not None:
                 p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
             with a1111.autocast():
-                if self.start is not None:
+                if hasattr(p, "init_images"):
                     image_conditioning = self.start.conditioning(noise, self.plan.window)
                 else:
                     h, w = phase.size

@@ -80,9 +80,10 @@ class Start:
     def base(self, made: Tensor) -> Tensor:
         """The base latents, whose moments the phases keep: as the host made them, or of the picture alone.
 
-        The host encodes with the noise of all programs, and puts other things under a mask.
+        img2img encodes with the noise of all programs, and puts other things under a mask. In txt2img they are `skip_base`'s.
         """
-        return self._encoded(tuple(made.shape[-2:])).to(made) if self.from_picture else made
+        again = self.from_picture and hasattr(self.p, "init_images")
+        return self._encoded(tuple(made.shape[-2:])).to(made) if again else made
 
     def original(self, config: DemoFusionConfig) -> Original | None:
         """The picture for the phases; None where they have no need of it."""
@@ -101,10 +102,7 @@ class Start:
 
     def conditioning(self, latents: Tensor, base: Size) -> Tensor:
         """What inpainting, depth and unCLIP checkpoints see of the picture, as the host shows it, at the latents' size."""
-        h, w = latents.shape[-2:]
-        height, width = h * FACTOR, w * FACTOR
-        if not hasattr(self.p, "init_images"):
-            return self.p.txt2img_image_conditioning(latents, width=width, height=height)
+        height, width = (side * FACTOR for side in latents.shape[-2:])
         if not a1111.sees_picture(self.p.sampler):
             return latents.new_zeros(len(latents), 5, 1, 1)
         mask = None if self.mask is None else self._resized(self.mask, height, width)

@@ -16,15 +16,17 @@ from lib_demofusion.hosts.webui.decoding import may_use_tiles
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
 from lib_demofusion.hosts.webui.settings import PRESET_HELP
 from lib_demofusion.memory import free_memory, latents_bytes, picture_bytes
+from lib_demofusion.phases import FITTING, LARGEST, WORTH
 
 
 def readout_table() -> dict[str, Any]:
-    """What the readout in the browser computes with: how each sampler's model calls count (`model_calls`, `least_calls`), and
-    the presets.
+    """What the readout in the browser computes with: how each sampler's model calls count (`model_calls`, `least_calls`), the
+    presets, and how a given picture's windows are chosen (`phases.plan_from_picture`).
 
     A preset: what it is and when to take it, and those of its settings on which the number of model calls depends.
     """
     return {
+        "windows": {"largest": LARGEST, "fitting": FITTING, "worth": WORTH},
         "samplers": {name: [known.counts, known.levels, int(known.discards), known.least] for name, known in SAMPLERS.items()},
         "presets": {name: {"help": PRESET_HELP[name], **_costs(DemoFusionConfig.preset(name))} for name in PRESETS},
     }
