@@ -63,6 +63,7 @@ settings-sheet: $(READY)
 
 # TRAIN="--recipe second" makes another checkpoint, to see whether what was found holds for it, by
 # EVALUATE="--model training/build/second/second --layout row --tables Presets -o docs/evaluation-second.md"
+# TRAIN="--recipe tile" makes the embedded checkpoint's ControlNet.
 train: $(READY)
 	$(RUN) -m training.train $(TRAIN)
 

@@ -43,7 +43,7 @@ def main() -> None:
             return run
 
         with pytest.MonkeyPatch.context() as patch:
-            phases, base = host.webui.loop._Phases, host.processing.StableDiffusionProcessingTxt2Img
+            phases, base = host.webui.phases.Phases, host.processing.StableDiffusionProcessingTxt2Img
             patch.setattr(phases, "denoise", timed(phases.denoise, lambda self, phase, *_: f"phase {phase.number}"))
             patch.setattr(base, "sample", timed(base.sample, lambda *_: "base"))
             host.generate(True, SCALE, steps=STEPS, width=SIDE, height=SIDE)

@@ -49,7 +49,7 @@ def section(title: str, size: str, tasks: list[Task], judge, out: Path, arithmet
     report.sheet(shown, [task.caption for task in tasks[:SHOWN]]).save(out / f"{stem}.jpg", quality=85)
     report.plot(rows, out / f"{stem}.svg")
     yield f"## {title}, {size}\n\n{table.about} {count} prompts, {tasks[0].steps} steps, the UNet in {arithmetic}.\n"
-    yield from (lines + "\n" for lines in report.tables(rows, table.against))
+    yield from (lines + "\n" for lines in report.tables(rows, table.against, table.apart))
     yield f"![Quality against evaluations]({out.name}/{stem}.svg)\n\n![Pictures]({out.name}/{stem}.jpg)\n"
 
 
@@ -97,6 +97,8 @@ def main() -> None:
     given = [args.inception, args.clip, args.captions, args.real]
     if any(given) and not all(given):
         parser.error("--inception, --clip, --captions and --real belong together")
+    if args.model and any(TABLES[title].embedded for title in args.tables or ()):
+        parser.error("the table Control is of the embedded checkpoint, which its ControlNet is for; leave --model out")
     if args.openvino and (args.device, args.dtype) != ("cpu", "float32"):
         parser.error("--openvino is for a CPU, and has a dtype of its own; leave --device and --dtype out")
     run(args)
@@ -104,7 +106,8 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     prompts, steps, out = args.prompts, args.steps, args.o
-    titles, sizes = args.tables or list(TABLES), args.sizes or list(SIZES)
+    titles = args.tables or [title for title, table in TABLES.items() if not (args.model and table.embedded)]
+    sizes = args.sizes or list(SIZES)
     if args.quick:
         prompts, steps, out = 12, 12, args.build / "quick.md"
         titles, sizes = args.tables or ["Methods", "Presets"], args.sizes or ["16x"]
@@ -133,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
 
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    against = " or ".join(dict.fromkeys(TABLES[title].against for title in titles))
+    against = " or ".join(dict.fromkeys(name for title in titles for name in TABLES[title].references))
     seen = f"the checkpoint `{Path(model).name}`" if args.model else "the embedded checkpoint"
     if args.layout != "anywhere":
         seen += f", which was trained on scenes in a {args.layout}"

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.methods import ABLATION, HELD, METHODS, PICTURES, PRESETS, STEPS, Method, Picture, make_job
+from evaluation.methods import (
+    ABLATION,
+    CONTROL,
+    HELD,
+    METHODS,
+    PICTURES,
+    PRESETS,
+    STEPS,
+    Method,
+    Picture,
+    make_job,
+    tile_controlnet,
+)
 from lib_demofusion.hosts.diffusers import load_pipeline
 from training.scenes import Scene, render
 
@@ -48,13 +60,22 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Table:
-    """What a report holds. against: the method that the others are judged by. metrics: all that there are, unless named."""
+    """What a report holds. against: the method that the others are judged by. metrics: all that there are, unless named.
+
+    apart: methods that are judged by another one. embedded: it is of the embedded checkpoint alone.
+    """
 
     methods: dict[str, Method]
     about: str
     against: str = "DemoFusion"
     sizes: tuple[str, ...] = ("4x", "8x, 1:2", "16x")
     metrics: tuple[str, ...] = ()
+    apart: dict[str, str] = field(default_factory=dict)
+    embedded: bool = False
+
+    @property
+    def references(self) -> list[str]:
+        return list(dict.fromkeys((self.against, *self.apart.values())))
 
 
 TABLES = {
@@ -79,6 +100,15 @@ TABLES = {
         "tiles 0.35",
         ("256 to 512", "256 to 1024"),
         ("count kept", "texture right", "strays", "off the base", "detail", "object detail", "seams"),
+    ),
+    "Control": Table(
+        CONTROL,
+        "The presets with the embedded tile ControlNet at a strength: each phase is shown the one before. It is evaluated as "
+        "often as the UNet in the phases, which the evaluations leave out, and the time holds.",
+        "Fast",
+        ("16x",),
+        apart={name: "Turbo" for name in CONTROL if name.startswith("Turbo")},
+        embedded=True,
     ),
 }
 
@@ -129,9 +159,10 @@ def start(model: str, device: str, dtype: str, openvino: bool = False) -> None:
         torch.set_num_threads(1)
     _pipe = load_pipeline(model, device, getattr(torch, dtype))
     if openvino:
-        from evaluation.openvino import compile_unet
+        from evaluation.openvino import compile_controlnet, compile_unet
 
         compile_unet(_pipe.unet)
+        compile_controlnet(tile_controlnet())
 
 
 def draw(task: Task) -> int:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForImage2Image
+from diffusers import AutoPipelineForImage2Image, ControlNetModel
 from PIL import Image
 
 from benchmarks.measure import base_alone
@@ -25,7 +25,9 @@ from evaluation import upscaler
 from lib_demofusion import schedule
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import generate
+from lib_demofusion.hosts.diffusers_controlnet import Control
 from lib_demofusion.views import local_views
+from training.tile import CONTROLNET
 
 CFG_SCALE = 7.5
 
@@ -109,16 +111,34 @@ def only(progressive: bool, skip_residual: bool, dilated: bool) -> Iterator[None
         yield
 
 
+@functools.cache
+def tile_controlnet(device: str = "cpu", dtype: torch.dtype = torch.float32) -> ControlNetModel:
+    """The embedded checkpoint's, once for each worker."""
+    return ControlNetModel.from_pretrained(CONTROLNET).to(device, dtype)
+
+
 def demofusion(
-    progressive: bool = True, skip_residual: bool = True, dilated: bool = True, preset: str = "Paper", **settings
+    progressive: bool = True,
+    skip_residual: bool = True,
+    dilated: bool = True,
+    preset: str = "Paper",
+    control: tuple[float, float] | None = None,
+    **settings,
 ) -> Method:
+    """control: scale and end of the tile ControlNet, which holds each phase to the one before; none without."""
     config = DemoFusionConfig.preset(preset, view_batch_size=16, **settings)
     changed = {key: value for key, value in config.to_infotext().items() if not key.endswith(("scale", "batch size"))}
+    if control:
+        changed["control"] = control
     tag = f"-{zlib.crc32(str(changed).encode()):08x}" if changed else ""
 
     def run(job: Job) -> tuple[Image.Image, float]:
         own = replace(config, scale=float(job.scale))
         base = dict(image=job.base) if job.window else dict(height=job.base.height, width=job.base.width)
+        if control:
+            unet = job.pipe.unet
+            model = tile_controlnet(str(unet.device), unet.dtype)
+            base["controls"] = [Control(model, scale=control[0], end=control[1])]
         with only(progressive, skip_residual, dilated):
             result = generate(job.pipe, job.caption, config=own, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE, **base)
         return result.images()[0], result.evaluations - result.plan.evaluations_to(1)
@@ -237,6 +257,16 @@ PRESETS: dict[str, Method] = {
 }
 # The presets with a setting that none of them has.
 HELD: dict[str, Method] = {f"{name}, hold flat 6": demofusion(preset=name, hold_flat=6.0) for name in ("Fast", "Turbo")}
+# The presets with the tile ControlNet, of which each phase is shown the one before.
+CONTROL: dict[str, Method] = {
+    name: method
+    for preset in ("Fast", "Turbo")
+    for name, method in {
+        preset: PRESETS[preset],
+        f"{preset}, tile 1": demofusion(preset=preset, control=(1.0, 1.0)),
+        f"{preset}, tile 0.5": demofusion(preset=preset, control=(0.5, 1.0)),
+    }.items()
+}
 # Phases of fewer steps, with the skip residual as a rate and as the paper has it, once a step.
 STEPS: dict[str, Method] = {
     f"{preset}, {steps} steps{', once a step' * (hold == 0)}": demofusion(preset=preset, phase_steps=steps, hold_steps=hold)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,16 +49,16 @@ def loss(metric: str, value: float | np.ndarray) -> float | np.ndarray:
     return abs(value - 1) if more is None else -value if more else value
 
 
-def verdicts(rows: dict[str, Row], against: str) -> dict[str, dict[str, str]]:
+def verdicts(rows: dict[str, Row], against: str, apart: Mapping[str, str] = {}) -> dict[str, dict[str, str]]:
     """method -> metric -> "worse", "better" or "": whether the interval of the difference from `against` leaves 0 out.
 
-    The pictures are paired: the same captions, seeds and bases.
+    The pictures are paired: the same captions, seeds and bases. apart: methods that are judged by another one.
     """
     found: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
         found[name] = {}
         for metric, own in row.metrics.items():
-            other = rows[against].metrics[metric]
+            other = rows[apart.get(name, against)].metrics[metric]
             difference = [loss(metric, a) - loss(metric, b) for a, b in zip((own.value, own.drawn), (other.value, other.drawn))]
             low, high = Estimate(*difference).interval
             found[name][metric] = "worse" if low > 0 else "better" if high < 0 else ""
@@ -71,9 +71,9 @@ def digits(value: float) -> str:
     return f"{round(value, decimals) + 0.0:.{decimals}f}"  # without a minus before a zero
 
 
-def tables(rows: dict[str, Row], against: str) -> Iterator[str]:
-    """A line for each method: its costs, and a few metrics with their intervals; against: what the others are judged by."""
-    metrics, said = list(next(iter(rows.values())).metrics), verdicts(rows, against)
+def tables(rows: dict[str, Row], against: str, apart: Mapping[str, str] = {}) -> Iterator[str]:
+    """A line for each method: its costs, and a few metrics with their intervals; against, apart: as for `verdicts`."""
+    metrics, said = list(next(iter(rows.values())).metrics), verdicts(rows, against, apart)
     arrow = {True: " ↑", False: " ↓", None: " → 1"}
     for first in range(0, len(metrics), COLUMNS):
         shown = metrics[first : first + COLUMNS]

@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from lib_demofusion.arguments import (
+    CONTROL_NUMBERS,
     Refused,
     blamed_on,
     channels_of,
@@ -24,6 +25,7 @@ from lib_demofusion.arguments import (
     check_channels,
     check_output,
     check_phase,
+    of_each,
     parse,
     resumed,
 )
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace, resume) -> int:
         image, mask = (path and open_image(path, what) for path, what in ((args.image, "image"), (args.mask, "mask")))
         if image:
             Given.of(image, mask)
+        shown = [open_image(path, "control image") for path in args.control_image]
     host = import_host()
     with blamed_on(args.resume):
         args.sampler = host.sampler_named(args.sampler)
@@ -83,12 +86,15 @@ def run(args: argparse.Namespace, resume) -> int:
             check_vocabulary(host.EMBEDDED_CHECKPOINT / "vocabulary.txt", args.prompt, args.negative_prompt)
         if resume:
             check_channels(resume, channels_of(args.model or host.EMBEDDED_CHECKPOINT))
+        for model in args.controlnet:
+            host.check_controlnet(model)
     pipe = load(host, args)
     shape = {name: getattr(args, name) for name in ("height", "width", "steps", "cfg_scale", "sampler", "mask_blur")}
     shape.update(image=image, mask=mask, size=args.size if image else None)
     with blamed_on(args.resume):
         if resume:
             check_channels(resume, pipe.unet.config.in_channels)
+        shape["controls"] = load_controls(host, pipe, args, shown)
         host.check_prompt(pipe, args.prompt, "prompt")
         host.check_prompt(pipe, args.negative_prompt, "negative prompt")
         plan = host.plan_for(pipe, config, **shape)
@@ -102,7 +108,7 @@ def run(args: argparse.Namespace, resume) -> int:
         if image:
             print(f"window: {plan.window[1] * factor}x{plan.window[0] * factor}")
         print(plan.table(factor))
-        print(memory_line(host, pipe, plan, config))
+        print(memory_line(host, pipe, plan, config, shape["controls"]))
         return 0
     check_space(args.output, plan, factor)
 
@@ -117,14 +123,15 @@ def run(args: argparse.Namespace, resume) -> int:
     return 0
 
 
-def memory_line(host, pipe, plan, config: DemoFusionConfig) -> str:
+def memory_line(host, pipe, plan, config: DemoFusionConfig, controls: list) -> str:
     """What the plan takes, and what its base image alone does; with automatic view batches, what it starts with."""
     from lib_demofusion.memory import ViewBatch, in_words
 
     base = replace(plan, phases=plan.phases[:1])
     views = ViewBatch(config.view_batch_size, pipe.device).size
     try:
-        job, alone = (in_words(host.needs(pipe, p, batch).peak(pipe.device)) for p, batch in ((plan, views), (base, 1)))
+        needs = (host.needs(pipe, p, batch, controls=controls) for p, batch in ((plan, views), (base, 1)))
+        job, alone = (in_words(need.peak(pipe.device)) for need in needs)
     except (RuntimeError, NotImplementedError) as error:  # an attention that does not run on shapes alone
         return f"memory: not foreseen for this model ({first_line(error)})"
     one = "one window" if plan.from_picture else "the base image"
@@ -178,6 +185,17 @@ def load(host, args: argparse.Namespace):
     device = args.device or host.default_device()
     dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     return host.load_pipeline(args.model or host.EMBEDDED_CHECKPOINT, device, getattr(torch, dtype))
+
+
+def load_controls(host, pipe, args: argparse.Namespace, images: list) -> list:
+    """The ControlNets with their images and settings. One that is given several times is loaded once."""
+    nets = {model: host.load_controlnet(model, pipe) for model in dict.fromkeys(args.controlnet)}
+    settings = zip(*(of_each(args, f"control_{name}") for name in ("type", *CONTROL_NUMBERS)))
+    controls = []
+    for model, image, (kind, *numbers) in zip(args.controlnet, images or [None] * len(args.controlnet), settings):
+        kind = None if kind == "none" else int(kind) if kind and kind.isdecimal() else kind
+        controls.append(host.Control(nets[model], image, **dict(zip(CONTROL_NUMBERS, numbers)), type=kind))
+    return controls
 
 
 def check_vocabulary(vocabulary: Path, *prompts: str) -> None:

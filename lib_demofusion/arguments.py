@@ -17,6 +17,13 @@ from lib_demofusion.files import check_writable, suffixed
 from lib_demofusion.pictures import MASK_BLUR, check_text
 
 DESCRIPTION = "Make a high-resolution image with DemoFusion, from a prompt or from an image, with any checkpoint."
+# Of a ControlNet, each with its default; given once it is for all of them, else for each in their order.
+CONTROL_NUMBERS = {
+    "scale": (1.0, "how much of what the ControlNet adds; one for all, or one for each --controlnet"),
+    "start": (0.0, "from which share of each phase's steps on it is used; one for all, or one for each"),
+    "end": (1.0, "up to which share of each phase's steps it is used; one for all, or one for each"),
+}
+CONTROL = ("controlnet", "control_image", "control_type", *(f"control_{name}" for name in CONTROL_NUMBERS))
 DTYPES = ("float32", "float16", "bfloat16")
 EPILOG = (
     "Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C. What was finished is written in any case; "
@@ -27,6 +34,14 @@ EPILOG = (
 
 class Refused(Exception):
     """Wrong input; its text is the one line that the user gets."""
+
+
+class Append(argparse.Action):
+    """Collects the values of an option that is given several times, whatever its default is."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else []), value])
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +94,22 @@ def build_parser() -> Parser:
     add("--mask", type=Path, help="of the image, of the same size: what is white is drawn anew, what is black stays")
     add("--mask-blur", type=int, default=MASK_BLUR, help="of the mask, in pixels of the image (default: %(default)s)")
     add("--size", type=parse_size, help="of the result, as WIDTHxHEIGHT in pixels, instead of --scale")
+    add(
+        "--controlnet",
+        action=Append,
+        default=[],
+        metavar="MODEL",
+        help="ControlNet that fits the model: diffusers folder, .safetensors file or hub name; may be given several times",
+    )
+    text = "what it holds the picture to, ready made (edges, depth, a pose, ...) and of the picture's aspect; one for each "
+    text += "--controlnet, in their order. Without any, each phase is held to the phase before"
+    add("--control-image", action=Append, default=[], type=Path, metavar="FILE", help=text)
+    for name, (default, text) in CONTROL_NUMBERS.items():
+        text = f"{text} (default: {default:g})"
+        add(f"--control-{name}", action=Append, default=[], type=float, metavar="NUMBER", help=text)
+    text = "what the image of a union ControlNet is: openpose, depth, softedge, canny, normal, segmentation, tile, inpaint, or "
+    text += "the type's number; none for one that is no union"
+    add("--control-type", action=Append, default=[], metavar="TYPE", help=text)
     add("--width", type=int, help="of the base, in pixels (default: the model's own)")
     add("--height", type=int, help="of the base, in pixels (default: the model's own)")
     add("--steps", type=int, default=50, help="sampling steps of the base and of each phase (default: %(default)s)")
@@ -135,6 +166,7 @@ SETTINGS = {
     **dict.fromkeys(("width", "height", "steps", "seed", "batch_count", "mask_blur"), int),
     **dict.fromkeys(("size", "mask"), type(None)),
     **dict.fromkeys(("model", "image"), (str, type(None))),
+    **dict.fromkeys(CONTROL, list),
     "cfg_scale": (int, float),
 }
 SETTINGS_OF_AN_IMAGE = {
@@ -144,7 +176,7 @@ SETTINGS_OF_AN_IMAGE = {
     "mask": (str, type(None)),
 }
 YOUNG = {"preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps", "window"}
-YOUNG |= {"mask", "mask_blur"}
+YOUNG |= {"mask", "mask_blur", *CONTROL}
 
 
 def resumed(args: argparse.Namespace, argv: list[str] | None):
@@ -168,6 +200,7 @@ def resumed(args: argparse.Namespace, argv: list[str] | None):
             settings[name] = getattr(args, name)
         for name in ("image", "mask"):
             settings[name] = settings[name] and Path(settings[name])
+        settings["control_image"] = [Path(file) for file in settings["control_image"]]
     return argparse.Namespace(**settings), saved
 
 
@@ -201,6 +234,11 @@ def read_settings(text: str) -> dict:
         value = settings.get(name, "")
         if isinstance(value, bool) or not isinstance(value, kind) and name in settings:
             raise ValueError(f"its {name.replace('_', ' ')} is {value!r}, of the wrong type")
+    for name in CONTROL:
+        kind = (int, float) if name.removeprefix("control_") in CONTROL_NUMBERS else str
+        for value in settings.get(name, []):
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"its {name.replace('_', ' ')} has {value!r}, of the wrong type")
     if settings["batch_count"] != 1:
         raise ValueError(f"its batch count is {settings['batch_count']}, and a saved phase is of one image")
     if settings["dtype"] not in DTYPES:
@@ -257,6 +295,8 @@ def settings_to_resume(args: argparse.Namespace, config: DemoFusionConfig, pipe,
     else:
         h, w = (side * pipe.vae_scale_factor for side in plan.window)
         settings.update(size=None, height=h, width=w)
+    settings["control_image"] = [str(file.resolve()) for file in args.control_image]
+    settings["controlnet"] = [str(Path(model).resolve()) if Path(model).exists() else model for model in args.controlnet]
     if args.model and Path(args.model).exists():
         settings["model"] = str(Path(args.model).resolve())
     return json.dumps(settings)
@@ -277,6 +317,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise Refused("a mask is of an image; give --image too")
     if args.mask_blur != MASK_BLUR and not args.mask:
         raise Refused("--mask-blur is of a mask; give --mask too")
+    check_control_arguments(args)
     for name in ("prompt", "negative_prompt"):
         check_text(getattr(args, name), name.replace("_", " "))
     if args.model == "":
@@ -291,6 +332,37 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise Refused("the last image's seed is too large; it must be below 2**63")
     if not math.isfinite(args.cfg_scale) or args.cfg_scale < 1:
         raise Refused(f"CFG scale must be at least 1, got {args.cfg_scale:g}")
+
+
+def check_control_arguments(args: argparse.Namespace) -> None:
+    """Raises Refused, one line, for numbers of ControlNet options that do not go together, and for values out of range."""
+    models = len(args.controlnet)
+    for name in CONTROL[1:]:
+        option, values = f"--{name.replace('_', '-')}", getattr(args, name)
+        if values and not models:
+            raise Refused(f"{option} is of a ControlNet; give --controlnet too")
+        once = name != "control_image"
+        if len(values) not in ((0, 1, models) if once else (0, models)):
+            either = "once for all, or " if once else ""
+            raise Refused(
+                f"{option} is there {len(values)} times, and --controlnet {models} times; give it {either}once for each"
+            )
+    if "" in args.controlnet:
+        raise Refused("a ControlNet has no name; give its folder, file or hub name")
+    for number, (scale, start, end) in enumerate(zip(*(of_each(args, f"control_{name}") for name in CONTROL_NUMBERS)), 1):
+        of = f" of ControlNet {number}" if models > 1 else ""
+        if not math.isfinite(scale) or scale < 0:
+            raise Refused(f"the control scale{of} must be at least 0, got {scale:g}")
+        if not 0 <= start <= end <= 1:
+            raise Refused(f"control start and end{of} must be from 0 to 1, the start first, got {start:g} and {end:g}")
+
+
+def of_each(args: argparse.Namespace, name: str) -> list:
+    """One of the ControlNets' settings for each of them."""
+    values = getattr(args, name)
+    if not values:
+        values = [CONTROL_NUMBERS.get(name.removeprefix("control_"), (None,))[0]]
+    return values * len(args.controlnet) if len(values) == 1 else values
 
 
 def check_output(args: argparse.Namespace) -> None:

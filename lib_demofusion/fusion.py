@@ -61,6 +61,16 @@ def pad_edges(x: Tensor, size: Size) -> tuple[Tensor, Size]:
     return (F.pad(x, padding, mode="replicate") if any(padding) else x), (top, left)
 
 
+def crops_of(x: Tensor, views: Sequence[View]) -> Tensor:
+    """Each view's part of x [B, C, H, W], something that lies beside the latent: [len(views) * B, C, h, w], view by view."""
+    grown = {1: x}
+    for view in views:
+        d = view.dilation
+        if d not in grown:
+            grown[d], _ = pad_edges(x, (view.h * d, view.w * d))
+    return torch.cat([view.crop(grown[view.dilation]) for view in views])
+
+
 def hann_weights(window: Size, device: torch.device | None = None) -> Tensor:
     """How much each pixel of a window counts, [h, w]: 1 in its middle, next to nothing at its edges (Hann, squared sine).
 

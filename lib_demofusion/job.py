@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import threading
 import traceback
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_demofusion import __version__
-from lib_demofusion.arguments import settings_to_resume
+from lib_demofusion.arguments import CONTROL_NUMBERS, of_each, settings_to_resume
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.files import reason, suffixed, write_somewhere
 from lib_demofusion.hosts.prompts import as_webui_prompt
@@ -212,6 +213,25 @@ class Job:
                 self.console.note(line)
 
 
+def control_parameters(args: argparse.Namespace) -> dict[str, str]:
+    """What the parameters say of the ControlNets, as the WebUI's extension sd-webui-controlnet writes and reads them."""
+    from lib_demofusion.hosts.diffusers_controlnet import UNION_TITLES, UNION_TYPES
+
+    settings = zip(*(of_each(args, f"control_{name}") for name in ("type", *CONTROL_NUMBERS)))
+    parameters = {}
+    for number, (model, (kind, *numbers)) in enumerate(zip(args.controlnet, settings)):
+        values = {"Module": "none", "Model": re.sub("[,:]", "_", model_name(model))}
+        values.update(zip(("Weight", "Guidance Start", "Guidance End"), (f"{value:g}" for value in numbers)))
+        if kind not in (None, "none"):
+            titles = dict(enumerate(UNION_TITLES))
+            titles.update({name: UNION_TITLES[number] for name, number in UNION_TYPES.items()})
+            values["Union Control Type"] = titles.get(int(kind) if kind.isdecimal() else kind.lower(), kind)
+        if not args.control_image:
+            values["Control Image"] = "phase before"
+        parameters[f"ControlNet {number}"] = ", ".join(f"{key}: {value}" for key, value in values.items())
+    return parameters
+
+
 def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, seed: int) -> str:
     """The last phase's settings as the WebUI writes them.
 
@@ -234,6 +254,7 @@ def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, seed: i
         "Seed": seed,
         "Size": f"{w}x{h}",
         "Model": model_name(args.model),
+        **control_parameters(args),
     }
     if phase.number > 1:
         values.update(replace(config, scale=scale).to_infotext(), **start)

@@ -231,18 +231,19 @@ def call_bytes(module: nn.Module, function: Callable, *args: Any, **kwargs: Any)
 class Needs:
     """Bytes that a job takes: its model's weights, what sampling and decoding take beside them, and the finished picture.
 
-    The picture is in main memory, the rest on the device.
+    controls: images that a ControlNet is shown. They and the picture are in main memory, the rest on the device.
     """
 
     weights: int
     sampling: int
     decoding: int
     picture: int
+    controls: int = 0
 
     def peak(self, device: torch.device) -> int:
         """The most on the device at once."""
-        picture = self.picture if device.type == "cpu" else 0
-        return self.weights + max(self.sampling, self.decoding + picture)
+        picture, controls = (self.picture, self.controls) if device.type == "cpu" else (0, 0)
+        return self.weights + max(self.sampling + controls, self.decoding + picture)
 
 
 def in_words(size: float) -> str:

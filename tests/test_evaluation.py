@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 from stand_ins import make_stand_ins
 from tiny import tiny_pipeline
@@ -12,13 +13,14 @@ from tiny import tiny_pipeline
 import evaluation.__main__
 from evaluation import report
 from evaluation.drawing import draw, start
-from evaluation.methods import ABLATION, METHODS, PICTURES, make_job, only
+from evaluation.methods import ABLATION, CONTROL, METHODS, PICTURES, demofusion, make_job, only, tile_controlnet
 from evaluation.metrics import Estimate, mean_of
 from evaluation.readers import small, true_render
 from evaluation.upscaler import enlarge
 from evaluation.upscaler import load as load_upscaler
 from lib_demofusion import fusion, phases
 from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.hosts.diffusers import load_pipeline
 
 STEPS, SCALE = 4, 2
 
@@ -214,6 +216,55 @@ def test_the_report_on_given_pictures(checkpoint, tmp_path, monkeypatch):
     assert "## Pictures" not in evaluate(checkpoint, tmp_path, monkeypatch, *options), "captions have no true render"
 
 
+def test_the_report_of_the_tile_controlnet(checkpoint, tmp_path, monkeypatch):
+    """It is of the embedded checkpoint alone, whose ControlNet fits no other."""
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path, monkeypatch, "--tables", "Presets", "Control")
+    few = {name: CONTROL[name] for name in ("Fast", "Turbo", "Turbo, tile 1")}
+    table = replace(evaluation.__main__.TABLES["Control"], methods=few, sizes=("4x",))
+    monkeypatch.setitem(evaluation.__main__.TABLES, "Control", table)
+    monkeypatch.setattr("evaluation.__main__.TRUE_RENDERS", 4)
+    monkeypatch.setattr("evaluation.judges.SceneJudge.draws", 10)
+    command = ["evaluation", "--tables", "Control", "--prompts", "2", "--steps", "4", "--workers", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "--build", str(tmp_path / "build"), "-o", str(tmp_path / "report.md")])
+    evaluation.__main__.main()
+    text = (tmp_path / "report.md").read_text()
+    assert "the reference,\nFast or Turbo, leaves zero out." in text
+    told, plain = (
+        next(line.split(" | ")[1] for line in text.splitlines() if line.startswith(f"| {name} |"))
+        for name in ("Turbo, tile 1", "Turbo")
+    )
+    assert told == plain, "as many evaluations of the UNet"
+    pictures = [np.asarray(Image.open(path)) for path in (tmp_path / "build").rglob("0001/Turbo*.png")]
+    assert len(pictures) == 2
+    assert not np.array_equal(*pictures)
+
+
+def test_the_tile_controlnet_is_on_in_the_phases_at_its_scale_and_up_to_its_end():
+    job = make_job(load_pipeline(), "one red dotted star on snow", 3, SCALE, 10)
+    told, hints = [], []
+
+    def unet_is_called(module, args, others):
+        told.append("down_block_additional_residuals" in others)
+
+    def controlnet_is_called(module, args, others):
+        hints.append(others)
+
+    handles = [
+        job.pipe.unet.register_forward_pre_hook(unet_is_called, with_kwargs=True),
+        tile_controlnet().register_forward_pre_hook(controlnet_is_called, with_kwargs=True),
+    ]
+    demofusion(preset="Turbo", control=(0.5, 0.5))(job)
+    for handle in handles:
+        handle.remove()
+    assert not any(told[:10]), "the base, which there is nothing before"
+    assert any(told)
+    assert told[10:] == sorted(told[10:], reverse=True)
+    assert sum(told) == len(hints) < len(told[10:])
+    assert {call["conditioning_scale"] for call in hints} == {0.5}
+    assert {call["controlnet_cond"].shape[1:] for call in hints} == {(3, 128, 128)}
+
+
 @pytest.fixture
 def openvino():
     pytest.importorskip("openvino", reason="it needs OpenVINO: pip install openvino")
@@ -237,6 +288,25 @@ def test_a_unet_by_openvino_gives_what_torch_gives(openvino, kind):
     assert not called, "torch's modules, once it is compiled"
 
 
+def test_the_tile_controlnet_by_openvino_gives_what_torch_gives(openvino):
+    plain, other = (make_job(load_pipeline(), "one red ring on snow", 3, SCALE, STEPS) for _ in range(2))
+    expected = CONTROL["Turbo, tile 1"](plain).image.astype(int)
+    tile_controlnet.cache_clear()
+    try:
+        openvino.compile_unet(other.pipe.unet, "f32")
+        openvino.compile_controlnet(tile_controlnet(), "f32")
+        called = []
+        tile_controlnet().mid_block.register_forward_hook(lambda *_: called.append(True))
+        made = CONTROL["Turbo, tile 1"](other).image.astype(int)
+        assert np.abs(made - expected).max() <= 1
+        assert called, "to be compiled"
+        called.clear()
+        CONTROL["Turbo, tile 1"](other)
+        assert not called, "torch's modules, once it is compiled"
+    finally:
+        tile_controlnet.cache_clear()
+
+
 def test_the_report_of_pictures_by_openvino(openvino, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.__main__.TRUE_RENDERS", 40)
     text = evaluate(checkpoint, tmp_path, monkeypatch, "--tables", "Presets", "--sizes", "4x", "--openvino")
@@ -254,6 +324,13 @@ def test_what_openvino_cannot_run_is_refused(openvino):
     openvino.compile_unet(unet)
     with pytest.raises(ValueError, match="different texts"):
         unet(torch.zeros(3, 4, 8, 8), 1, torch.randn(3, 77, 16))
+    with pytest.raises(ValueError, match="residuals of an adapter"):
+        unet(torch.zeros(1, 4, 8, 8), 1, torch.randn(1, 77, 16), down_block_additional_residuals=[torch.zeros(1)])
+    controlnet = ControlNetModel.from_unet(unet)
+    with pytest.raises(ValueError, match="without attention"):
+        openvino.compile_controlnet(controlnet)
+    openvino.compile_controlnet(tile_controlnet())
+    tile_controlnet.cache_clear()
 
 
 def test_the_papers_own_metrics_in_the_report(checkpoint, tmp_path, monkeypatch):
@@ -286,6 +363,10 @@ def test_a_difference_is_said_where_its_interval_leaves_zero_out():
     assert said["reference"] == said["other"] == dict.fromkeys(("strays", "seams", "IS"), "")
     assert said["more"] == {"strays": "worse", "seams": "worse", "IS": "better"}
     assert said["nearer"] == {"strays": "better", "seams": "better", "IS": "worse"}
+    apart = report.verdicts(rows, "more", {"other": "reference"})
+    assert apart["other"] == said["other"], "by a reference of its own"
+    assert apart["nearer"]["strays"] == "better"
+    assert apart["reference"]["strays"] == "better"
     table = next(report.tables(rows, "reference")).splitlines()
     assert table[0] == "| | evaluations | time | strays ↓ | seams → 1 | IS ↑ |"
     assert table[3].count("**worse**") == 2

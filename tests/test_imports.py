@@ -13,14 +13,14 @@ LAYERS = [
     ["files"],
     ["saved", "pictures"],
     ["schedule", "views"],
-    ["fusion", "decode", "original"],
+    ["fusion", "decode", "original", "control"],
     ["phases"],
     ["hosts"],
     ["arguments"],
     ["job"],
     ["__main__"],
 ]
-CORE = ["config", "memory", "files", "schedule", "views", "fusion", "decode", "original", "phases", "arguments"]
+CORE = ["config", "memory", "files", "schedule", "views", "fusion", "decode", "original", "control", "phases", "arguments"]
 
 
 def imports(path):
@@ -84,13 +84,13 @@ def test_only_the_hosts_the_command_and_saved_phases_know_other_packages():
             assert not outside, f"{path.name} imports {outside}"
         if path.parent.name != "webui":
             assert "modules" not in packages
-        if path.name == "neighbours.py":
+        if path.name in ("neighbours.py", "units.py"):
             assert not outside
 
 
 # The files of the WebUI's package, each of which may import those before it. A second host of the family replaces A1111.
-WEBUI = ["embedded", "neighbours", "settings", "samplers", "a1111", "decoding", "picture", "gallery", "checks", "readout"]
-WEBUI += ["progress", "step", "loop"]
+WEBUI = ["embedded", "neighbours", "units", "settings", "samplers", "a1111", "decoding", "picture", "gallery", "controlnet"]
+WEBUI += ["checks", "readout", "progress", "step", "phases", "loop"]
 SIDEWAYS = ["plot"]  # nothing imports these
 
 

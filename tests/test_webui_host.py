@@ -452,14 +452,14 @@ def test_a_model_that_changes_between_steps_is_fused_too(host, calls, sampler):
 
 def test_tiling_rolls_the_plane_and_back(host, calls, monkeypatch):
     fake_webui.add_model(fake_webui.ToyModel(kernel=1))
-    seen, circular, asked, enlarge = [], [], [], host.webui.loop.enlarge
+    seen, circular, asked, enlarge = [], [], [], host.webui.phases.enlarge
 
     def wrapped(*args):
         """Whatever is asked for, so that what is compared differs in nothing else."""
         asked.append(args[-1])
         return enlarge(*args[:-1], True)
 
-    monkeypatch.setattr(host.webui.loop, "enlarge", wrapped)
+    monkeypatch.setattr(host.webui.phases, "enlarge", wrapped)
     host.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     hijack = host.sd_hijack.model_hijack
     host.unet.register_forward_pre_hook(lambda module, args: circular.append(hijack.circular_enabled))
@@ -933,7 +933,7 @@ def test_whatever_an_error_says_can_be_read_again(host, at_call, text):
 
 @pytest.mark.parametrize(
     ("what", "size"),
-    [("_Phases", (8, 8)), ("_restored", (8, 8)), ("Progress.pause", (8, 8)), ("_keep_what_is_finished", (8, 8)),
+    [("Phases", (8, 8)), ("_restored", (8, 8)), ("Progress.pause", (8, 8)), ("_keep_what_is_finished", (8, 8)),
      ("may_use_tiles", (8, 8)), ("_Job.called", (8, 8))],
 )  # fmt: skip
 def test_whatever_else_fails_the_base_stays_and_the_reply_says_so(host, at_call, monkeypatch, what, size):

@@ -51,13 +51,13 @@ def encoded(host):
 @pytest.fixture
 def fusions(host, monkeypatch):
     """The phases' Fusions, in their order."""
-    made, make = [], host.webui.loop.fusion_for
+    made, make = [], host.webui.phases.fusion_for
 
     def look(*args, **more):
         made.append(make(*args, **more))
         return made[-1]
 
-    monkeypatch.setattr(host.webui.loop, "fusion_for", look)
+    monkeypatch.setattr(host.webui.phases, "fusion_for", look)
     return made
 
 
@@ -958,7 +958,7 @@ def test_a_picture_that_cannot_be_encoded_comes_back(host, monkeypatch):
     assert "out of memory" in said(host, reply)["DemoFusion incomplete"]
 
 
-WHATEVER = ["_Phases", "_restored", "Progress.pause", "_keep_what_is_finished", "may_use_tiles", "_Job.called", "read_resumed"]
+WHATEVER = ["Phases", "_restored", "Progress.pause", "_keep_what_is_finished", "may_use_tiles", "_Job.called", "read_resumed"]
 
 
 @pytest.mark.parametrize("what", WHATEVER)

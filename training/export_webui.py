@@ -1,9 +1,11 @@
 """Writes the embedded checkpoint as the WebUI reads one: a single .safetensors in LDM's names and a .yaml beside it.
 
-    python -m training.export_webui FOLDER
+    python -m training.export_webui FOLDER [--controlnet FOLDER]
 
 FOLDER is the WebUI's models/Stable-diffusion. Its extension must be installed there, since the .yaml names classes of
-it (lib_demofusion/hosts.webui.embedded.py). The tokenizer lies in a folder beside it.
+it (lib_demofusion/hosts.webui.embedded.py). The tokenizer lies in a folder beside it. --controlnet writes the tile
+ControlNet, too, under the names of sd-webui-controlnet; that builds networks of Stable Diffusion's widths alone, so that
+who loads the file has to give it those of the embedded UNet.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import json
 import re
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT as CHECKPOINT
@@ -32,6 +36,8 @@ UNET_TOP = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+# Channels after each convolution of sd-webui-controlnet's embedding of the hint but the last; they are fixed there.
+HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)
 
 
 def unet_name(name: str, layers: int) -> str:
@@ -59,6 +65,20 @@ def unet_name(name: str, layers: int) -> str:
     return f"output_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
 
 
+def controlnet_name(name: str, layers: int) -> str:
+    """A diffusers ControlNet parameter's name in LDM; layers: as for `unet_name`."""
+    if name.startswith("controlnet_mid_block."):
+        return name.replace("controlnet_mid_block", "middle_block_out.0")
+    if name.startswith("controlnet_down_blocks."):
+        return re.sub(r"controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0", name)
+    if name.startswith("controlnet_cond_embedding."):
+        part, kind = re.match(r"controlnet_cond_embedding\.(.*)\.(\w+)", name).groups()
+        # A SiLU stands between two convolutions.
+        number = {"conv_in": 0, "conv_out": len(HINT_CHANNELS)}.get(part)
+        return f"input_hint_block.{2 * (int(part.split('.')[1]) + 1 if number is None else number)}.{kind}"
+    return unet_name(name, layers)
+
+
 def vae_name(name: str, levels: int) -> str:
     """A diffusers autoencoder parameter's name in LDM; levels: how many resolutions it has."""
     name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
@@ -79,6 +99,36 @@ def state_dict() -> dict:
         out["first_stage_model." + vae_name(name, len(config["vae"]["block_out_channels"]))] = value
     for name, value in load_file(CHECKPOINT / "text_encoder" / "model.safetensors").items():
         out["cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")] = value
+    return out
+
+
+def controlnet_state_dict() -> dict:
+    """All parameters of the embedded ControlNet as those of sd-webui-controlnet's class ControlNet, float16.
+
+    That is for num_res_blocks=1, attention_resolutions=[] and transformer_depth_middle=0, with the embedded UNet's widths,
+    norm groups and context_dim. What the class has and ours lacks does nothing: further channels of the hint's embedding are
+    zero, and the middle's second residual block and its empty attention add nothing to what they are given.
+    """
+    folder = CHECKPOINT / "controlnet"
+    layers = json.loads((folder / "config.json").read_text())["layers_per_block"]
+    out = {}
+    for name, value in load_file(folder / "diffusion_pytorch_model.safetensors").items():
+        name = controlnet_name(name, layers)
+        if name.startswith("input_hint_block."):
+            position, into = int(name.split(".")[1]) // 2, len(value)
+            more = [HINT_CHANNELS[position] - into if position < len(HINT_CHANNELS) else 0]
+            if value.ndim == 4:
+                more.append(HINT_CHANNELS[position - 1] - value.shape[1] if position else 0)
+            value = F.pad(value, [0, 0] * (value.ndim - len(more)) + [n for last in reversed(more) for n in (0, last)])
+        out[f"control_model.{name}"] = value
+    for name, value in {k: v for k, v in out.items() if k.startswith("control_model.middle_block.0.")}.items():
+        norm = name.endswith(("in_layers.0.weight", "out_layers.0.weight"))
+        out[name.replace("middle_block.0.", "middle_block.2.")] = torch.ones_like(value) if norm else torch.zeros_like(value)
+    width = len(out["control_model.middle_block_out.0.bias"])
+    for part, shape in {"norm": [width], "proj_in": [width, width, 1, 1], "proj_out": [width, width, 1, 1]}.items():
+        weight = torch.ones if part == "norm" else torch.zeros
+        out[f"control_model.middle_block.1.{part}.weight"] = weight(shape, dtype=torch.float16)
+        out[f"control_model.middle_block.1.{part}.bias"] = torch.zeros(width, dtype=torch.float16)
     return out
 
 
@@ -167,10 +217,22 @@ def export(folder: Path) -> Path:
     return out
 
 
+def export_controlnet(folder: Path) -> Path:
+    """Write demofusion-embedded-tile.safetensors; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "demofusion-embedded-tile.safetensors"
+    save_file(controlnet_state_dict(), out)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    print(export(parser.parse_args().folder))
+    parser.add_argument("--controlnet", type=Path, metavar="FOLDER", help="write the tile ControlNet there")
+    args = parser.parse_args()
+    print(export(args.folder))
+    if args.controlnet:
+        print(export_controlnet(args.controlnet))
 
 
 if __name__ == "__main__":

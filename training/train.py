@@ -3,9 +3,10 @@
     python -m training.train [--recipe NAME] [--build DIR] [--out DIR] [STAGE ...]
 
 The recipe "embedded" makes the checkpoint that is part of the repository; "second" another one, from other seeds and
-scenes that are laid out otherwise, to see whether what was found with the first holds for it. Every stage reads what
-the one before left in the build folder and is skipped when its own file is there, so that a run that was cut short
-goes on; the UNet stage also goes on from its last checkpoint. Everything is seeded.
+scenes that are laid out otherwise, to see whether what was found with the first holds for it; "tile" a ControlNet for
+the embedded one, whose stages are in tile.py. Every stage reads what the one before left in the build folder and is
+skipped when its own file is there, so that a run that was cut short goes on; the UNet's and the ControlNet's stages also
+go on from their last checkpoint. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
 from training.scenes import Scene, crops, render, vocabulary
 
-SCENES = 12_000
 VAE_STEPS, VAE_FINE_STEPS = 3_400, 2_000
 CONTEXT = 77  # tokens, as CLIP's
 WIDTH = 64  # of the text encoder
@@ -42,8 +42,8 @@ ROOT = Path(__file__).resolve().parent
 class Recipe:
     """What a checkpoint is made from.
 
-    layout: of the scenes (`scenes.render`). channels: of the UNet's three levels. stages: of the UNet's training: steps,
-    peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`).
+    layout: of the scenes (`scenes.render`). channels: of the UNet's three levels. stages: of the UNet's training, or the
+    ControlNet's: steps, peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`). scenes: how many.
     """
 
     seed: int
@@ -51,6 +51,7 @@ class Recipe:
     channels: tuple[int, int, int]
     batch: int
     stages: tuple[tuple[int, float, int, bool], ...]
+    scenes: int = 12_000
 
     def scene_at(self, index: int) -> tuple[Scene, np.random.Generator]:
         rng = np.random.default_rng([self.seed, index])
@@ -66,14 +67,15 @@ RECIPES = {
         0, "anywhere", (64, 96, 88), 48, ((5_200, 1e-3, 300, False), (600, 4e-4, 30, True), (6_600, 8e-4, 100, True))
     ),
     "second": Recipe(1, "row", (48, 72, 64), 40, ((1_500, 1e-3, 300, False), (4_000, 1e-3, 100, True))),
+    "tile": Recipe(2, "anywhere", (64, 96, 88), 48, ((1_800, 1e-3, 100, True),), scenes=4_000),
 }
 
 
 def make_scenes(build: Path, recipe: Recipe) -> None:
-    """scenes.npy: uint8 [SCENES, 4 views, 128, 128, 3]; the captions follow from the seeds."""
-    views = np.lib.format.open_memmap(build / "scenes.tmp", "w+", np.uint8, (SCENES, 4, 128, 128, 3))
+    """scenes.npy: uint8 [scenes, 4 views, 128, 128, 3]; the captions follow from the seeds."""
+    views = np.lib.format.open_memmap(build / "scenes.tmp", "w+", np.uint8, (recipe.scenes, 4, 128, 128, 3))
     with ProcessPoolExecutor() as pool:
-        for index, view in enumerate(pool.map(recipe.scene_crops, range(SCENES), chunksize=64)):
+        for index, view in enumerate(pool.map(recipe.scene_crops, range(recipe.scenes), chunksize=64)):
             views[index] = view
     views.flush()
     (build / "scenes.tmp").rename(build / "scenes.npy")
@@ -140,7 +142,7 @@ def train_vae(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, steps, peak)
-        index, view = rng.integers(0, SCENES, batch_size), rng.choice(4, batch_size, p=shares)
+        index, view = rng.integers(0, len(views), batch_size), rng.choice(4, batch_size, p=shares)
         y, x = rng.integers(0, 128 - side + 1, (2, batch_size))
         batch = to_unit(np.stack([views[i, v, a : a + side, b : b + side] for i, v, a, b in zip(index, view, y, x)]))
         posterior = vae.encode(batch).latent_dist
@@ -170,14 +172,19 @@ def make_vae(build: Path, recipe: Recipe) -> None:
 
 
 @torch.no_grad()
-def make_latents(build: Path, recipe: Recipe) -> None:
-    """latents.pt: float16 [SCENES, 4 views, 4, 16, 16] of unit standard deviation, and the factor that made it so."""
-    vae = AutoencoderKL.from_pretrained(build / "vae")
-    views = np.load(build / "scenes.npy", mmap_mode="r")
-    latents = torch.empty(SCENES, 4, 4, 16, 16)
-    for start in range(0, SCENES, 8):
+def encoded(vae: AutoencoderKL, views: np.ndarray) -> torch.Tensor:
+    """The latents [scenes, 4 views, 4, 16, 16] of views as `make_scenes` leaves them, not scaled."""
+    latents = torch.empty(len(views), 4, 4, 16, 16)
+    for start in range(0, len(views), 8):
         pixels = views[start : start + 8].reshape(-1, 128, 128, 3)
         latents[start : start + 8] = vae.encode(to_unit(pixels)).latent_dist.mean.unflatten(0, (-1, 4))
+    return latents
+
+
+def make_latents(build: Path, recipe: Recipe) -> None:
+    """latents.pt: float16 [scenes, 4 views, 4, 16, 16] of unit standard deviation, and the factor that made it so."""
+    vae = AutoencoderKL.from_pretrained(build / "vae")
+    latents = encoded(vae, np.load(build / "scenes.npy", mmap_mode="r"))
     factor = 1 / float(latents.std())
     torch.save({"latents": (latents * factor).half(), "scaling_factor": factor}, build / "latents.pt")
 
@@ -244,6 +251,13 @@ def draw_views(rng: np.random.Generator, t: np.ndarray, reach: bool) -> np.ndarr
     return np.where(rng.random(len(t)) < closeup, rng.integers(1, 4, len(t)), 0)
 
 
+def loss_weight(snr: torch.Tensor, reach: bool) -> torch.Tensor:
+    """What the error of the noise counts at a signal-to-noise ratio: min-SNR (arXiv 2303.09556), and more on high noise if
+    close-ups reach it, since the layout is decided there, where errors of the noise are small."""
+    weight = snr.clamp(max=5) / snr
+    return weight * (1 + 1 / (snr + 0.1)) if reach else weight
+
+
 def make_unet(build: Path, recipe: Recipe) -> None:
     """The UNet with cross-attention and the text encoder, trained together to predict the noise."""
     torch.manual_seed(recipe.seed)
@@ -292,16 +306,13 @@ def make_unet(build: Path, recipe: Recipe) -> None:
         lr, reach = unet_stage(recipe, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        index, t = rng.integers(0, SCENES, recipe.batch), rng.integers(0, 1000, recipe.batch)
+        index, t = rng.integers(0, recipe.scenes, recipe.batch), rng.integers(0, 1000, recipe.batch)
         z = data["latents"][index, draw_views(rng, t, reach)].float()
         ids = tokenizer(captions(recipe, rng, index), padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
         t = torch.from_numpy(t)
         noise = torch.randn_like(z) + 0.05 * torch.randn(recipe.batch, 4, 1, 1)
         predicted = unet(schedule.add_noise(z, noise, t), t, text_encoder(ids).last_hidden_state).sample
-        weight = snr[t].clamp(max=5) / snr[t]  # min-SNR, arXiv 2303.09556
-        if reach:  # the layout is decided at high noise, where errors of the noise are small
-            weight = weight * (1 + 1 / (snr[t] + 0.1))
-        loss = ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
+        loss = ((predicted - noise).square().mean((1, 2, 3)) * loss_weight(snr[t], reach)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -327,6 +338,14 @@ def name_as_published(path: Path) -> None:
     save_file(weights, path, {"format": "pt"})
 
 
+def forget_origin(folder: Path) -> None:
+    """Networks' configurations without the path that they were loaded from."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def export(build: Path, out: Path) -> None:
     """The checkpoint as fp16 safetensors in diffusers' format."""
     unet_folder = build / "unet" if (build / "unet").exists() else build / "unet.tmp"
@@ -344,10 +363,7 @@ def export(build: Path, out: Path) -> None:
     )
     pipe.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)
     name_as_published(out / "text_encoder" / "model.safetensors")
-    for path in out.rglob("config.json"):  # where it was built is nobody's business
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    forget_origin(out)
     path = out / "scheduler" / "scheduler_config.json"  # what other schedulers need, without what older diffusers do not know
     config = {**json.loads(path.read_text()), "clip_sample": False}
     config = {key: value for key, value in config.items() if key not in ("use_beta_sigmas", "use_exponential_sigmas")}
@@ -366,19 +382,28 @@ STAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", default=[*STAGES, "export"], help="default: all, in order")
+    parser.add_argument("stages", nargs="*", help="default: all, in order")
     parser.add_argument("--recipe", choices=RECIPES, default="embedded")
     parser.add_argument("--build", type=Path, help="default: training/build/NAME, since recipes must not share one")
-    parser.add_argument("--out", type=Path, help="default: where the embedded one lies; another recipe: BUILD/NAME")
+    parser.add_argument("--out", type=Path, help="default: where the embedded one lies; recipe second: BUILD/second")
     args = parser.parse_args()
     build = args.build or ROOT / "build" / args.recipe
-    out = args.out or (EMBEDDED_CHECKPOINT if args.recipe == "embedded" else build / args.recipe)
+    out, stages, finish = EMBEDDED_CHECKPOINT, STAGES, export
+    if args.recipe == "tile":
+        from training import tile  # which is made of what is here
+
+        out, stages, finish = tile.CONTROLNET, tile.STAGES, tile.export
+    elif args.recipe != "embedded":
+        out = build / args.recipe
+    unknown = set(args.stages) - {*stages, "export"}
+    if unknown:
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}; the recipe has {', '.join([*stages, 'export'])}")
     build.mkdir(parents=True, exist_ok=True)
-    for name in args.stages:
+    for name in args.stages or [*stages, "export"]:
         if name == "export":
-            export(build, out)
-        elif not (build / STAGES[name][0]).exists():
-            STAGES[name][1](build, RECIPES[args.recipe])
+            finish(build, args.out or out)
+        elif not (build / stages[name][0]).exists():
+            stages[name][1](build, RECIPES[args.recipe])
 
 
 if __name__ == "__main__":

@@ -37,7 +37,24 @@ from lib_demofusion.hosts.diffusers_arguments import (
     short,
     whole_number,
 )
-from lib_demofusion.hosts.diffusers_checkpoints import EMBEDDED_CHECKPOINT, check_parts, default_device, load_pipeline
+from lib_demofusion.hosts.diffusers_checkpoints import (
+    EMBEDDED_CHECKPOINT,
+    check_parts,
+    default_device,
+    device_of,
+    load_pipeline,
+    offloaded,
+)
+from lib_demofusion.hosts.diffusers_controlnet import (
+    UNION_TYPES,
+    Control,
+    Controls,
+    check_controlnet,
+    check_controls,
+    control_bytes,
+    controlled_call_bytes,
+    load_controlnet,
+)
 from lib_demofusion.hosts.diffusers_schedules import (
     SAMPLERS,
     Sampler,
@@ -51,7 +68,7 @@ from lib_demofusion.hosts.diffusers_schedules import (
     take_steps,
 )
 from lib_demofusion.hosts.prompts import as_webui_prompt, check_syntax
-from lib_demofusion.memory import Needs, OutOfMemory, ViewBatch, call_bytes, check_fits, latents_bytes, picture_bytes
+from lib_demofusion.memory import Needs, OutOfMemory, ViewBatch, check_fits, latents_bytes, picture_bytes
 from lib_demofusion.original import Original
 from lib_demofusion.phases import (
     Phase,
@@ -71,16 +88,20 @@ from lib_demofusion.views import Size, View
 __all__ = [
     "EMBEDDED_CHECKPOINT",
     "SAMPLERS",
+    "UNION_TYPES",
+    "Control",
     "Incomplete",
     "Result",
     "Sampler",
     "as_webui_prompt",
+    "check_controlnet",
     "check_prompt",
     "check_resume",
     "check_syntax",
     "decode_latents",
     "default_device",
     "generate",
+    "load_controlnet",
     "load_pipeline",
     "needs",
     "plan_for",
@@ -146,6 +167,7 @@ def generate(
     size: Sequence[int] | None = None,
     mask: Any = None,
     mask_blur: int = MASK_BLUR,
+    controls: Sequence[Control] = (),
     progress: Callable[[Phase, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     finished: Callable[[Result, SavedPhase], None] | None = None,
@@ -159,7 +181,8 @@ def generate(
     half the model calls. image: a PIL image to enlarge, of any size, instead of the model's own base, which height and width
     are of. size: (height, width) in pixels of what becomes of it, instead of the scale. mask: a PIL image of the same size;
     where it is white the image is drawn anew, and where it is black it stays, enlarged. mask_blur: of the mask, in pixels of
-    the image. progress: called after every model call with the phase and the views just done. cancelled: asked before
+    the image. controls: ControlNets, each with the image that it holds the picture to; what they add is summed.
+    progress: called after every model call with the phase and the views just done. cancelled: asked before
     every model call. finished: called after each phase that is sampled, with the result so far and what it takes to go on
     from there. resume: such a phase, to go on after it; the other settings must be those it was made with.
 
@@ -171,6 +194,7 @@ def generate(
     given = given_picture(image, mask, mask_blur)
     sampled = dict(steps=steps, cfg_scale=cfg_scale, sampler=sampler)
     plan = _plan(pipe, config, given, height=height, width=width, size=size, **sampled)
+    controls = check_controls(pipe, controls, plan, given)
     negative_prompt = "" if negative_prompt is None else negative_prompt
     for text, name in ((prompt, "prompt"), (negative_prompt, "negative prompt")):
         check_prompt(pipe, text, name)
@@ -183,11 +207,12 @@ def generate(
         check_resume(pipe, resume, plan, len(seeds), image)
     last, factor = plan.phases[-1], pipe.vae_scale_factor
     scale = given.times([side * factor for side in last.size]) if given else last.scale
-    with _one_at_a_time(pipe):
-        device, start = _device(pipe, pipe.unet), "picture" if given else "base"
+    with _one_at_a_time(pipe, *(control.model for control in controls)):
+        device, start = device_of(pipe, pipe.unet), "picture" if given else "base"
         check_fits(last.size, scale, device, pipe.unet.config.in_channels, len(seeds), factor, start=start)
         steps, sampler = int(steps), SAMPLERS[sampler_named(sampler)]
-        run = _Run(pipe, plan, config, sampler, steps, float(cfg_scale), seeds, progress, cancelled, finished, given)
+        made = (seeds, progress, cancelled, finished, given, controls)
+        run = _Run(pipe, plan, config, sampler, steps, float(cfg_scale), *made)
         try:
             with torch.inference_mode():
                 run.encode_prompts(prompt, negative_prompt)
@@ -212,24 +237,14 @@ def generate(
 
 
 @contextmanager
-def _one_at_a_time(pipe: Any) -> Iterator[None]:
-    """Waits until no other thread uses the pipeline's networks."""
+def _one_at_a_time(pipe: Any, *controlnets: Any) -> Iterator[None]:
+    """Waits until no other thread uses the pipeline's networks, or one of these."""
     with ExitStack() as stack:
-        for network in sorted((pipe.unet, pipe.vae), key=id):  # all wait in one order
+        for network in sorted((pipe.unet, pipe.vae, *controlnets), key=id):  # all wait in one order
             with _LOCKS_LOCK:
                 lock = _LOCKS.setdefault(network, threading.RLock())
             stack.enter_context(lock)
         yield
-
-
-def _device(pipe: Any, network: Any) -> torch.device:
-    """Where a network computes, which is not where it lies if it is offloaded."""
-    return torch.device(pipe._execution_device) if _offloaded(network) else network.device  # it has no public name
-
-
-def _offloaded(network: Any) -> bool:
-    """Whether accelerate or diffusers moves it, or its layers, to where they compute and back."""
-    return any(hasattr(module, hook) for module in network.modules() for hook in ("_hf_hook", "_diffusers_hook"))
 
 
 def plan_for(
@@ -245,10 +260,14 @@ def plan_for(
     size: Sequence[int] | None = None,
     mask: Any = None,
     mask_blur: int = MASK_BLUR,
+    controls: Sequence[Control] = (),
 ) -> Plan:
     """The plan that `generate` follows with the same settings. Raises ValueError, one line, if one cannot work."""
+    given = given_picture(image, mask, mask_blur)
     sampled = dict(steps=steps, cfg_scale=cfg_scale, sampler=sampler)
-    return _plan(pipe, config, given_picture(image, mask, mask_blur), height=height, width=width, size=size, **sampled)
+    plan = _plan(pipe, config, given, height=height, width=width, size=size, **sampled)
+    check_controls(pipe, controls, plan, given)
+    return plan
 
 
 def _plan(pipe, config, given: Given | None, *, height, width, size, steps, cfg_scale, sampler) -> Plan:
@@ -300,20 +319,21 @@ def unet_inputs(unet: Any, rows: int, size: Size, device: str) -> tuple[Tensor, 
     return torch.randn(rows, config.in_channels, *size, **kind), conditions
 
 
-def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1) -> Needs:
+def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1, controls: Sequence[Control] = ()) -> Needs:
     """The memory that a job takes with so many views a call, as foreseen from the shapes of what is computed.
 
     Raises RuntimeError, one line, for an offloaded pipeline: which networks it holds at a time is not known here.
     """
-    if _offloaded(pipe.unet) or _offloaded(pipe.vae):
+    networks = [control.model for control in controls]
+    if any(map(offloaded, (pipe.unet, pipe.vae, *networks))):
         raise RuntimeError("the pipeline is offloaded")
     unet, vae, size = pipe.unet, pipe.vae, plan.phases[-1].size
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    modules = {part for part in (*pipe.components.values(), *networks) if isinstance(part, torch.nn.Module)}
     weights = sum(x.nbytes for module in modules for x in (*module.parameters(), *module.buffers()))
     latents = images * latents_bytes(size, unet.config.in_channels)
     x, conditions = unet_inputs(unet, images * plan.branches * view_batch, plan.window, "meta")
-    call = call_bytes(unet, unet, x, 0, return_dict=False, **conditions)
-    tile = tiles.tile_for(vae.decoder, _device(pipe, vae), plan.window, pipe.vae_scale_factor)
+    call = controlled_call_bytes(unet, controls, x, plan.branches, conditions, pipe.vae_scale_factor)
+    tile = tiles.tile_for(vae.decoder, device_of(pipe, vae), plan.window, pipe.vae_scale_factor)
     if not tiles.group_norms(vae.decoder):  # its tiles share nothing
         size = tuple(min(side, tile) for side in size)
     elif not _tileable(vae.decoder):
@@ -321,7 +341,8 @@ def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1) -> Needs:
     z = torch.empty(1, vae.config.latent_channels, *size, dtype=torch.float32 if _overflows(vae) else vae.dtype, device="meta")
     decoding = tiles.decoding_bytes(lambda z: vae.decode(z, return_dict=False)[0], z, vae.decoder, vae, tile)
     size = plan.phases[-1].size
-    return Needs(weights, call + latents, decoding, picture_bytes(size, pipe.vae_scale_factor))
+    shown = control_bytes(controls, plan, pipe.vae_scale_factor, images)
+    return Needs(weights, call + latents, decoding, picture_bytes(size, pipe.vae_scale_factor), shown)
 
 
 def _check_pipeline(pipe: Any) -> None:
@@ -376,19 +397,23 @@ def decode_latents(pipe: Any, latents: Tensor, base: Size) -> list:
 
     The pipeline's watermark and safety checker see them as in its own call; a warning says if the latter took one.
     """
-    from PIL import Image
-
     images = []
     with torch.inference_mode(), _one_at_a_time(pipe):
         try:
             for z in latents.split(1):
                 # As the pipeline's own postprocess, in place: it would make several copies of what may be a huge image.
-                pixels = _marked(pipe, _decode(pipe, z, base))
-                pixels = pixels.div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-                images.append(_screened(pipe, Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())))
+                images.append(_screened(pipe, _as_picture(_marked(pipe, _decode(pipe, z, base)))))
         finally:
             pipe.maybe_free_model_hooks()
     return images
+
+
+def _as_picture(image: Tensor) -> Any:
+    """An image [1, 3, H, W] in -1..1, which is overwritten, as a PIL image."""
+    from PIL import Image
+
+    pixels = image.div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
 
 
 def _marked(pipe: Any, image: Tensor) -> Tensor:
@@ -405,7 +430,7 @@ def _screened(pipe: Any, image: Any) -> Any:
     from PIL import Image
 
     pixels = np.asarray(image, dtype=np.float32)[None] / 255
-    passed, flagged = pipe.run_safety_checker(pixels, _device(pipe, pipe.unet), pipe.unet.dtype)
+    passed, flagged = pipe.run_safety_checker(pixels, device_of(pipe, pipe.unet), pipe.unet.dtype)
     if not np.any(flagged):
         return image
     line = "the checkpoint's safety checker did not let a picture pass; pipe.safety_checker = None takes it off"
@@ -417,7 +442,7 @@ def _decode(pipe: Any, latents: Tensor, base: Size) -> Tensor:
     """Latents [1, C, h, w] as an image [1, 3, H, W] in about -1..1, float32 on the CPU."""
     vae = pipe.vae
     with _enough_precision(vae):
-        z = _unscaled(vae, latents.to(_device(pipe, vae), vae.dtype))
+        z = _unscaled(vae, latents.to(device_of(pipe, vae), vae.dtype))
         pixels = _in_tiles(tiles.decode, pipe, vae.decoder, lambda z: vae.decode(z).sample, z, base)
     if not torch.isfinite(pixels).all():
         raise FloatingPointError("the autoencoder gave NaN; use --dtype float32")
@@ -433,7 +458,7 @@ def _encode(pipe: Any, image: Tensor, base: Size) -> Tensor:
         return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
     with _enough_precision(vae):
-        pixels = image.to(_device(pipe, vae), vae.dtype)
+        pixels = image.to(device_of(pipe, vae), vae.dtype)
         latents = _in_tiles(tiles.encode, pipe, vae.encoder, encode, pixels, base)
     return _scaled(vae, latents).float()
 
@@ -480,7 +505,7 @@ def _in_tiles(tiled: Callable, pipe: Any, network: Any, function: Callable[[Tens
 
 def _tileable(network: Any) -> bool:
     """Whether our tiles can run an encoder or a decoder: not one of unknown layout, nor one offloaded layer by layer."""
-    if _offloaded(network):
+    if offloaded(network):
         return False
     try:
         return bool(tiles.resamplers(network))
@@ -509,7 +534,7 @@ def _enough_precision(vae: Any) -> Iterator[None]:
 class _Run:
     """One call of `generate`: the settings, the prompts' embeddings, the seeded generators and what is finished."""
 
-    def __init__(self, pipe, plan, config, sampler, steps, cfg_scale, seeds, progress, cancelled, finished, given):
+    def __init__(self, pipe, plan, config, sampler, steps, cfg_scale, seeds, progress, cancelled, finished, given, controls=()):
         self.pipe = pipe
         self.plan = plan
         self.config = config
@@ -519,10 +544,12 @@ class _Run:
         self.cancelled = cancelled or (lambda: False)
         self.finished = finished
         self.given = given
-        self.device, self.dtype = _device(pipe, pipe.unet), pipe.unet.dtype  # asked once: that looks at every module
+        self.device, self.dtype = device_of(pipe, pipe.unet), pipe.unet.dtype  # asked once: that looks at every module
         self.factor = pipe.vae_scale_factor
         self.schedule = self._schedule(steps)
         self.phase_schedule = self._schedule(config.phase_steps or steps, sampler.phase_settings)
+        self.controls = Controls(controls, plan.window, self.factor)
+        self.before = None if given is None else [given.picture]  # what the next phase is made from, for those that follow it
         # On the CPU whatever the device, so that a seed gives one picture everywhere.
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self.result = Result(plan, pipe, [], ViewBatch(config.view_batch_size, self.device), given=given)
@@ -582,6 +609,8 @@ class _Run:
 
     def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
         decode, encode = (partial(code, self.pipe, base=self.plan.window) for code in (_decode, _encode))
+        if self.controls.follow:
+            self.before = [_as_picture(decode(z)) for z in latents.split(1)]
         return enlarge(latents, size, self.config, decode, encode, self.factor)
 
     def noise(self, phase: Phase) -> Tensor:
@@ -593,10 +622,12 @@ class _Run:
         phase, (h, w) = self.plan.phases[0], self.plan.window
         x = self.noise(phase) * self.schedule.init_noise_sigma
         everything = [View("local", 0, 0, h, w)]
+        self.controls.begin(phase)
 
         def predict(x: Tensor, t: Tensor, sigma: float, since: float | None) -> Tensor:
             if self.cancelled():
                 raise Cancelled
+            self.controls.step()
             return self._model(phase, x, everything, t, sigma)
 
         return self._sample(self.schedule, x, predict)
@@ -616,7 +647,10 @@ class _Run:
             t_max=self.phase_schedule.config.num_train_timesteps,
         )
 
+        self.controls.begin(phase, self.before)
+
         def predict(x: Tensor, t: Tensor, sigma: float, since: float | None) -> Tensor:
+            self.controls.step()
             levels = self._levels(sigma)
             fusion.skip_residual_(x, float(t), *levels, since)
             return fusion.predict(x, float(t), lambda crops, views: self._model(phase, crops, views, t, sigma), levels[0])
@@ -640,18 +674,14 @@ class _Run:
         scale = 1.0 if self.sampler.variance_preserving else 1 / math.sqrt(1 + sigma * sigma)
         x = crops * scale
         rows = len(crops)
-        extra = {}
+        conditions = {"encoder_hidden_states": self.embeds.repeat_interleave(rows, 0)}
         if self.pooled is not None:
             ids = self._size_ids(phase, views).repeat_interleave(rows // len(views), 0).repeat(branches, 1)
             pooled = self.pooled.repeat_interleave(rows, 0)
-            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.to(self.device, pooled.dtype)}
-        output = unet(
-            x.repeat(branches, 1, 1, 1).to(self.dtype),
-            t,
-            encoder_hidden_states=self.embeds.repeat_interleave(rows, 0),
-            return_dict=False,
-            **extra,
-        )[0].float()
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.to(self.device, pooled.dtype)}
+        inputs = x.repeat(branches, 1, 1, 1).to(self.dtype)
+        added = self.controls.residuals(views, inputs, t, branches, conditions)
+        output = unet(inputs, t, return_dict=False, **conditions, **added)[0].float()
         self.result.evaluations += len(output) // len(self.generators)
         if self.progress is not None:
             self.progress(phase, len(views))

@@ -57,20 +57,14 @@ def load_pipeline(model: str | Path = EMBEDDED_CHECKPOINT, device: str = "cpu", 
     _check_device(device)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(f"dtype must be one of torch's floating-point types, got {dtype!r}")
-    if not isinstance(model, (str, os.PathLike)) or not str(model):
-        raise ValueError(f"the model must be a folder, a file or a hub name, got {model!r}")
-    path = Path(model)
-    far = not path.is_absolute() and not str(model).startswith(".") and len(path.parts) == 2  # may be a hub name
-    single = path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir()
-    if single and not path.is_file() or not path.exists() and not far:
-        raise ValueError(f"no such checkpoint: {model}")
+    path = check_place(model, "checkpoint")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError(f"{model} is not a diffusers folder: it has no model_index.json")
     try:
         pipe = _load_file(path, dtype) if path.is_file() else _load_folder(path if path.is_dir() else str(model), dtype)
         check_parts(pipe)
     except Exception as error:  # a broken file surfaces as nearly any type
-        why = None if path.is_dir() else _offline(error, path.is_file())
+        why = None if path.is_dir() else offline(error, path.is_file())
         why = why or first_line(error)
         raise ValueError(f"{model} cannot be loaded: {why}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -79,9 +73,31 @@ def load_pipeline(model: str | Path = EMBEDDED_CHECKPOINT, device: str = "cpu", 
     return pipe.to(device)
 
 
+def check_place(model: Any, what: str) -> Path:
+    """Where a model lies; a path that does not exist may be a hub name. Raises ValueError, one line, if it cannot be one."""
+    if not isinstance(model, (str, os.PathLike)) or not str(model):
+        raise ValueError(f"the model must be a folder, a file or a hub name, got {model!r}")
+    path = Path(model)
+    far = not path.is_absolute() and not str(model).startswith(".") and len(path.parts) == 2
+    single = path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir()
+    if single and not path.is_file() or not path.exists() and not far:
+        raise ValueError(f"no such {what}: {model}")
+    return path
+
+
 def default_device() -> str:
     """The fastest device that is here."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_of(pipe: Any, network: Any) -> torch.device:
+    """Where a network computes, which is not where it lies if it is offloaded."""
+    return torch.device(pipe._execution_device) if offloaded(network) else network.device  # it has no public name
+
+
+def offloaded(network: Any) -> bool:
+    """Whether accelerate or diffusers moves it, or its layers, to where they compute and back."""
+    return any(hasattr(module, hook) for module in network.modules() for hook in ("_hf_hook", "_diffusers_hook"))
 
 
 def _check_device(device: str) -> None:
@@ -93,7 +109,7 @@ def _check_device(device: str) -> None:
     raise ValueError(f"nothing can be computed on device meta; {default_device()} is available here")
 
 
-def _offline(error: BaseException | None, file: bool) -> str | None:
+def offline(error: BaseException | None, file: bool) -> str | None:
     """What to do about an error that comes from a missing connection; None if it does not."""
     while error is not None:
         text = str(error)
@@ -120,7 +136,7 @@ def _load_folder(model: Path | str, dtype: torch.dtype) -> Any:
                 return diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, variant="fp16")
             raise
     components = _components(model)
-    variant = _variant(components)
+    variant = variant_of_all(components)
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype, variant=variant)
     for name in ("text_encoder", "text_encoder_2"):
         if name in components and (encoder := getattr(pipe, name, None)) is not None:
@@ -151,7 +167,7 @@ def _components(folder: Path) -> dict[str, list[str]]:
         if not components[name]:
             raise ValueError(f"it has no weights for its {name}, such as {name}/*.safetensors")
         for file in components[name]:
-            _check_file(part / file, f"{name}/{file}: ")
+            check_weights_file(part / file, f"{name}/{file}: ")
     return components
 
 
@@ -160,7 +176,7 @@ def _variant_of(file: str) -> str | None:
     return match["variant"] or match["last"]
 
 
-def _variant(components: Mapping[str, list[str]]) -> str | None:
+def variant_of_all(components: Mapping[str, list[str]]) -> str | None:
     """The variant that is to be loaded: none, unless a component has its weights in one alone."""
     variants = {name: set(map(_variant_of, files)) for name, files in components.items()}
     needed = [found for found in variants.values() if None not in found]
@@ -199,17 +215,17 @@ def _load_file(path: Path, dtype: torch.dtype) -> Any:
     """The pipeline in a single file."""
     import diffusers
 
-    _check_file(path)
-    shapes = _shapes(path)
+    check_weights_file(path)
+    shapes = shapes_in(path)
     _check_kind(shapes)
     family = "XL" if any(key.startswith("conditioner.embedders.") for key in shapes) else ""
     kind = getattr(diffusers, f"StableDiffusion{family}Pipeline")
-    with _small_suffix(path) as named:
+    with small_suffix(path) as named:
         return kind.from_single_file(str(named), torch_dtype=dtype)
 
 
 @contextmanager
-def _small_suffix(path: Path) -> Iterator[Path]:
+def small_suffix(path: Path) -> Iterator[Path]:
     """The file under a name that ends in small letters, by which diffusers tells what it is."""
     if path.suffix == path.suffix.lower():
         yield path
@@ -223,7 +239,7 @@ def _small_suffix(path: Path) -> Iterator[Path]:
         yield named
 
 
-def _check_file(path: Path, name: str = "") -> None:
+def check_weights_file(path: Path, name: str = "") -> None:
     """Raises ValueError, which begins with name, for a file of weights that is none by its first bytes or its suffix."""
     with path.open("rb") as file:
         head = file.read(64)
@@ -246,7 +262,7 @@ def _check_file(path: Path, name: str = "") -> None:
         raise ValueError(f"{name}a checkpoint in one file is a .safetensors or .ckpt file")
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the tensors in a file. Raises ValueError, in one line, if it cannot be read."""
     if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError, safe_open

@@ -456,7 +456,7 @@ def test_whatever_fails_before_the_base_refuses(host, calls, monkeypatch, what):
     assert refusal(host, host.generate(True, 2), calls) == line
 
 
-@pytest.mark.parametrize("what", ["_Phases", "may_use_tiles", "_restored"])
+@pytest.mark.parametrize("what", ["Phases", "may_use_tiles", "_restored"])
 def test_whatever_fails_after_the_base_is_told(host, monkeypatch, what):
     def fail(*args, **kwargs):
         raise KeyError("a surprise")

@@ -41,7 +41,7 @@ def test_same_latents_as_the_command(host, options, monkeypatch, tmp_path, scale
     options(enable_quantization=True)  # whole timesteps, as diffusers has them
     monkeypatch.setattr(webui.loop, "post_sample", start_from_the_same)
     monkeypatch.setattr(webui.loop, "upscale", keep)
-    monkeypatch.setattr(webui.loop._Phases, "noise", lambda self, phase: expected[f"noise{phase.number}"])
+    monkeypatch.setattr(webui.phases.Phases, "noise", lambda self, phase: expected[f"noise{phase.number}"])
     host.generate(
         True, scale, {"jitter": False, **settings},
         prompt="two red striped rings on grass", negative_prompt="blue", steps=5, cfg_scale=5, width=8 * w, height=8 * h,

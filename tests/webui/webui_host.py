@@ -75,7 +75,8 @@ class Host:
     def generate(self, *args, **payload):
         """Images with DemoFusion's arguments; none: without it."""
         if args:
-            payload["alwayson_scripts"] = {"DemoFusion Upscale": {"args": script_arguments(self.webui, args)}}
+            ours = {"DemoFusion Upscale": {"args": script_arguments(self.webui, args)}}
+            payload["alwayson_scripts"] = {**payload.get("alwayson_scripts", {}), **ours}
         self.comments = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.processing.StableDiffusionProcessing, "comment", lambda p, text: self.comments.append(text))

@@ -6,6 +6,9 @@
     neighbours.py  other extensions beside this one
     readout.py     what the line beside the checkbox is told by the server
     plot.py        axes of the X/Y/Z plot
+    units.py       the extension ControlNet: which of its units can be followed, and which are refused
+    controlnet.py  and what each view sees of their control images
+    phases.py      the phases after the base: noise, enlarging, the sampling of one
     loop.py        a job: from the base's latents through the phases to what the host decodes
     step.py        one step of a phase's sampler
     progress.py    the bar, and live previews

@@ -14,10 +14,10 @@ from modules import devices, extra_networks, sd_models, sd_samplers, sd_samplers
 from modules.sd_hijack import model_hijack
 from torch import Tensor
 
-from lib_demofusion.fusion import pad_edges
+from lib_demofusion.fusion import crops_of
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
 from lib_demofusion.phases import Phase
-from lib_demofusion.views import Size, View
+from lib_demofusion.views import View
 
 FACTOR = 8  # image pixels per latent pixel, as the host has it
 
@@ -94,8 +94,11 @@ def log_alphas() -> np.ndarray:
     return shared.sd_model.alphas_cumprod.double().cpu().log().numpy()
 
 
-def set_up_model(p: Any, phase: Phase) -> None:
-    """The first model again if the refiner has taken its place, and prompts on the phase's own steps."""
+def set_up_model(p: Any, phase: Phase) -> bool:
+    """The first model again if the refiner has taken its place, and prompts on the phase's own steps.
+
+    Returns whether p's conditions have been set up anew.
+    """
     refined = p.refiner_checkpoint_info is not None
     if refined:
         sd_models.reload_model_weights()
@@ -103,9 +106,11 @@ def set_up_model(p: Any, phase: Phase) -> None:
         if not p.disable_extra_networks:
             with devices.autocast():
                 extra_networks.activate(p, p.extra_network_data)
-    if refined or p.steps != phase.steps:
+    anew = refined or p.steps != phase.steps
+    if anew:
         p.steps = phase.steps
         p.setup_conds()
+    return anew
 
 
 def create_sampler(p: Any) -> Any:
@@ -168,15 +173,21 @@ def _unipc_without_corrector(model, x, timesteps, extra_args=None, callback=None
 class Prediction:
     """What one phase puts in place of the model's own prediction, and how it calls the model for single views.
 
-    window: (h, w) of the views, latent pixels. fused: (x, sigma, call, first) -> what the inner model's forward is to
-    answer for x [rows, C, H, W] at sigma [rows]; first: these are the first rows of a step. Its `call` takes crops
-    [len(views) * rows, C, h, w], their views and by how much the plane is rolled, (rows, columns), and asks the model.
+    fused: (x, sigma, call, first) -> what the inner model's forward is to answer for x [rows, C, H, W] at sigma [rows];
+    first: these are the first rows of a step. Its `call` takes crops [len(views) * rows, C, h, w], their views and by how
+    much the plane is rolled, (rows, columns), and asks the model. around: (ask, crops, views, roll) -> the answer of
+    ask(crops, views), where something is to be shown to others meanwhile (`controlnet.Hints`).
     """
 
-    def __init__(self, phase: Phase, window: Size, fused: Callable[[Tensor, Tensor, Callable, bool], Tensor]):
+    def __init__(
+        self,
+        phase: Phase,
+        fused: Callable[[Tensor, Tensor, Callable, bool], Tensor],
+        around: Callable[[Callable, Tensor, Sequence[View], Sequence[int]], Tensor] | None = None,
+    ):
         self.phase = phase
-        self.window = window
         self.fused = fused
+        self.around = around
 
     def on_step(self, params: Any) -> None:
         """The host is about to ask its inner model, in one call or in several, rows of the prompt first."""
@@ -203,8 +214,11 @@ class Prediction:
             cond, sigma = {key: _rows(value, own) for key, value in cond.items()}, sigma[:own]
 
             def call(crops: Tensor, views: Sequence[View], roll: Sequence[int]) -> Tensor:
-                with autocast():
-                    return original(crops, sigma.repeat(len(views)), cond=self._cond_for(cond, views, roll), **kwargs)
+                def ask(crops: Tensor, views: Sequence[View]) -> Tensor:
+                    with autocast():
+                        return original(crops, sigma.repeat(len(views)), cond=self._cond_for(cond, views, roll), **kwargs)
+
+                return ask(crops, views) if self.around is None else self.around(ask, crops, views, roll)
 
             parts.append(self.fused(x[:own], sigma, call, first == 0))
             self.answers += parts
@@ -220,18 +234,13 @@ class Prediction:
             if isinstance(value, list):
                 return [each(item) for item in value]
             if value.ndim == 4 and value.shape[-2:] == self.phase.size:
-                return self._crops(rolled(value, roll), views)
+                return crops_of(rolled(value, roll), views)
             return value.repeat(len(views), *[1] * (value.ndim - 1))
 
         made = {key: each(value) for key, value in cond.items()}
         if "vector" in made:
             self._set_size_ids(made["vector"], views)
         return made
-
-    def _crops(self, value: Tensor, views: Sequence[View]) -> Tensor:
-        h, w = self.window
-        grown, _ = pad_edges(value, (h * self.phase.dilation, w * self.phase.dilation))
-        return torch.cat([view.crop(value if view.kind == "local" else grown) for view in views])
 
     def _set_size_ids(self, vector: Tensor, views: Sequence[View]) -> None:
         """SDXL, in place: `vector` [views * rows, .] ends in embeddings of original size, crop and target size.

@@ -11,7 +11,7 @@ from typing import Any
 from modules import devices, shared
 
 from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig
-from lib_demofusion.hosts.webui import a1111, neighbours
+from lib_demofusion.hosts.webui import a1111, neighbours, units
 from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.gallery import Selected
 from lib_demofusion.hosts.webui.picture import LATENT_RESIZE, Start
@@ -82,6 +82,7 @@ def prepare(p: Any, args: Sequence[Any], selected: Selected | None = None) -> St
     _refuse_hires_fix(p)
     a1111.check_model()
     neighbours.check(p, NAME)
+    units.check(p)
     start = _start(p, settings, selected)
     settings = settings_for(p, args, start)
     plan = plan_for(p, settings.config, start)
@@ -167,6 +168,7 @@ def before_batch(p: Any, args: Sequence[Any], start: Start | None = None) -> Non
             say(p, "note", "the settings' noise multiplier changes nothing here, since no base is sampled")
     _refuse_hires_fix(p)
     neighbours.check_again(p)
+    units.check_hooked(p, 0 if start is None else len(start.pictures))
     note = neighbours.note_on(p.sd_model)
     if note:
         say(p, "note", note)

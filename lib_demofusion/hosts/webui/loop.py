@@ -7,25 +7,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modules import devices, errors, images, processing, rng, shared
+from modules import devices, errors, images, processing, shared
 from PIL import Image
 from torch import Tensor
 
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
-from lib_demofusion.hosts.webui import a1111, neighbours
+from lib_demofusion.hosts.webui import a1111, controlnet, neighbours
 from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.checks import plan_for, reached, read_resumed, settings_for
-from lib_demofusion.hosts.webui.decoding import decode, encode, in_turns, may_use_tiles
+from lib_demofusion.hosts.webui.decoding import decode, in_turns, may_use_tiles
+from lib_demofusion.hosts.webui.phases import Phases, stopped
 from lib_demofusion.hosts.webui.picture import Start
 from lib_demofusion.hosts.webui.progress import BaseHooks, Progress
-from lib_demofusion.hosts.webui.samplers import SAMPLERS
 from lib_demofusion.hosts.webui.settings import NAME, Settings, describe, say, write_down
 from lib_demofusion.hosts.webui.step import PhaseHooks
-from lib_demofusion.memory import OutOfMemory, ViewBatch, is_out_of_memory
-from lib_demofusion.phases import Phase, Plan, clock_time, enlarge, fusion_for, upscale
+from lib_demofusion.memory import OutOfMemory, is_out_of_memory
+from lib_demofusion.phases import Phase, Plan, upscale
 from lib_demofusion.saved import SavedPhase
-from lib_demofusion.views import Size
 
 
 def before_sampling(p: Any, args: Sequence[Any], start: Start | None = None) -> None:
@@ -88,7 +87,7 @@ def _run_phases(p: Any, ps: Any, settings: Settings, start: Start | None) -> Non
             start.hand_over(ps)
         say(p, "incomplete", f"{'the picture' if job.from_picture else 'the base'} is what you get, because {error}")
         return
-    if _stopped() and not job.from_picture:
+    if stopped() and not job.from_picture:
         progress.close()
         job.describe(job.plan.phases[0])
         say(p, "incomplete", f"{job.called(job.plan.phases[0])}, is not finished, because it was stopped")
@@ -116,7 +115,7 @@ class _Job:
         base, trouble = self.ps.samples, None
         self.finished.append((plan.phases[0], base))
         with _restored(p), in_turns(p.sd_model):
-            phases = _Phases(p, plan, self.config, self.progress, self.start)
+            phases = Phases(p, plan, self.config, self.progress, self.start)
             try:
                 done = None
                 if self.start is not None:
@@ -198,10 +197,6 @@ class _Job:
             say(self.p, "note", f"phase {phase.number} was not saved: {first_line(error)}")
 
 
-def _stopped() -> bool:
-    return shared.state.interrupted or shared.state.skipped
-
-
 def _keep_what_is_finished() -> None:
     """The host does not save images that were interrupted or skipped; a finished phase is a whole image.
 
@@ -233,7 +228,7 @@ def _restored(p: Any) -> Iterator[None]:
     try:
         for name in {"mask", "nmask"} & before.keys():
             setattr(p, name, None)  # of the base's size; samplers would take them
-        with a1111.untiled(p):
+        with a1111.untiled(p), controlnet.kept(p):
             yield
     finally:
         for name, value in before.items():
@@ -258,93 +253,3 @@ def _write(p: Any, plan: Plan, phase: Phase, latents: Tensor, base: Tensor) -> N
         )
         saved = SavedPhase(phase.number, latents[i : i + 1], base[i : i + 1], "WebUI", from_picture=plan.from_picture)
         saved.write(Path(path).with_suffix(".safetensors"))
-
-
-class _Phases:
-    """The host's side of `upscale`, for the images of one batch."""
-
-    def __init__(self, p: Any, plan: Plan, config: DemoFusionConfig, progress: Progress, start: Start | None):
-        self.p = p
-        self.start = start
-        self.plan = plan
-        self.config = config
-        self.progress = progress
-        self.view_batch = ViewBatch(config.view_batch_size, devices.device)
-
-    def take_up(self, saved: SavedPhase, base: Tensor) -> tuple[Tensor, tuple[int, Tensor]]:
-        """The base and the finished phase of a file, checked against the base just made, [1, C, h, w]."""
-        kept = saved.base.to(base)
-        if (kept - base).square().mean().sqrt() > 0.1 * base.std():  # another card moves the last bits, not the picture
-            raise ValueError("the saved phase is of another image; take prompt, seed and settings from its image's PNG Info")
-        self.progress.pause(saved.number)
-        return kept, (saved.number, saved.latents.to(base))
-
-    def noise(self, phase: Phase) -> Tensor:
-        """The images' own noise at the phase's size; the host's generators then also feed samplers that want more."""
-        p = self.p
-        p.rng = rng.ImageRNG(
-            (a1111.latent_channels(), *phase.size),
-            p.seeds,
-            subseeds=p.subseeds,
-            subseed_strength=p.subseed_strength,
-            seed_resize_from_h=p.seed_resize_from_h,
-            seed_resize_from_w=p.seed_resize_from_w,
-        )
-        return p.rng.next()
-
-    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
-        model = self.p.sd_model
-
-        def as_image(z: Tensor) -> Tensor:
-            return decode(model, z, self.plan.window)[0].float()[None]
-
-        def as_latents(image: Tensor) -> Tensor:
-            return encode(model, image, self.plan.window)
-
-        with a1111.autocast():
-            return enlarge(latents, size, self.config, as_image, as_latents, FACTOR, self.p.tiling)
-
-    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
-        """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
-        p = self.p
-        shared.state.job = shared.state.textinfo = f"{NAME} phase {phase.number} of {len(self.plan.phases)}"
-        seconds = self.progress.pace.seconds(phase.number)
-        if seconds is not None and SAMPLERS[p.sampler_name].counts != "unknown":
-            shared.state.textinfo += f" (about {clock_time(seconds)})"
-        shared.state.current_image_sampling_step = 0  # the steps count from 0 again, and previews with them
-        a1111.set_up_model(p, phase)
-        p.sampler = sampler = a1111.create_sampler(p)
-        neighbours.check_sampler(sampler)
-        fusion = fusion_for(
-            self.plan,
-            phase,
-            self.config,
-            reference,
-            noise,
-            fresh_noise=a1111.adds_noise(p, sampler),
-            cancelled=_stopped,
-            held=held,
-            view_batch=self.view_batch,
-        )
-        denoiser = sampler.model_wrap_cfg
-        denoiser.demofusion = hooks = PhaseHooks(phase, fusion, SAMPLERS[p.sampler_name], p.tiling, self.progress)
-        sampler.callback_state = hooks.told_by(sampler.callback_state)
-        handle = denoiser.register_forward_pre_hook(hooks.before_step)
-        try:
-            if p.scripts is not None:
-                p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
-            with a1111.autocast():
-                if hasattr(p, "init_images"):
-                    image_conditioning = self.start.conditioning(noise, self.plan.window)
-                else:
-                    h, w = phase.size
-                    image_conditioning = p.txt2img_image_conditioning(noise, width=w * FACTOR, height=h * FACTOR)
-                latents = a1111.sample(p, sampler, phase, noise, image_conditioning)
-        finally:
-            handle.remove()
-            del denoiser.demofusion
-        if _stopped():
-            raise Cancelled
-        self.progress.pause(phase.number)
-        devices.test_for_nans((0 * latents).sum(), "unet")  # not finite anywhere: NaN; the host would see the first pixel
-        return latents

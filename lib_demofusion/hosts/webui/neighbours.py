@@ -32,7 +32,7 @@ class Neighbour:
     on: Callable[[Any, Any, Sequence[Any]], bool]
 
 
-def _said(value: Any, *names: str) -> Any:
+def said(value: Any, *names: str) -> Any:
     """What a dict, or an object, says under the first of the names that it has; None if it has none."""
     for name in names:
         if isinstance(value, dict):
@@ -46,7 +46,7 @@ def _said(value: Any, *names: str) -> Any:
 def _ticked(p: Any, script: Any, args: Sequence[Any]) -> bool:
     """The first control is the tick; some take all their settings as one dict instead."""
     first = args[0] if args else None
-    return first is True or first == 1 or _said(first, "enable", "enabled") is True
+    return first is True or first == 1 or said(first, "enable", "enabled") is True
 
 
 def _plotted(name: str) -> Callable[[Any, Any, Sequence[Any]], bool]:
@@ -61,16 +61,6 @@ def _plotted(name: str) -> Callable[[Any, Any, Sequence[Any]], bool]:
 def _regions(p: Any, script: Any, args: Sequence[Any]) -> bool:
     """Ticked, or set to work by its other script, which makes films."""
     return bool(getattr(p, "rps_diff", False)) or _ticked(p, script, args)
-
-
-def _controlnet(p: Any, script: Any, args: Sequence[Any]) -> bool:
-    """A unit is on, one that is a dict unless it says otherwise; or StyleAlign, which needs no unit and is no argument."""
-    units = [unit for unit in args if unit is not None and not isinstance(unit, (bool, str))]
-    on = [_said(unit, "enabled") for unit in units]
-    if any(unit is True or (unit is None and isinstance(given, dict)) for unit, given in zip(on, units)):
-        return True
-    batch = getattr(script, "ui_batch_option_state", None)
-    return isinstance(batch, (list, tuple)) and len(batch) > 1 and batch[1] is True
 
 
 NEIGHBOURS = [
@@ -91,20 +81,19 @@ NEIGHBOURS = [
         _plotted("dynthres_enabled"),
     ),
     Neighbour("Soft Inpainting", "Soft Inpainting", "it blends at the base's size, and not at the phases'", _ticked),
-    Neighbour("ControlNet", "ControlNet", "it steers the whole image and cannot follow single windows", _controlnet),
 ]
 
 
 def check(p: Any, own: str) -> None:
     """Raises ValueError, one line, if a script of p that is known not to work beside this one is on. own: our name."""
-    for script, args in _scripts(p):
+    for script, args in scripts_of(p):
         title = script.title()
         for known in NEIGHBOURS:
             if known.title == title and known.on(p, script, args):
                 raise ValueError(f"{known.name} is on: {known.does}; untick it, or {own}")
 
 
-def _scripts(p: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
+def scripts_of(p: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
     """The scripts that are to run for p, with their arguments: those always there, and the one that is chosen."""
     runner, given = getattr(p, "scripts", None), p.script_args
     if not runner or not given:
@@ -124,7 +113,7 @@ PLAIN_SCRIPTS = ("X/Y/Z plot", "Prompts from file or textbox", "Prompt matrix")
 
 def check_chosen(p: Any, own: str) -> None:
     """Raises ValueError, one line, if the script that is chosen in img2img's list enlarges, or draws again and again."""
-    for script, _ in _scripts(p):
+    for script, _ in scripts_of(p):
         if script not in p.scripts.alwayson_scripts and script.title() not in PLAIN_SCRIPTS:
             what = f"the script {script.title()} is chosen, which samples parts of pictures, or again and again"
             raise ValueError(f"{what}; choose None there, or untick {own}")
@@ -156,7 +145,7 @@ def check_again(p: Any) -> None:
 
     That it has wrapped what makes the host's samplers says nothing: there are those that work, Neutral Prompt for one.
     """
-    _refuse_replaced(vars(p).get("sample"))
+    _refuse_replaced(_beneath_controlnet(p, "sample"))
 
 
 def check_sampler(sampler: Any) -> None:
@@ -175,7 +164,7 @@ def _refuse_replaced(*functions: Callable | None) -> None:
 
 def note_on(model: Any) -> str | None:
     """What the user should know of a model that an extension has changed in a way that may be right or wrong here."""
-    for function in (vars(model).get("apply_model"), vars(model.model.diffusion_model).get("forward")):
+    for function in (vars(model).get("apply_model"), _beneath_controlnet(model.model.diffusion_model, "forward")):
         extension = _extension_of(function)
         if extension:
             return f"the extension {extension} has changed the model, and {WINDOWS}; if that does not fit, switch it off"
@@ -188,6 +177,17 @@ def check_latents(latents: Tensor, size: tuple[int, int], factor: int) -> None:
     if made != tuple(size):
         (h, w), (height, width) = ([side * factor for side in sides] for sides in (made, size))
         raise ValueError(f"another extension has made the base {w}x{h}, and not {width}x{height}; switch it off")
+
+
+# Where ControlNet, which is known (`controlnet`), keeps what it has put its own in place of.
+KEPT_BY_CONTROLNET = {"sample": "sample_before_CN_hack", "forward": "_original_forward"}
+
+
+def _beneath_controlnet(thing: Any, name: str) -> Any:
+    """What a thing has of its own under a name, without ControlNet's hook on it; None if nothing."""
+    own = vars(thing).get(name)
+    hooked = getattr(getattr(own, "__func__", own), "__qualname__", "").startswith("UnetHook.hook.")
+    return vars(thing).get(KEPT_BY_CONTROLNET[name]) if hooked else own
 
 
 def _extension_of(function: Any) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib_demofusion.fusion import Cancelled, Fusion
 from lib_demofusion.hosts.webui import a1111
+from lib_demofusion.hosts.webui.controlnet import Hints
 from lib_demofusion.hosts.webui.progress import Progress
 from lib_demofusion.hosts.webui.samplers import Sampler
 from lib_demofusion.phases import Phase
@@ -22,14 +23,16 @@ from lib_demofusion.views import View, jitter_generator
 class PhaseHooks:
     """What hangs on the denoiser of one phase's sampler. "Life of one denoising step", in `fusion`, is told from here."""
 
-    def __init__(self, phase: Phase, fusion: Fusion, sampler: Sampler, tiling: bool, progress: Progress):
+    def __init__(
+        self, phase: Phase, fusion: Fusion, sampler: Sampler, tiling: bool, progress: Progress, hints: Hints | None = None
+    ):
         self.phase = phase
         self.fusion = fusion
         self.timesteps = sampler.timesteps
         self.tiling = tiling
         self.progress = progress
         self.done = progress.ends[phase.number - 1]
-        self.prediction = a1111.Prediction(phase, fusion.window, self.fused)
+        self.prediction = a1111.Prediction(phase, self.fused, None if hints is None else hints.around)
         self.calls: list[tuple[Tensor, float]] = []  # x and t of each since the sampler has last told of a step
         self.since: float | None = None  # t where the last step began that it has told of; None before the first
         self.told_midway = False  # rather than at a step's end

@@ -1,0 +1,119 @@
+"""The host's side of `lib_demofusion.phases.upscale`: noise, enlarging, and the sampling of one phase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modules import devices, rng, shared
+from torch import Tensor
+
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.fusion import Cancelled
+from lib_demofusion.hosts.webui import a1111, controlnet, neighbours
+from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui.decoding import decode, encode
+from lib_demofusion.hosts.webui.picture import Start
+from lib_demofusion.hosts.webui.progress import Progress
+from lib_demofusion.hosts.webui.samplers import SAMPLERS
+from lib_demofusion.hosts.webui.settings import NAME
+from lib_demofusion.hosts.webui.step import PhaseHooks
+from lib_demofusion.memory import ViewBatch
+from lib_demofusion.phases import Phase, Plan, clock_time, enlarge, fusion_for
+from lib_demofusion.saved import SavedPhase
+from lib_demofusion.views import Size
+
+
+def stopped() -> bool:
+    return shared.state.interrupted or shared.state.skipped
+
+
+class Phases:
+    """The host's side of `upscale`, for the images of one batch."""
+
+    def __init__(self, p: Any, plan: Plan, config: DemoFusionConfig, progress: Progress, start: Start | None):
+        self.p = p
+        self.start = start
+        self.plan = plan
+        self.config = config
+        self.progress = progress
+        self.view_batch = ViewBatch(config.view_batch_size, devices.device)
+
+    def take_up(self, saved: SavedPhase, base: Tensor) -> tuple[Tensor, tuple[int, Tensor]]:
+        """The base and the finished phase of a file, checked against the base just made, [1, C, h, w]."""
+        kept = saved.base.to(base)
+        if (kept - base).square().mean().sqrt() > 0.1 * base.std():  # another card moves the last bits, not the picture
+            raise ValueError("the saved phase is of another image; take prompt, seed and settings from its image's PNG Info")
+        self.progress.pause(saved.number)
+        return kept, (saved.number, saved.latents.to(base))
+
+    def noise(self, phase: Phase) -> Tensor:
+        """The images' own noise at the phase's size; the host's generators then also feed samplers that want more."""
+        p = self.p
+        p.rng = rng.ImageRNG(
+            (a1111.latent_channels(), *phase.size),
+            p.seeds,
+            subseeds=p.subseeds,
+            subseed_strength=p.subseed_strength,
+            seed_resize_from_h=p.seed_resize_from_h,
+            seed_resize_from_w=p.seed_resize_from_w,
+        )
+        return p.rng.next()
+
+    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+        model = self.p.sd_model
+
+        def as_image(z: Tensor) -> Tensor:
+            return decode(model, z, self.plan.window)[0].float()[None]
+
+        def as_latents(image: Tensor) -> Tensor:
+            return encode(model, image, self.plan.window)
+
+        with a1111.autocast():
+            return enlarge(latents, size, self.config, as_image, as_latents, FACTOR, self.p.tiling)
+
+    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
+        """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
+        p = self.p
+        shared.state.job = shared.state.textinfo = f"{NAME} phase {phase.number} of {len(self.plan.phases)}"
+        seconds = self.progress.pace.seconds(phase.number)
+        if seconds is not None and SAMPLERS[p.sampler_name].counts != "unknown":
+            shared.state.textinfo += f" (about {clock_time(seconds)})"
+        shared.state.current_image_sampling_step = 0  # the steps count from 0 again, and previews with them
+        if a1111.set_up_model(p, phase):
+            controlnet.mark(p)
+        p.sampler = sampler = a1111.create_sampler(p)
+        neighbours.check_sampler(sampler)
+        hints = controlnet.hints(p, self.plan, phase, self.start)
+        fusion = fusion_for(
+            self.plan,
+            phase,
+            self.config,
+            reference,
+            noise,
+            fresh_noise=a1111.adds_noise(p, sampler),
+            cancelled=stopped,
+            held=held,
+            view_batch=self.view_batch,
+        )
+        denoiser = sampler.model_wrap_cfg
+        denoiser.demofusion = hooks = PhaseHooks(phase, fusion, SAMPLERS[p.sampler_name], p.tiling, self.progress, hints)
+        sampler.callback_state = hooks.told_by(sampler.callback_state)
+        handle = denoiser.register_forward_pre_hook(hooks.before_step)
+        try:
+            if p.scripts is not None:
+                p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
+            with a1111.autocast():
+                if hasattr(p, "init_images"):
+                    image_conditioning = self.start.conditioning(noise, self.plan.window)
+                else:
+                    h, w = phase.size
+                    image_conditioning = p.txt2img_image_conditioning(noise, width=w * FACTOR, height=h * FACTOR)
+                latents = a1111.sample(p, sampler, phase, noise, image_conditioning)
+        finally:
+            handle.remove()
+            del denoiser.demofusion
+        if stopped():
+            raise Cancelled
+        self.progress.pause(phase.number)
+        devices.test_for_nans((0 * latents).sum(), "unet")  # not finite anywhere: NaN; the host would see the first pixel
+        return latents

@@ -1,0 +1,103 @@
+"""The real WebUI with the ControlNet extension from NEIGHBOURS_DIR and the tiny models of control_models.py.
+
+A test file that wants it in place of the host without the extension says `host = control_host.host`. There is one host in
+a process, so such files run apart from the others, in one pytest for all of them.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import control_models
+import pytest
+import webui_host
+from PIL import Image
+
+NEIGHBOURS_DIR = os.environ.get("NEIGHBOURS_DIR")
+FOLDER = "sd-webui-controlnet"
+CONTROL_TYPES = {  # kind of model: what the extension calls it
+    "controlnet": "ControlNet",
+    "shuffle": "ControlNet",
+    "union": "ControlNetUnion",
+    "control_lora": "ControlLoRA",
+    "instant_id": "InstantID",
+    "t2i_adapter": "T2I_Adapter",
+    "t2i_adapter_light": "T2I_Adapter",
+    "lllite": "Controlllite",
+    "ip_adapter": "IPAdapter",
+    "style_adapter": "T2I_StyleAdapter",
+}
+
+
+_running = []
+
+
+def _start(checkpoints, data):
+    shutil.copytree(Path(NEIGHBOURS_DIR) / FOLDER, data / "extensions" / FOLDER, ignore=shutil.ignore_patterns(".git"))
+    host = webui_host.start(checkpoints, data)
+    if script(host) is None:
+        pytest.skip(f"{FOLDER} does not load here: it needs packages of its own")
+    host.load(control_models.make_relative(checkpoints))
+    return host
+
+
+@pytest.fixture(scope="session")
+def host(checkpoints, tmp_path_factory):
+    """The host with the relative loaded and a control model of each kind that the extension finds by its file's name."""
+    if not NEIGHBOURS_DIR or not (Path(NEIGHBOURS_DIR) / FOLDER).is_dir():
+        pytest.skip(f"needs {FOLDER} in the folder NEIGHBOURS_DIR")
+    if _running:
+        yield _running[0]
+        return
+    if "modules.shared" in sys.modules:
+        pytest.skip("a host without ControlNet runs in this process: these files need one of their own")
+    started = _start(checkpoints, tmp_path_factory.mktemp("a controlled host's data"))
+    from scripts import global_state
+
+    with control_models.narrow():
+        control_models.make_all(Path(global_state.cn_models_dir))
+        control_models.add_style_preprocessor()
+        global_state.update_cn_models()
+        _running.append(started)
+        yield started
+
+
+def script(host, img2img=False):
+    """The extension's script, of which each tab has one."""
+    runner = host.scripts.scripts_img2img if img2img else host.scripts.scripts_txt2img
+    return next((script for script in runner.alwayson_scripts if script.title() == "ControlNet"), None)
+
+
+def unit(model, image=None, **fields):
+    """A unit as the API takes it; model: a file's name without its ending. No preprocessor, and only the picture comes back."""
+    if image is not None:
+        fields["image"] = webui_host.encoded(image)
+    return {"enabled": True, "module": "none", "model": model, "save_detected_map": False, **fields}
+
+
+def units(kind, image, **fields):
+    """The units, a list, that a model of this kind needs to be used; the fields go to its own, which is the last."""
+    name, _ = control_models.MODELS[kind]
+    if kind == "ip_adapter":
+        return [unit(name, **{"ipadapter_input": control_models.ip_adapter_input(), **fields})]
+    if kind == "instant_id":
+        return [*units("ip_adapter", image), unit(name, image, **fields)]
+    if kind == "union":
+        fields = {"union_control_type": "Depth", **fields}
+    if kind == "style_adapter":
+        fields = {"module": control_models.STYLE_PREPROCESSOR, **fields}
+    return [unit(name, image, **fields)]
+
+
+def scripts(units):
+    """What a request has as `alwayson_scripts` for these units."""
+    return {"ControlNet": {"args": units}}
+
+
+def ramp(width, height):
+    """A picture whose colours say where they are: red grows to the right, green downwards."""
+    picture = Image.new("RGB", (width, height))
+    spots = [(x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), 128) for y in range(height) for x in range(width)]
+    picture.putdata(spots)
+    return picture
