@@ -221,10 +221,10 @@ def control_parameters(args: argparse.Namespace) -> dict[str, str]:
     parameters = {}
     for number, (model, (kind, *numbers)) in enumerate(zip(args.controlnet, settings)):
         values = {"Module": "none", "Model": re.sub("[,:]", "_", model_name(model))}
-        values.update(zip(("Weight", "Guidance Start", "Guidance End"), (f"{value:g}" for value in numbers)))
+        values.update(zip(("Weight", "Guidance Start", "Guidance End"), (f"{value:.12g}" for value in numbers)))
         if kind not in (None, "none"):
             titles = dict(enumerate(UNION_TITLES))
-            titles.update({name: UNION_TITLES[number] for name, number in UNION_TYPES.items()})
+            titles.update({name: titles[of] for name, of in UNION_TYPES.items()})
             values["Union Control Type"] = titles.get(int(kind) if kind.isdecimal() else kind.lower(), kind)
         if not args.control_image:
             values["Control Image"] = "phase before"

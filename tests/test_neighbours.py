@@ -37,32 +37,22 @@ def refusal(p):
     return line
 
 
-ON = {  # title: arguments with which it is to be refused
-    "ControlNet": [(SimpleNamespace(enabled=True),), ({"enabled": True},), ({"model": "canny"},)],
-}
-OFF = {
-    "ControlNet": [(SimpleNamespace(enabled=False),), ({"enabled": False},), (None,), (False,), (), ("",)],
-}
 TICK_ON = [(True, 1), (1, 1), ({"enable": True},), ({"enabled": True},), (SimpleNamespace(enable=True),)]
 TICK_OFF = [(False, 1), (None, 1), (0, 1), ({"enable": False},), ({},), (SimpleNamespace(enable=False),), ()]
 
 
-def cases(special, common):
-    return [
-        pytest.param(known, args, id=f"{known.title}-{i}")
-        for known in NEIGHBOURS
-        for i, args in enumerate(special.get(known.title, common))
-    ]
+def cases(common):
+    return [pytest.param(known, args, id=f"{known.title}-{i}") for known in NEIGHBOURS for i, args in enumerate(common)]
 
 
-@pytest.mark.parametrize(("known", "args"), cases(ON, TICK_ON))
+@pytest.mark.parametrize(("known", "args"), cases(TICK_ON))
 def test_what_is_known_not_to_work_is_refused_where_it_is_on(known, args):
     p = job(script("Another", 1, 1), script(known.title, 2, len(args)), args=(True, *args))
     line = refusal(p)
     assert line == f"{known.name} is on: {known.does}; untick it, or DemoFusion"
 
 
-@pytest.mark.parametrize(("known", "args"), cases(OFF, TICK_OFF))
+@pytest.mark.parametrize(("known", "args"), cases(TICK_OFF))
 def test_what_is_installed_and_off_does_not_matter(known, args):
     check(job(script("Another", 1, 1), script(known.title, 2, len(args)), args=(True, *args)), "DemoFusion")
 
@@ -83,17 +73,6 @@ def test_a_script_of_the_list_counts_if_it_is_chosen():
     check(job(args=(True, True), selectable=[chosen, other], chosen=2), "DemoFusion")
     check(job(args=(True, True), selectable=[chosen, other], chosen=3), "DemoFusion")
     assert "Tiled Diffusion is on" in refusal(job(args=(True, True), selectable=[chosen, other], chosen=1))
-
-
-@pytest.mark.parametrize(
-    ("state", "refused"), [(("Default", True), True), (("Default", False), False), ((), False), (None, False)]
-)
-def test_style_align_needs_no_unit(state, refused):
-    p = job(script("ControlNet", 1, 1, ui_batch_option_state=state), args=(SimpleNamespace(enabled=False),))
-    if refused:
-        assert "ControlNet is on" in refusal(p)
-    else:
-        check(p, "DemoFusion")
 
 
 def test_passes_over_finished_images_are_known():
@@ -197,6 +176,35 @@ def test_a_changed_model_gets_a_note(foreign):
         assert note_on(model) is None
         setattr(model if change == "apply_model" else model.model.diffusion_model, change, foreign("extensions", "sd-theirs"))
         assert note_on(model).startswith("the extension sd-theirs has changed the model")
+
+
+def test_controlnets_hooks_are_known_and_what_lies_beneath_them_is_looked_at(foreign):
+    """It is looked after itself; another extension beneath it is not."""
+
+    class UnetHook:
+        def hook(self):
+            def take_over(*args):
+                pass
+
+            return take_over
+
+    theirs, hook = foreign("extensions", "sd-theirs"), UnetHook().hook()
+    hook.__code__ = foreign("extensions", "sd-webui-controlnet").__code__
+    hook.__qualname__ = "UnetHook.hook.<locals>.process_sample"
+    p, model = job(), SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
+    p.sample, model.model.diffusion_model.forward = hook, hook
+    check_again(p)
+    assert note_on(model) is None
+    p.sample_before_CN_hack = model.model.diffusion_model._original_forward = hosts
+    check_again(p)
+    assert note_on(model) is None
+    p.sample_before_CN_hack = model.model.diffusion_model._original_forward = theirs
+    with pytest.raises(ValueError, match="^the extension sd-theirs has replaced"):
+        check_again(p)
+    assert note_on(model).startswith("the extension sd-theirs has changed the model")
+    hook.__qualname__ = "another"
+    with pytest.raises(ValueError, match="^the extension sd-webui-controlnet has replaced"):
+        check_again(p)
 
 
 def test_base_latents_are_of_the_planned_size():

@@ -163,8 +163,9 @@ def ldm_controlnet(weights, latents, t, hint, groups):
     h = residual("middle_block.0", h)
     inner = apply(F.conv2d, "middle_block.1.proj_in", norm("middle_block.1.norm", h, 1e-6))
     h = residual("middle_block.2", h + apply(F.conv2d, "middle_block.1.proj_out", inner))
+    out.append(apply(F.conv2d, "middle_block_out.0", h))
     assert used == w.keys(), "all of the file is the network's"
-    return [*out, apply(F.conv2d, "middle_block_out.0", h)]
+    return out
 
 
 @torch.inference_mode()

@@ -1082,14 +1082,6 @@ def test_edit_models_are_refused(host, calls):
     assert_refused(host, calls, line, True, 2)
 
 
-@pytest.mark.parametrize("unit", [SimpleNamespace(enabled=True), {"enabled": True}, {"model": "canny"}])
-def test_controlnet_is_refused(host, calls, unit):
-    host.add_script("ControlNet", SimpleNamespace(enabled=False), unit)
-    line = "ControlNet is on: it steers the whole image and cannot follow single windows; untick it, or DemoFusion"
-    assert_refused(host, calls, line, True, 2)
-    assert host.generate(False).sizes == [(8, 8)]
-
-
 def test_a_refusal_holds_where_another_script_asks_for_images_after_it(host, calls):
     host.add_script("Another")
     host.runner.alwayson_scripts[-1].process = lambda p, *args: setattr(p, "n_iter", 2)

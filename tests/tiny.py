@@ -1,8 +1,10 @@
 """Tiny random pipelines of each kind that the diffusers host takes, built from configs: nothing is downloaded."""
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -72,3 +74,27 @@ def tiny_pipeline(kind, sample_size=8):
         pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_controlnet(pipe, seed=1, kind=None):
+    """A random ControlNet for a tiny pipeline. What it adds can be seen, and depends on its image: it begins with no zeros."""
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(pipe.unet) if kind is None else kind()
+    with torch.no_grad():
+        for weights in net.parameters():
+            if not weights.any():
+                weights.normal_(0, 0.2)
+        for name, weights in net.controlnet_cond_embedding.named_parameters():
+            if name.endswith("weight"):
+                weights.mul_(3)
+    return net.eval()
+
+
+def tiny_union(pipe, types=6, seed=1):
+    """A random union ControlNet for the tiny pipeline "sdxl"."""
+    unet = pipe.unet.config
+    keys = ("down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim")
+    keys += ("norm_num_groups", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    own = dict(num_control_type=types, num_trans_channel=8, num_trans_head=2, num_proj_channel=8)
+    own["conditioning_embedding_out_channels"] = (8, 8, 8, 8)
+    return tiny_controlnet(pipe, seed, lambda: diffusers.ControlNetUnionModel(**{key: unet[key] for key in keys}, **own))

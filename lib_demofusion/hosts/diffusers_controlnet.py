@@ -398,7 +398,7 @@ def controlled_call_bytes(
     """
     if not controls:
         return call_bytes(unet, unet, x, 0, return_dict=False, **conditions)
-    networks = torch.nn.ModuleList([unet, *(control.model for control in controls)])
+    networks = torch.nn.ModuleList(dict.fromkeys([unet, *(control.model for control in controls)]))
     controls = [replace(control, type=0) for control in controls]  # whichever it is
     height, width = (factor * side for side in x.shape[-2:])
     hint = torch.empty(len(x) // branches, 3, height, width, dtype=x.dtype, device="meta")

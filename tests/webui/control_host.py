@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import control_models
+import numpy as np
 import pytest
 import webui_host
 from PIL import Image
@@ -95,9 +96,12 @@ def scripts(units):
     return {"ControlNet": {"args": units}}
 
 
-def ramp(width, height):
-    """A picture whose colours say where they are: red grows to the right, green downwards."""
-    picture = Image.new("RGB", (width, height))
-    spots = [(x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), 128) for y in range(height) for x in range(width)]
-    picture.putdata(spots)
-    return picture
+def ramp(width, height, tiling=False):
+    """A picture whose colours say where they are: red grows to the right, green downwards; to the middle, where it tiles."""
+    columns, rows = (_along(side, tiling) for side in (width, height))
+    return Image.fromarray(np.stack(np.broadcast_arrays(columns[None], rows[:, None], np.uint8(128)), 2).copy())
+
+
+def _along(side, tiling):
+    along = (np.arange(side) + 0.5) / side
+    return np.round(255 * (1 - np.abs(2 * along - 1) if tiling else along)).astype(np.uint8)

@@ -37,7 +37,7 @@ def mark(p: Any) -> None:
     """Conditions that were set up anew get the marks by which the extension tells a prompt from a negative one."""
     network = units.hook_of(p)
     if network is not None:
-        marked = _globals_of(network, "hook")["mark_prompt_context"]
+        marked = units.module_of(network, "hook")["mark_prompt_context"]
         p.c, p.uc = marked(p.c, positive=True), marked(p.uc, positive=False)
 
 
@@ -113,14 +113,6 @@ def _unit(p: Any, script: Any, index: int, unit: Any, param: Any, plan: Plan, ph
     return _Unit(param, kind, hint, latents=latents)
 
 
-def _globals_of(thing: Any, method: str) -> dict[str, Any]:
-    """The module of the extension that a method of one of its objects was written in, by names.
-
-    The host loads scripts without a place in `sys.modules`.
-    """
-    return getattr(type(thing), method).__globals__
-
-
 @contextmanager
 def _on_the_cpu(module: dict[str, Any]) -> Iterator[None]:
     """Meanwhile the extension's hints are uint8 [1, C, H, W] on the CPU, instead of float32 on the device, three times."""
@@ -136,7 +128,7 @@ def _on_the_cpu(module: dict[str, Any]) -> Iterator[None]:
 
 def _detected(p: Any, script: Any, index: int, unit: Any, param: Any, size: Size, start: Start | None) -> Tensor:
     """The unit's hint at (H, W) latent pixels, as the extension makes it: uint8, [1, C, 8 * H, 8 * W]."""
-    module = _globals_of(script, "controlnet_main_entry")
+    module = units.module_of(script, "controlnet_main_entry")
     job, unit = copy.copy(p), unit.copy()
     job.height, job.width = (side * FACTOR for side in size)
     if start is not None and start.from_picture:
@@ -154,7 +146,7 @@ def _detected(p: Any, script: Any, index: int, unit: Any, param: Any, size: Size
 
 def _resized(script: Any, hint: Tensor, name: str, size: Size) -> Tensor:
     """A hint at (height, width) in pixels, by the extension's own resizing."""
-    module = _globals_of(script, "controlnet_main_entry")
+    module = units.module_of(script, "controlnet_main_entry")
     pixels = hint[0].permute(1, 2, 0).numpy()
     with _on_the_cpu(module):
         return script.detectmap_proc(pixels, name, module["ResizeMode"].RESIZE, *size)[0]

@@ -21,8 +21,6 @@ LOCAL = {*CONTROLNETS, "T2I_Adapter", "Controlllite"}
 GLOBAL = {"IPAdapter", "T2I_StyleAdapter", "ReVision"}
 
 UNKNOWN = "this version of ControlNet is not one that it knows; switch the unit off, or DemoFusion"
-
-
 INSTEAD = "switch that unit off, or DemoFusion"
 # Preprocessors whose effect is no control image, by what their names begin with or hold: what they do.
 WHOLE = {
@@ -93,9 +91,8 @@ def check_hooked(p: Any, pictures: int = 0) -> None:
                 "console says; mend that, or switch the unit off"
             )
         return
+    _check_version(script, network)
     units, params = list(script.enabled_units), list(network.control_params or [])
-    if len(units) != len(params):
-        raise ValueError(UNKNOWN)
     if network.model is not p.sd_model.model.diffusion_model:
         raise ValueError("ControlNet hangs on another checkpoint than the loaded one; load the checkpoint again")
     for unit, param in zip(units, params):
@@ -112,6 +109,29 @@ def check_hooked(p: Any, pictures: int = 0) -> None:
             f"ControlNet's units are each for one image of a batch, and {len(params)} units do not go into {p.batch_size} "
             "images; set its Batch Option back, or the batch size to as many"
         )
+
+
+# What `controlnet` calls, by the object in whose class's module it lies, and the method by which that is found.
+CALLED = {
+    "controlnet_main_entry": ("get_control", "get_pytorch_control", "Preprocessor", "ResizeMode"),
+    "hook": ("mark_prompt_context",),
+}
+
+
+def module_of(thing: Any, method: str) -> dict[str, Any]:
+    """The module of the extension that a method of one of its objects was written in, by names.
+
+    The host loads scripts without a place in `sys.modules`.
+    """
+    return getattr(getattr(type(thing), method, None), "__globals__", {})
+
+
+def _check_version(script: Any, network: Any) -> None:
+    for thing, method in ((script, "controlnet_main_entry"), (network, "hook")):
+        if not module_of(thing, method).keys() >= set(CALLED[method]):
+            raise ValueError(UNKNOWN)
+    if len(getattr(script, "enabled_units", ())) != len(network.control_params or ()):
+        raise ValueError(UNKNOWN)
 
 
 def _check_unit(unit: Any, param: Any, model: Any) -> None:
