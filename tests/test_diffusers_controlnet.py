@@ -1,5 +1,6 @@
 """ControlNets on the diffusers host: each view is shown its own part of the control image. Tiny random networks."""
 
+import inspect
 import json
 import threading
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import KINDS, tiny_controlnet, tiny_pipeline, tiny_union
@@ -31,6 +32,7 @@ UNION = pytest.mark.skipif(
     not hasattr(diffusers, "ControlNetUnionModel"), reason=f"diffusers {diffusers.__version__} has no ControlNetUnionModel"
 )
 TWICE = DemoFusionConfig(scale=2.0)
+DEEP = dict(transformer_layers_per_block=2, down_block_types=("CrossAttnDownBlock2D",) * 2)
 
 
 @pytest.fixture(scope="module")
@@ -655,19 +657,49 @@ def test_a_file_in_the_original_names_is_converted_with_the_unets_configuration(
     )
 
 
-def test_a_smaller_one_gets_its_configuration_from_diffusers(sd15, monkeypatch, tmp_path):
-    net = tiny_controlnet(sd15)
-    got, path = [], tmp_path / "small.safetensors"
-    save_file({"controlnet_cond_embedding.conv_in.weight": torch.zeros(1)}, path)
-    monkeypatch.setattr(ControlNetModel, "from_single_file", lambda file, **more: got.append(more) or net)
-    load_controlnet(path, sd15)
-    assert got == [dict(torch_dtype=torch.float32)]
+@pytest.mark.parametrize("blocks", [("DownBlock2D", "DownBlock2D"), ("DownBlock2D", "CrossAttnDownBlock2D")])
+@pytest.mark.parametrize("middle", ["UNetMidBlock2D", "UNetMidBlock2DCrossAttn"])
+def test_a_file_may_hold_one_with_less_attention_than_the_unet(pipes, blocks, middle, tmp_path):
+    """As the middle and small ones of SDXL."""
+    unet = UNet2DConditionModel(**{**pipes["sdxl"].unet.config, **DEEP})
+    own = {name: unet.config[name] for name in inspect.signature(ControlNetModel.__init__).parameters if name in unet.config}
+    net = tiny_controlnet(None, kind=lambda: ControlNetModel(**{**own, "down_block_types": blocks, "mid_block_type": middle}))
+    save_file(net.state_dict(), tmp_path / "small.safetensors")
+    pipe = type(pipes["sdxl"])(**{**pipes["sdxl"].components, "unet": unet}, add_watermarker=False)
+    loaded = load_controlnet(tmp_path / "small.safetensors", pipe)
+    arguments = dict(sample=torch.randn(1, 4, 8, 8), timestep=5, encoder_hidden_states=torch.randn(1, 77, 32))
+    arguments.update(added_cond_kwargs=dict(text_embeds=torch.randn(1, 16), time_ids=torch.zeros(1, 6)))
+    arguments.update(controlnet_cond=torch.rand(1, 3, 64, 64), return_dict=False)
+    with torch.inference_mode():
+        (down, mid), (expected, last_one) = loaded(**arguments), net(**arguments)
+    for a, b in zip((*down, mid), (*expected, last_one)):
+        assert error(a, b) < 1e-3
+
+
+@UNION
+def test_a_union_model_is_loaded_from_a_file(pipes, tmp_path):
+    pipe, net = pipes["sdxl"], tiny_union(pipes["sdxl"], 8)
+    save_file(net.state_dict(), tmp_path / "union.safetensors")
+    loaded = load_controlnet(tmp_path / "union.safetensors", pipe)
+    a, b = (
+        generate(pipe, "", config=TWICE, controls=[Control(n, noise(), type="tile")], steps=1).phases[0][1]
+        for n in (net, loaded)
+    )
+    assert error(a, b) < 1e-4
+
+
+def test_a_file_whose_tensors_are_of_other_shapes_is_refused(sd15, net, tmp_path):
+    for name, weights in (("conv_in.weight", torch.zeros(8, 9, 3, 3)), ("another", torch.zeros(1)), ("conv_in.bias", None)):
+        tensors = {key: value for key, value in {**net.state_dict(), name: weights}.items() if value is not None}
+        save_file(tensors, tmp_path / "net.safetensors")
+        says = f"cannot be loaded: it is no ControlNet for this kind of checkpoint, or broken: {name} is of another shape$"
+        with pytest.raises(ValueError, match=says):
+            load_controlnet(tmp_path / "net.safetensors", sd15)
 
 
 FILES = [
     ("lora_controlnet", "it is a Control-LoRA; use the whole ControlNet"),
     ("lllite_unet.x", "it is a ControlNet-LLLite; use a whole ControlNet"),
-    ("task_embedding", "it is a union ControlNet, which diffusers reads from a folder alone; give its folder or hub name"),
     ("first_stage_model.x", "it is a checkpoint; give the ControlNet alone"),
     ("adapter.conv_in.weight", "it is a T2I-Adapter; use a ControlNet"),
     ("image_proj.x", "it is an IP-Adapter; use a ControlNet"),

@@ -245,7 +245,8 @@ def check_weights_file(path: Path, name: str = "") -> None:
         head = file.read(64)
     text = head.lstrip().lower()
     suffix = path.suffix.lower()
-    safetensors, pickled = head[8:9] == b"{", head.startswith((b"PK\x03\x04", b"\x80"))
+    safetensors = head[8:9] == b"{"  # behind the size of its names, which may begin as a pickled one does
+    pickled = head.startswith((b"PK\x03\x04", b"\x80")) and not safetensors
     if not head:
         raise ValueError(f"{name}it is empty")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):

@@ -8,7 +8,9 @@ diffusers is imported only when something here is called.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -60,7 +62,6 @@ NAMED = (6, 8)  # how many types a union model has for which these names hold
 OTHER_FILES = {
     "lora_controlnet": "it is a Control-LoRA; use the whole ControlNet",
     "lllite_": "it is a ControlNet-LLLite; use a whole ControlNet",
-    "task_embedding": "it is a union ControlNet, which diffusers reads from a folder alone; give its folder or hub name",
     "first_stage_model.": "it is a checkpoint; give the ControlNet alone",
     "adapter.": "it is a T2I-Adapter; use a ControlNet",
     "body.": "it is a T2I-Adapter; use a ControlNet",
@@ -135,8 +136,7 @@ def _load_folder(model: Path | str, dtype: torch.dtype) -> Any:
     union = "num_control_type" in config
     if not union and config.get("_class_name", "ControlNetModel") != "ControlNetModel":
         raise ValueError(f"it is a {config['_class_name']}; use a ControlNetModel or a ControlNetUnionModel")
-    if union and not hasattr(diffusers, "ControlNetUnionModel"):
-        raise ValueError(f"diffusers {diffusers.__version__} knows no union ControlNets; 0.32 and newer do")
+    _check_union(union)
     kind = diffusers.ControlNetUnionModel if union else diffusers.ControlNetModel
     settings = dict(torch_dtype=dtype, output_loading_info=True)
     try:
@@ -152,7 +152,7 @@ def _load_folder(model: Path | str, dtype: torch.dtype) -> Any:
 
 
 def _load_file(path: Path, unet: Any, dtype: torch.dtype) -> Any:
-    """The ControlNet in a single file, which does not say how it is built: as the UNet is that it has to fit."""
+    """The ControlNet in a single file, which does not say how it is built: as the UNet is, as far as its names agree."""
     import diffusers
 
     if path.suffix.lower() != ".safetensors":
@@ -168,19 +168,65 @@ def _load_file(path: Path, unet: Any, dtype: torch.dtype) -> Any:
     width = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), takes)
     if width != takes:
         raise ValueError(f"it takes {width} numbers a token, and this checkpoint gives {takes}; use one made for its kind")
+    # No tensor says whether it is pooled; the WebUI goes by its name, too.
+    pooled = "shuffle" in path.stem.lower()
+    if any(key.startswith("controlnet_cond_embedding.") for key in shapes):
+        return _load_own_names(path, unet, shapes, pooled, dtype)
     with torch.device("meta"):
         like = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
-    # Nothing in a file says so; the WebUI goes by its name, too.
-    like.register_to_config(global_pool_conditions="shuffle" in path.stem.lower())
+    like.register_to_config(global_pool_conditions=pooled)
     with tempfile.TemporaryDirectory() as folder, small_suffix(path) as named:
         like.save_config(folder)
-        # Smaller than the UNet, as some of SDXL's are: diffusers knows which, and their configurations are on the hub.
-        another = any(key.startswith("controlnet_cond_embedding.") for key in shapes) and set(shapes) != set(like.state_dict())
-        config = {} if another else {"config": folder}
-        net = diffusers.ControlNetModel.from_single_file(str(named), torch_dtype=dtype, **config)
+        net = diffusers.ControlNetModel.from_single_file(str(named), torch_dtype=dtype, config=folder)
     if missing := [name for name, x in net.named_parameters() if x.is_meta]:
         raise ValueError(f"it lacks {', '.join(missing[:3])}")
     return net
+
+
+def _load_own_names(path: Path, unet: Any, shapes: Mapping[str, tuple[int, ...]], pooled: bool, dtype: torch.dtype) -> Any:
+    """The ControlNet in a file with diffusers' names, as those made for it are; also one with less attention than the UNet."""
+    import diffusers
+    from safetensors.torch import load_file
+
+    def depth(block: str) -> int:
+        found = [re.match(rf"{block}\.attentions\.\d+\.transformer_blocks\.(\d+)\.", key) for key in shapes]
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+    union = "task_embedding" in shapes
+    _check_union(union)
+    kind = diffusers.ControlNetUnionModel if union else diffusers.ControlNetModel
+    own = inspect.signature(kind.__init__).parameters
+    config = {name: value for name, value in unet.config.items() if name in own}
+    depths, middle = [depth(f"down_blocks.{n}") for n in range(len(unet.config.block_out_channels))], depth("mid_block")
+    embedding = "controlnet_cond_embedding"
+    steps = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith(f"{embedding}.blocks."))
+    layers = [f"{embedding}.conv_in.weight", *(f"{embedding}.blocks.{n}.weight" for n in range(1, steps, 2))]
+    config.update(
+        down_block_types=["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depths],
+        transformer_layers_per_block=[*(n or 1 for n in depths[:-1]), middle or depths[-1] or 1],
+        conditioning_embedding_out_channels=[shapes[name][0] for name in layers],
+        global_pool_conditions=pooled,
+    )
+    if union:
+        types, channels = shapes["task_embedding"]
+        config.update(num_control_type=types, num_trans_channel=channels)
+        config.update(num_proj_channel=shapes["spatial_ch_projs.weight"][0])
+    else:
+        config["mid_block_type"] = "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"
+    with torch.device("meta"):
+        net = kind(**config)
+    expected = {name: tuple(x.shape) for name, x in net.state_dict().items()}
+    if wrong := [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]:
+        raise ValueError(f"it is no ControlNet for this kind of checkpoint, or broken: {wrong[0]} is of another shape")
+    net.load_state_dict({name: x.to(dtype) for name, x in load_file(str(path)).items()}, assign=True)
+    return net.eval()
+
+
+def _check_union(union: bool) -> None:
+    import diffusers
+
+    if union and not hasattr(diffusers, "ControlNetUnionModel"):
+        raise ValueError(f"diffusers {diffusers.__version__} knows no union ControlNets; 0.32 and newer do")
 
 
 def check_controls(pipe: Any, controls: Any, plan: Plan, given: Given | None) -> tuple[Control, ...]:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from webui_host import ROOT
 
 NEIGHBOURS_DIR = os.environ.get("NEIGHBOURS_DIR")
@@ -81,6 +83,7 @@ for enabled, scripts, settings in json.loads(jobs):
     print(json.dumps(dict(
         sizes=[image.size for image in images],
         pictures=[hashlib.md5(image.tobytes()).hexdigest() for image in images],
+        corners=[hashlib.md5(image.crop((0, 0, 16, 16)).tobytes()).hexdigest() for image in images],
         infotext=json.loads(reply["info"])["infotexts"][0],
         same=[image.convert("RGB").tobytes() == picture.tobytes() for image in images for picture in pictures.values()],
         calls=sum(calls),
@@ -90,16 +93,16 @@ for enabled, scripts, settings in json.loads(jobs):
 """
 
 
-def beside(name, jobs, checkpoints, tmp_path, setup=""):
+def beside(name, jobs, checkpoints, tmp_path, setup="", more=()):
     """What came of jobs (DemoFusion on or off, {title: arguments of other scripts}, settings) beside an extension.
 
-    setup: what is run before the first of them.
+    setup: what is run before the first of them. more: other extensions.
     """
-    if name:
-        folder = Path(NEIGHBOURS_DIR) / name
+    for each in filter(None, (name, *more)):
+        folder = Path(NEIGHBOURS_DIR) / each
         if not folder.is_dir():
-            pytest.skip(f"there is no {name} in NEIGHBOURS_DIR")
-        shutil.copytree(folder, tmp_path / "data" / "extensions" / name, ignore=shutil.ignore_patterns(".git"))
+            pytest.skip(f"there is no {each} in NEIGHBOURS_DIR")
+        shutil.copytree(folder, tmp_path / "data" / "extensions" / each, ignore=shutil.ignore_patterns(".git"))
     (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "data" / "ui-config.json").write_text("{}")  # as every host has that was used before
     given = map(str, (ROOT / "tests" / "webui", checkpoints, tmp_path / "data", json.dumps(jobs), setup))
@@ -256,6 +259,46 @@ def test_adetailer_goes_over_an_enlarged_picture(alone, checkpoints, tmp_path):
     assert in_mask["sizes"] == [[256, 256]]
     for reply in replies:
         assert reply["reports"] == []
+        assert reply["clean"]
+
+
+# The tiny control models, and the checkpoint that the extension can hook.
+CONTROL = """
+import control_models
+from scripts import global_state
+narrow = control_models.narrow()
+narrow.__enter__()
+control_models.make_all(Path(global_state.cn_models_dir))
+global_state.update_cn_models()
+host.load(control_models.make_relative(Path(checkpoints)))
+unet = host.shared.sd_model.model.diffusion_model
+"""
+
+
+def test_adetailer_goes_over_a_picture_that_controlnet_has_steered(alone, checkpoints, tmp_path):
+    """It goes over the finished picture; around what it finds each picture of each batch is as without it."""
+    pytest.importorskip("rich")
+    pytest.importorskip("cv2")
+    import control_models
+    from webui_host import encoded
+
+    ramp = encoded(Image.fromarray(np.indices((128, 128)).sum(0).astype(np.uint8)).convert("RGB"))
+    name, _ = control_models.MODELS["controlnet"]
+    unit = {"enabled": True, "module": "none", "model": name, "image": ramp, "save_detected_map": False}
+    controlled = {"ControlNet": [unit]}
+    detailed = {"ADetailer": [True, False, {"ad_model": "mediapipe_face_full", "ad_denoising_strength": 0.5}]}
+    both, twice = {**controlled, **detailed}, {"n_iter": 2}
+    jobs = [(True, {}, twice), (True, controlled, twice), (True, both, twice), (False, controlled, {}), (False, both, {})]
+    setup = DETECTOR + CONTROL
+    off, steered, on, base, base_on = beside("adetailer", jobs, checkpoints, tmp_path, setup, ["sd-webui-controlnet"])
+    assert steered["sizes"] == on["sizes"] == [[128, 128]] * 2
+    assert steered["corners"] == on["corners"]
+    assert not set(steered["corners"]) & set(off["corners"])
+    assert steered["pictures"] != on["pictures"]
+    assert on["calls"] - steered["calls"] == 2 * (base_on["calls"] - base["calls"])
+    for reply in (off, steered, on):
+        assert reply["reports"] == []
+        assert "DemoFusion scale: 2" in reply["infotext"]
         assert reply["clean"]
 
 

@@ -254,6 +254,59 @@ def test_each_unit_for_each_image_of_a_batch(host):
     assert (together - every).std() > 0.01
 
 
+MODULES = [
+    "canny",
+    "invert",
+    "blur_gaussian",
+    "tile_resample",
+    "tile_colorfix",
+    "tile_colorfix+sharp",
+    "inpaint",
+    "scribble_xdog",
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_preprocessors(host, module):
+    """Any view batch makes the same picture; and pixel perfect goes by the base's size, as in Hires. fix."""
+    image, fields = control_host.ramp(300, 200).rotate(30), {"module": module}
+    if module == "inpaint":
+        fields["mask"] = encoded_mask(np.pad(np.full((100, 100), 255, np.uint8), ((50, 50), (100, 100))))
+
+    def made(size, **more):
+        torch.manual_seed(0)  # tile_colorfix encodes with the noise of all programs, in the base
+        settings = {"phase_steps": 2, "view_batch_size": size}
+        return controlled(host, "controlnet", True, 2, settings, image=image, fields={**fields, **more}, steps=3)
+
+    every = made(0)
+    assert host.comments == []
+    assert same_but_for_rounding(made(1), every)
+    assert torch.isfinite(made(0, pixel_perfect=True)).all()
+    assert host.comments == []
+
+
+def test_lines_stay_thin_and_colours_unmixed(host, shown):
+    """At four times the base's size lines of one pixel are lines of one pixel, and a map has the colours that it had."""
+    lines = np.zeros((64, 64, 3), np.uint8)
+    lines[::16], lines[:, 8::16] = 255, 255
+    colours = np.zeros((64, 64, 3), np.uint8)
+    for i in range(4):
+        for j in range(4):
+            colours[16 * i : 16 * i + 16, 16 * j : 16 * j + 16] = (60 * i, 80 * j, 200)
+    for pixels in (lines, colours):
+        shown.clear()
+        settings = {"phase_steps": 1, "doubling": True, "jitter": False}
+        controlled(host, "controlnet", True, 4, settings, image=Image.fromarray(pixels), steps=2)
+        known = {tuple(colour) for colour in pixels.reshape(-1, 3).tolist()}
+        for views, rows, _, _, [(_, hint)] in shown:
+            seen = (hint * 255).round().byte()
+            assert {tuple(colour) for colour in seen.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0).tolist()} <= known
+            if pixels is lines:
+                local = torch.cat([part for view, part in zip(views, seen.split(rows)) if view.kind == "local"] or [seen[:0]])
+                thick = torch.nn.functional.avg_pool2d((local[:, :1] > 0).float(), 2, stride=1) == 1
+                assert thick.float().mean() < 0.01
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From a picture
 

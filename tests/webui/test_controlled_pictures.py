@@ -1,0 +1,84 @@
+"""Pictures of the embedded checkpoint that the real ControlNet steers with its tile model, in the phases too.
+
+SCREENSHOTS=folder keeps them there, beside the same without and the control image.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import control_host
+import embedded_controlnet
+import numpy as np
+import pytest
+import webui_host
+from PIL import Image
+
+host = control_host.host
+SIDE = 128  # of the images that the checkpoint was made for
+
+
+@pytest.fixture(scope="module")
+def steered(host, tmp_path_factory):
+    """The host with the embedded checkpoint loaded, and its tile model among the extension's."""
+    from scripts import global_state
+
+    write = "import sys; from pathlib import Path; from training.export_webui import export_controlnet as write; "
+    write += "write(Path(sys.argv[1]))"
+    subprocess.run([webui_host.command_python(), "-c", write, global_state.cn_models_dir], cwd=webui_host.ROOT, check=True)
+    assert embedded_controlnet.teach(host.scripts.scripts_data)
+    global_state.update_cn_models()
+    host.load("demofusion-embedded.safetensors")
+    yield host
+    import control_models
+
+    host.load(control_models.RELATIVE)
+
+
+def scene(side):
+    """A picture in the manner of the checkpoint's own: discs and rings on grass, everywhere, also where windows meet."""
+    along = (np.arange(side) + 0.5) / side
+    x, y = along[None, :], along[:, None]
+    pixels = np.broadcast_to(np.array([88, 150, 60], float), (side, side, 3)).copy()
+    for (cx, cy), r, hole, colour in [
+        ((0.25, 0.27), 0.16, 0.07, (200, 40, 40)),
+        ((0.70, 0.30), 0.14, 0.0, (40, 60, 200)),
+        ((0.48, 0.74), 0.18, 0.09, (200, 40, 40)),
+    ]:
+        distance = np.hypot(x - cx, y - cy)
+        pixels[(distance < r) & (distance >= hole)] = colour
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def seen(image):
+    """A picture as the tile model's hint has it: small, in 0..1."""
+    return np.asarray(image.convert("RGB").resize((SIDE // 4, SIDE // 4), Image.Resampling.BOX), float) / 255
+
+
+def keep(name, image):
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        image.save(Path(folder) / f"{name}.png")
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_the_picture_follows_the_hint_everywhere(steered, scale):
+    """Also where windows meet: its error there is not larger than elsewhere."""
+    image = scene(scale * SIDE)
+    settings = dict(steps=12, width=SIDE, height=SIDE, cfg_scale=5, prompt="red rings on grass", seed=4)
+    more = {"phase_steps": 12, "doubling": True}
+    unit = control_host.unit(embedded_controlnet.NAME, image.resize((2 * SIDE, 2 * SIDE)).resize(image.size))
+    with_hint = steered.generate(True, scale, more, alwayson_scripts=control_host.scripts([unit]), **settings).images[0]
+    without = steered.generate(True, scale, more, **settings).images[0]
+    for name, picture in (("with", with_hint), ("without", without), ("hint", image)):
+        keep(f"control-{scale}x-{name}", picture)
+    assert with_hint.size == without.size == image.size
+    near, far = (np.abs(seen(picture) - seen(image)).mean(2) for picture in (with_hint, without))
+    assert near.mean() < 0.5 * far.mean()
+    # Windows of half a stride apart meet at every 1 / (2 * scale) of the picture.
+    borders = np.zeros(near.shape, bool)
+    for number in range(1, 2 * scale):
+        at = round(near.shape[0] * number / (2 * scale))
+        borders[at - 1 : at + 1], borders[:, at - 1 : at + 1] = True, True
+    assert near[borders].mean() < 1.5 * near[~borders].mean()
