@@ -70,15 +70,17 @@ train: $(READY)
 # On a real WebUI: WEBUI_DIR is its folder, WEBUI_PYTHON its Python (with pytest, and playwright for the browser's test).
 # SCREENSHOTS=folder keeps pictures of the form, as docs/webui has them; a font must have emoji in colour for that, such as
 # the package fonts-noto-color-emoji.
-# NEIGHBOURS_DIR, a folder with other extensions as they are cloned, adds the tests beside them.
+# NEIGHBOURS_DIR, a folder with other extensions as they are cloned, adds the tests beside them, ControlNet's among them.
 WEBUI_PYTHON ?= $(WEBUI_DIR)/venv/bin/python
 export DEMOFUSION_PYTHON ?= $(abspath $(RUN))
 
 webui:
 	@test -n "$(WEBUI_DIR)" || { echo "set WEBUI_DIR to the folder of an installed WebUI"; exit 2; }
 
+TEST_WEBUI = $(WEBUI_PYTHON) -m pytest --confcutdir=tests/webui -p no:cacheprovider
 test-webui: webui $(READY)
-	$(WEBUI_PYTHON) -m pytest --confcutdir=tests/webui -p no:cacheprovider tests/webui
+	$(TEST_WEBUI) tests/webui --ignore tests/webui/control
+	$(TEST_WEBUI) tests/webui/control  # in a host of its own, which has ControlNet
 
 bench-webui: webui $(READY)
 	$(WEBUI_PYTHON) -m benchmarks.bench_webui

@@ -343,10 +343,8 @@ def check_control_arguments(args: argparse.Namespace) -> None:
             raise Refused(f"{option} is of a ControlNet; give --controlnet too")
         once = name != "control_image"
         if len(values) not in ((0, 1, models) if once else (0, models)):
-            either = "once for all, or " if once else ""
-            raise Refused(
-                f"{option} is there {len(values)} times, and --controlnet {models} times; give it {either}once for each"
-            )
+            instead = f"{'once for all, or ' if once else ''}once for each"
+            raise Refused(f"{len(values)} {option} do not go with {models} --controlnet; give it {instead}")
     if "" in args.controlnet:
         raise Refused("a ControlNet has no name; give its folder, file or hub name")
     for number, (scale, start, end) in enumerate(zip(*(of_each(args, f"control_{name}") for name in CONTROL_NUMBERS)), 1):

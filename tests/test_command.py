@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import save_file
-from tiny import tiny_pipeline
+from tiny import tiny_controlnet, tiny_pipeline
 
 import lib_demofusion
 from lib_demofusion import __version__, job
@@ -453,6 +453,7 @@ def settings(**changed):
     """The settings in a saved phase of the command's."""
     own = dict(prompt="one red ring", negative_prompt="", model="/nowhere/model", image=None, size=None, width=64, height=64)
     own.update(mask=None, mask_blur=4)
+    own.update({f"control_{name}": [] for name in ("image", "type", "scale", "start", "end")}, controlnet=[])
     own.update(steps=3, cfg_scale=7.5, sampler="Euler", seed=0, batch_count=1, dtype="float32", preset="Paper", scale=3.0)
     method = {f.name: f.default for f in dataclasses.fields(DemoFusionConfig) if f.name not in ("scale", "view_batch_size")}
     made = {**own, **method, **changed}
@@ -497,8 +498,21 @@ def saved_phase(path, text, latents=(1, 4, 16, 16), base=(1, 4, 8, 8), number=2)
                 ("dtype", 16),
                 ("preset", None),
                 ("batch_count", 1.5),
+                ("controlnet", "canny"),
+                ("control_image", None),
             ]
         ),
+        (dict(controlnet=[3]), "its controlnet has 3, of the wrong type"),
+        (dict(controlnet=["a/b"], control_image=[None]), "its control image has None, of the wrong type"),
+        (dict(controlnet=["a/b"], control_scale=["1"]), "its control scale has '1', of the wrong type"),
+        (dict(controlnet=["a/b"], control_end=[True]), "its control end has True, of the wrong type"),
+        (
+            dict(controlnet=["a/b"], control_start=[2]),
+            "control start and end must be from 0 to 1, the start first, got 2 and 1",
+        ),
+        (dict(control_type=["depth"]), "--control-type is of a ControlNet; give --controlnet too"),
+        (dict(controlnet=["a/b"], control_image=["/nowhere.png"]), "no such control image: /nowhere.png"),
+        (dict(controlnet=["/nowhere"]), "no such ControlNet: /nowhere"),
         (dict(image="a.png"), "its width is 64, of the wrong type"),
         (dict(window=9999), "window must be from 0 to 4096, got 9999"),
         (dict(mask_blur=5), "--mask-blur is of a mask; give --mask too"),
@@ -577,7 +591,7 @@ def test_latents_that_the_settings_do_not_make_are_refused(tmp_path, capsys, mod
 
 def test_files_of_older_versions_are_resumed(tmp_path):
     young = ("preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps")
-    young += ("window", "mask", "mask_blur")
+    young += ("window", "mask", "mask_blur", *(name for name in settings() if name.startswith("control")))
     text = json.dumps(settings(**dict.fromkeys(young, LEFT_OUT), stride=0, alpha1=2))
     argv = ["--resume", str(saved_phase(tmp_path / "x.safetensors", text)), "--view-batch-size", "3"]
     args, saved = resumed(parse(argv), argv)
@@ -1121,3 +1135,136 @@ def test_a_large_photo_is_planned_for_the_embedded_checkpoint(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "window: 160x112"
     assert [line.split()[:2] for line in lines[2:-2]] == [["2", "2560x1704"], ["3", "3840x2560"]]
+
+
+# ------------------------------------------------------------------------------------------------------------- ControlNets
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("controlnet") / "tiny, canny"
+    tiny_controlnet(tiny_pipeline("sd15")).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def edges(tmp_path):
+    image = Image.new("RGB", (160, 160))
+    image.paste("white", (20, 40, 90, 150))
+    image.save(tmp_path / "edges.png")
+    return str(tmp_path / "edges.png")
+
+
+def test_a_controlnet_with_its_image_goes_on_from_a_saved_phase(run, net, edges, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--scale", "3", "--save-phases", "--controlnet", net, "--control-image", "edges.png", "--controlnet", net]
+    args += ["--control-image", "edges.png", "--control-scale", "0.5", "--control-end", "1", "--control-end", "0.7"]
+    code, _, err, path = run("one red ring", *args)
+    assert code == 0, err
+    *_, plain = run("one red ring", "--scale", "3", output="plain.png")
+    assert Image.open(path).tobytes() != Image.open(plain).tobytes()
+    text = Image.open(path).info["parameters"]
+    for number, end in enumerate(("1", "0.7")):
+        values = f"Module: none, Model: tiny_ canny, Weight: 0.5, Guidance Start: 0, Guidance End: {end}"
+        assert f'ControlNet {number}: "{values}", ' in text
+    assert text.partition("ControlNet 0")[2] == Image.open(path.with_name("out-phase1.png")).info["parameters"].partition(
+        "ControlNet 0"
+    )[2].replace("Version", "DemoFusion scale: 3, DemoFusion hold steps: 50, Version")
+    monkeypatch.chdir("/")
+    for number in (1, 2):
+        again = tmp_path / "again.png"
+        assert main(["--resume", str(tmp_path / f"out-phase{number}.safetensors"), "-o", str(again)]) == 0
+        with Image.open(path) as a, Image.open(again) as b:
+            assert (a.tobytes(), a.info) == (b.tobytes(), b.info)
+
+
+def test_a_controlnet_without_image_follows_the_phase_before(run, net, tmp_path):
+    *_, plain = run("one red ring", "--scale", "2", "--save-phases", output="plain.png")
+    code, _, err, path = run("one red ring", "--scale", "2", "--save-phases", "--controlnet", net)
+    assert code == 0, err
+    bases = [Image.open(suffixed(p, "phase1")) for p in (path, plain)]
+    assert bases[0].tobytes() == bases[1].tobytes()
+    assert bases[0].info == bases[1].info
+    assert Image.open(path).tobytes() != Image.open(plain).tobytes()
+    assert "Guidance End: 1, Control Image: phase before" in Image.open(path).info["parameters"]
+
+
+def test_a_given_picture_and_a_controlnet_go_together(given, net, tmp_path):
+    photo((240, 192)).save(tmp_path / "depth.png")
+    pictures = []
+    for args in ([], ["--controlnet", net], ["--controlnet", net, "--control-image", str(tmp_path / "depth.png")]):
+        code, _, err, path = given("ring", *args, mask=spot())
+        assert code == 0, err
+        pictures.append(Image.open(path).copy())
+    for picture in pictures[1:]:
+        assert picture.tobytes() != pictures[0].tobytes()
+        assert ImageChops.difference(picture.crop(FAR), pictures[0].crop(FAR)).getbbox() is None
+
+
+def test_the_plan_counts_a_controlnets_memory(run, net, edges):
+    sizes = []
+    for args in ([], ["--controlnet", net, "--control-image", edges]):
+        code, out, _, path = run("one red ring", "--plan", *args)
+        assert code == 0
+        assert not path.exists()
+        sizes.append([int(size) for size in re.findall(r"(\d+) MiB", out)])
+    assert all(more > less for more, less in zip(sizes[1], sizes[0]))
+
+
+def test_the_type_of_a_union_model_is_told_as_the_webui_does():
+    from lib_demofusion.job import control_parameters
+
+    argv = ["a", *(["--controlnet", "u"] * 4)]
+    for kind in ("Lineart", "1", "none", "9"):
+        argv += ["--control-type", kind]
+    kinds = [text.partition("Union Control Type: ")[2] for text in control_parameters(parse(argv), 2).values()]
+    assert kinds == ["Hard Edge, Control Image: phase before", "Depth, Control Image: phase before", *kinds[2:]]
+    assert kinds[2:] == ["", "9, Control Image: phase before"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--control-image", "EDGES"], "--control-image is of a ControlNet; give --controlnet too"),
+        (["--control-scale", "1"], "--control-scale is of a ControlNet; give --controlnet too"),
+        (["--control-type", "depth"], "--control-type is of a ControlNet; give --controlnet too"),
+        (["NET", "NET", "--control-image", "EDGES"], "1 --control-image do not go with 2 --controlnet; give it once for each"),
+        (
+            ["NET", "NET", "NET", "--control-end", "1", "--control-end", ".5"],
+            "2 --control-end do not go with 3 --controlnet; give it once for all, or once for each",
+        ),
+        (["--controlnet", ""], "a ControlNet has no name; give its folder, file or hub name"),
+        (["NET", "--control-scale", "-1"], "the control scale must be at least 0, got -1"),
+        (["NET", "--control-scale", "inf"], "the control scale must be at least 0, got inf"),
+        (
+            ["NET", "NET", "--control-scale", "1", "--control-scale", "nan"],
+            "the control scale of ControlNet 2 must be at least 0",
+        ),
+        (["NET", "--control-start", ".6", "--control-end", ".4"], "control start and end must be from 0 to 1, the start first"),
+        (["NET", "--control-end", "nan"], "control start and end must be from 0 to 1"),
+        (["NET", "--control-image", "/nowhere.png"], "no such control image: /nowhere.png"),
+        (["--controlnet", "/nowhere"], "no such ControlNet: /nowhere"),
+        (["NET", "--control-type", "depth"], "the ControlNet is no union model and has no types; leave the type out"),
+        (
+            ["NET", "--control-image", "EDGES", "--width", "96"],
+            "the ControlNet's image is 160x160, which has not the aspect of",
+        ),
+    ],
+)
+def test_what_a_controlnet_cannot_have_is_refused(run, net, edges, args, says):
+    args = [part for arg in args for part in (["--controlnet", net] if arg == "NET" else [edges if arg == "EDGES" else arg])]
+    code, _, err, path = run("ring", *args)
+    refused(code, err, says, path)
+
+
+def test_a_controlnet_is_refused_before_the_model_is_loaded_and_is_the_files_when_resumed(run, net, edges, tmp_path, capsys):
+    for args, says in (
+        (["--controlnet", "/nowhere"], "no such ControlNet: /nowhere"),
+        (["--controlnet", net, "--control-image", str(tmp_path)], "cannot be read: it is a folder"),
+    ):
+        code, _, err, path = run("ring", "--model", "/nowhere/either", *args)
+        refused(code, err, says, path)
+    saved = saved_phase(tmp_path / "x.safetensors", json.dumps(settings(controlnet=[net])))
+    for more in (["--controlnet", net], ["--control-image", edges], ["--control-scale", "1"], ["--control-type", "depth"]):
+        assert main(["--resume", str(saved), "-o", str(tmp_path / "again.png"), *more]) == 2
+        assert f"--resume takes {more[0][2:].replace('-', ' ')} from the file; leave that out" in capsys.readouterr().err

@@ -63,6 +63,8 @@ REFUSED = [
     ("negative_prompt", 5, "the negative prompt must be a text, got a int"),
     ("negative_prompt", ["red"], "the negative prompt must be a text"),
     ("negative_prompt", "<lora:x:1>", "the negative prompt has '<lora:x:1>'"),
+    ("controls", None, "controls must be a list of Control, got a NoneType"),
+    ("controls", ["canny"], "controls must be a list of Control, got a list"),
     ("config", {"scale": 2.0}, "config must be a DemoFusionConfig, got a dict"),
     ("config", None, "config must be a DemoFusionConfig, got a NoneType"),
     ("config", DemoFusionConfig, "config must be a DemoFusionConfig, got a type"),
@@ -137,7 +139,7 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_computed(pip
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["config", "height", "width", "steps", "cfg_scale", "sampler", "image"])
+@pytest.mark.parametrize("name", ["config", "height", "width", "steps", "cfg_scale", "sampler", "image", "controls"])
 def test_the_plan_refuses_the_same(pipe, name):
     for value, says in [(value, says) for key, value, says in REFUSED if key == name]:
         settings = {"config": SMALL, name: value}

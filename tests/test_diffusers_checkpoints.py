@@ -12,6 +12,7 @@ from tiny import tiny_pipeline
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, generate, load_pipeline
+from lib_demofusion.hosts.diffusers_checkpoints import check_weights_file
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,17 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_what_it_is(tmp_path, name,
 def test_a_pickle_that_holds_something_else_is_refused(tmp_path, holds, says):
     torch.save(holds, tmp_path / "a.ckpt")
     refused(tmp_path / "a.ckpt", f"a.ckpt cannot be loaded: .*{says}")
+
+
+def test_tensors_whose_names_take_as_many_bytes_as_a_pickle_begins_with_are_no_pickle(tmp_path):
+    """One file in thirty-two begins with the byte 128."""
+    for length in range(200):
+        path = tmp_path / "model.safetensors"
+        save_file({"x" * (length + 1): torch.zeros(1)}, path)
+        if path.read_bytes()[0] == 0x80:
+            break
+    check_weights_file(path)
+    assert path.read_bytes()[0] == 0x80
 
 
 def test_a_cut_off_download_is_refused(tmp_path):

@@ -566,6 +566,25 @@ def test_a_following_control_counts_for_each_image(sd15, net):
     assert needs(sd15, plan, images=3, controls=[Control(net)]).controls == 3 * 3 * (128 * 128 + 64 * 64)
 
 
+@pytest.mark.parametrize("what", ["pipeline", "ControlNet"])
+def test_offloaded_networks_make_the_same_picture(what):
+    from accelerate import cpu_offload
+
+    pipe = tiny_pipeline("sd15")
+    net = tiny_controlnet(pipe)
+    made = dict(config=TWICE, steps=1, controls=[Control(net, noise())])
+    whole = last(generate(pipe, "red", **made))
+    if what == "pipeline":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        cpu_offload(net, torch.device("cpu"))
+    for _ in range(2):
+        result = generate(pipe, "red", **made)
+        assert error(last(result), whole) < 1e-4
+    with pytest.raises(RuntimeError, match="offloaded"):
+        needs(pipe, result.plan, controls=made["controls"])
+
+
 def test_jobs_that_share_a_controlnet_wait_for_each_other(net):
     pipe, other = tiny_pipeline("sd15"), tiny_pipeline("sd15")
     inside, go_on, order = threading.Event(), threading.Event(), []
@@ -692,7 +711,7 @@ def test_a_file_whose_tensors_are_of_other_shapes_is_refused(sd15, net, tmp_path
     for name, weights in (("conv_in.weight", torch.zeros(8, 9, 3, 3)), ("another", torch.zeros(1)), ("conv_in.bias", None)):
         tensors = {key: value for key, value in {**net.state_dict(), name: weights}.items() if value is not None}
         save_file(tensors, tmp_path / "net.safetensors")
-        says = f"cannot be loaded: it is no ControlNet for this kind of checkpoint, or broken: {name} is of another shape$"
+        says = f"cannot be loaded: it is no ControlNet for this kind of checkpoint, or broken: {name} does not agree$"
         with pytest.raises(ValueError, match=says):
             load_controlnet(tmp_path / "net.safetensors", sd15)
 
@@ -703,6 +722,7 @@ FILES = [
     ("first_stage_model.x", "it is a checkpoint; give the ControlNet alone"),
     ("adapter.conv_in.weight", "it is a T2I-Adapter; use a ControlNet"),
     ("image_proj.x", "it is an IP-Adapter; use a ControlNet"),
+    ("control_model.label_emb.0.0.weight", "its SDXL names are not diffusers', which cannot read it"),
     ("down_blocks.0", "it is no ControlNet: none of its tensors has the name of one"),
 ]
 

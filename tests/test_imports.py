@@ -109,6 +109,19 @@ def test_the_webuis_files_import_one_way_and_fit_a_sitting():
                     assert other in before, f"{name} imports {other}"
 
 
+# The files of the diffusers host, each of which may import those before it.
+DIFFUSERS = ["arguments", "checkpoints", "schedules", "controlnet_files", "controlnet"]
+
+
+def test_the_diffusers_hosts_files_import_one_way():
+    names = [f"diffusers_{name}" for name in DIFFUSERS] + ["diffusers"]
+    assert {path.stem for path in (ROOT / "hosts").glob("diffusers*.py")} == set(names)
+    for position, name in enumerate(names):
+        for node in ast.walk(ast.parse((ROOT / "hosts" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("lib_demofusion.hosts.diffusers"):
+                assert node.module.rpartition(".")[2] in names[:position], f"{name} imports {node.module}"
+
+
 # Development's own packages, each of which may import those before it, and the product.
 DEVELOPMENT = ["training", "benchmarks", "evaluation"]
 

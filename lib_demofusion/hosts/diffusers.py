@@ -49,12 +49,11 @@ from lib_demofusion.hosts.diffusers_controlnet import (
     UNION_TYPES,
     Control,
     Controls,
-    check_controlnet,
     check_controls,
     control_bytes,
     controlled_call_bytes,
-    load_controlnet,
 )
+from lib_demofusion.hosts.diffusers_controlnet_files import check_controlnet, load_controlnet
 from lib_demofusion.hosts.diffusers_schedules import (
     SAMPLERS,
     Sampler,
