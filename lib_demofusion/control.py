@@ -52,7 +52,7 @@ def seen_by(
     def at(down: int, right: int) -> Tensor:
         # What lies beyond a border: the other side where the plane is rolled, else the border itself.
         row, column = ((i % n) if wraps else i.clamp(0, n - 1) for i, n in ((y.long() + down, h), (x.long() + right, w)))
-        return image[..., row[:, None], column]
+        return _taken(_taken(image, -2, row), -1, column)
 
     seen = at(0, 0)
     below, beside = (rows - y).float()[:, None].to(image.device), (columns - x).float().to(image.device)
@@ -64,6 +64,19 @@ def seen_by(
             right = torch.lerp(right, at(1, 1).float(), below.expand(seen.shape[-2:]))
         seen = torch.lerp(seen.float(), right, beside.expand(seen.shape[-2:]))
     return seen
+
+
+def _taken(image: Tensor, axis: int, index: Tensor) -> Tensor:
+    """image's rows, or columns, of these numbers; where they follow one another, but for a border's repeated, by slices."""
+    before, after = (int((index == index[end]).sum()) - 1 for end in (0, -1))
+    inner = index[before : len(index) - after]
+    if not bool((inner.diff() == 1).all()):
+        return image.index_select(axis, index.to(image.device))
+    part = image.narrow(axis, int(inner[0]), len(inner))
+    if not before and not after:
+        return part
+    edges = [part.narrow(axis, end, 1) for end in (0, len(inner) - 1)]
+    return torch.cat([edges[0]] * before + [part] + [edges[1]] * after, axis)
 
 
 def _places(pixels: int, side: int, start: int, length: int, view: View, factor: int, shift: int) -> Tensor:
