@@ -103,8 +103,9 @@ TABLES = {
     ),
     "Control": Table(
         CONTROL,
-        "The presets with the embedded tile ControlNet at a strength: each phase is shown the one before. It is evaluated as "
-        "often as the UNet in the phases, which the evaluations leave out, and the time holds.",
+        "The presets with the embedded tile ControlNet at a strength, each against the preset without it: each phase is shown "
+        "the one before. It is evaluated as often as the UNet in the phases, which the evaluations leave out, and the time "
+        "holds.",
         "Fast",
         ("16x",),
         apart={name: "Turbo" for name in CONTROL if name.startswith("Turbo")},
@@ -162,7 +163,7 @@ def start(model: str, device: str, dtype: str, openvino: bool = False) -> None:
         from evaluation.openvino import compile_controlnet, compile_unet
 
         compile_unet(_pipe.unet)
-        compile_controlnet(tile_controlnet())
+        compile_controlnet(tile_controlnet(_pipe))
 
 
 def draw(task: Task) -> int:

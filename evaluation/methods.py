@@ -17,15 +17,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForImage2Image, ControlNetModel
+from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
 from benchmarks.measure import base_alone
 from evaluation import upscaler
 from lib_demofusion import schedule
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import generate
-from lib_demofusion.hosts.diffusers_controlnet import Control
+from lib_demofusion.hosts.diffusers import Control, generate, load_controlnet
 from lib_demofusion.views import local_views
 from training.tile import CONTROLNET
 
@@ -112,9 +111,9 @@ def only(progressive: bool, skip_residual: bool, dilated: bool) -> Iterator[None
 
 
 @functools.cache
-def tile_controlnet(device: str = "cpu", dtype: torch.dtype = torch.float32) -> ControlNetModel:
-    """The embedded checkpoint's, once for each worker."""
-    return ControlNetModel.from_pretrained(CONTROLNET).to(device, dtype)
+def tile_controlnet(pipe):
+    """The embedded checkpoint's ControlNet for a pipeline, loaded once."""
+    return load_controlnet(CONTROLNET, pipe)
 
 
 def demofusion(
@@ -136,9 +135,7 @@ def demofusion(
         own = replace(config, scale=float(job.scale))
         base = dict(image=job.base) if job.window else dict(height=job.base.height, width=job.base.width)
         if control:
-            unet = job.pipe.unet
-            model = tile_controlnet(str(unet.device), unet.dtype)
-            base["controls"] = [Control(model, scale=control[0], end=control[1])]
+            base["controls"] = [Control(tile_controlnet(job.pipe), scale=control[0], end=control[1])]
         with only(progressive, skip_residual, dilated):
             result = generate(job.pipe, job.caption, config=own, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE, **base)
         return result.images()[0], result.evaluations - result.plan.evaluations_to(1)

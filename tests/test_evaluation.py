@@ -252,7 +252,7 @@ def test_the_tile_controlnet_is_on_in_the_phases_at_its_scale_and_up_to_its_end(
 
     handles = [
         job.pipe.unet.register_forward_pre_hook(unet_is_called, with_kwargs=True),
-        tile_controlnet().register_forward_pre_hook(controlnet_is_called, with_kwargs=True),
+        tile_controlnet(job.pipe).register_forward_pre_hook(controlnet_is_called, with_kwargs=True),
     ]
     demofusion(preset="Turbo", control=(0.5, 0.5))(job)
     for handle in handles:
@@ -291,20 +291,16 @@ def test_a_unet_by_openvino_gives_what_torch_gives(openvino, kind):
 def test_the_tile_controlnet_by_openvino_gives_what_torch_gives(openvino):
     plain, other = (make_job(load_pipeline(), "one red ring on snow", 3, SCALE, STEPS) for _ in range(2))
     expected = CONTROL["Turbo, tile 1"](plain).image.astype(int)
-    tile_controlnet.cache_clear()
-    try:
-        openvino.compile_unet(other.pipe.unet, "f32")
-        openvino.compile_controlnet(tile_controlnet(), "f32")
-        called = []
-        tile_controlnet().mid_block.register_forward_hook(lambda *_: called.append(True))
-        made = CONTROL["Turbo, tile 1"](other).image.astype(int)
-        assert np.abs(made - expected).max() <= 1
-        assert called, "to be compiled"
-        called.clear()
-        CONTROL["Turbo, tile 1"](other)
-        assert not called, "torch's modules, once it is compiled"
-    finally:
-        tile_controlnet.cache_clear()
+    openvino.compile_unet(other.pipe.unet, "f32")
+    openvino.compile_controlnet(tile_controlnet(other.pipe), "f32")
+    called = []
+    tile_controlnet(other.pipe).mid_block.register_forward_hook(lambda *_: called.append(True))
+    made = CONTROL["Turbo, tile 1"](other).image.astype(int)
+    assert np.abs(made - expected).max() <= 1
+    assert called, "to be compiled"
+    called.clear()
+    CONTROL["Turbo, tile 1"](other)
+    assert not called, "torch's modules, once it is compiled"
 
 
 def test_the_report_of_pictures_by_openvino(openvino, checkpoint, tmp_path, monkeypatch):
@@ -329,8 +325,6 @@ def test_what_openvino_cannot_run_is_refused(openvino):
     controlnet = ControlNetModel.from_unet(unet)
     with pytest.raises(ValueError, match="without attention"):
         openvino.compile_controlnet(controlnet)
-    openvino.compile_controlnet(tile_controlnet())
-    tile_controlnet.cache_clear()
 
 
 def test_the_papers_own_metrics_in_the_report(checkpoint, tmp_path, monkeypatch):
