@@ -1,7 +1,8 @@
 """Phases by the command's host, on diffusers, for test_same_as_command.py.
 
-python reference.py OUT.npz SCALE HEIGHT WIDTH SETTINGS. SETTINGS: as JSON. HEIGHT and WIDTH are the base's, in latent
-pixels. Everything random comes from one generator here and goes along.
+python reference.py OUT.npz SCALE HEIGHT WIDTH SETTINGS CONTROL. SETTINGS: as JSON. HEIGHT and WIDTH are the base's, in
+latent pixels. CONTROL: the path of an image for the embedded ControlNet, or nothing. Everything random comes from one
+generator here and goes along.
 """
 
 import json
@@ -9,6 +10,7 @@ import sys
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts import diffusers
@@ -17,11 +19,16 @@ from lib_demofusion.phases import upscale
 PROMPT, NEGATIVE, STEPS, CFG = "two red striped rings on grass", "blue", 5, 5.0
 
 
-def main(out, scale, h, w, settings):
+def main(out, scale, h, w, settings, control):
     pipe = diffusers.load_pipeline()
+    controls = ()
+    if control:
+        controlnet = diffusers.load_controlnet(diffusers.EMBEDDED_CHECKPOINT / "controlnet", pipe)
+        controls = [diffusers.Control(controlnet, Image.open(control).convert("RGB"))]
     config = DemoFusionConfig(scale=scale, jitter=False, view_batch_size=3, **settings)
     plan = diffusers.plan_for(pipe, config, height=8 * h, width=8 * w, steps=STEPS, cfg_scale=CFG)
-    run = diffusers._Run(pipe, plan, config, diffusers.SAMPLERS["Euler"], STEPS, CFG, [0], None, None, None, None)
+    euler, nothing = diffusers.SAMPLERS["Euler"], (None, None, None, None)
+    run = diffusers._Run(pipe, plan, config, euler, STEPS, CFG, [0], *nothing, controls)
     generator = torch.Generator().manual_seed(7)
     base = torch.randn(1, 4, h, w, generator=generator)
     base[..., : w // 2] = 0  # a plain half
@@ -36,4 +43,4 @@ def main(out, scale, h, w, settings):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5]))
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5]), sys.argv[6])

@@ -12,6 +12,7 @@ import embedded_controlnet
 import numpy as np
 import pytest
 import webui_host
+from command import assert_same
 from PIL import Image
 
 from training.scenes import Scene, render
@@ -78,3 +79,14 @@ def test_the_picture_follows_the_hint_everywhere(steered, scale):
         at = round(near.shape[0] * number / (2 * scale))
         borders[at - 1 : at + 1], borders[:, at - 1 : at + 1] = True, True
     assert near[borders].mean() < 1.5 * near[~borders].mean()
+
+
+@pytest.mark.parametrize(("scale", "h", "w", "settings"), [(2, 16, 16, {}), (4, 16, 24, {"doubling": True})])
+def test_same_latents_as_the_command(steered, options, monkeypatch, tmp_path, scale, h, w, settings):
+    """A map of few colours, at whole scales: both enlarge it to the bit alike."""
+    image, _ = scene(SIDE)
+    path = tmp_path / "map.png"
+    image.resize((8 * w, 8 * h)).quantize(24).convert("RGB").save(path)
+    unit = control_host.unit(embedded_controlnet.NAME, Image.open(path))
+    scripts = control_host.scripts([unit])
+    assert_same(steered, options, monkeypatch, tmp_path, scale, h, w, settings, path, alwayson_scripts=scripts)
