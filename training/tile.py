@@ -1,4 +1,4 @@
-"""Makes a tile ControlNet for the embedded checkpoint, which stays as it is: scenes -> latents -> ControlNet -> export.
+"""Makes a tile ControlNet for the embedded checkpoint, which stays as it is: scenes -> latents, hints -> ControlNet -> export.
 
     python -m training.train --recipe tile
 
@@ -28,12 +28,14 @@ from training.train import (
     forget_origin,
     loss_weight,
     make_scenes,
+    to_unit,
     unet_stage,
 )
 
 CONTROLNET = EMBEDDED_CHECKPOINT / "controlnet"
 HINT_CHANNELS = (8, 16, 32, 64)  # of the hint's embedding, at 1, 1/2, 1/4 and 1/8 of its size
 BLUR = 8  # pixels of a picture that are one in its strongest blur, each way
+WEAR = 0.4  # most noise on the latents of worn hints, whose own spread is 1
 
 
 def blurred(pixels: np.ndarray, factors: np.ndarray) -> torch.Tensor:
@@ -46,6 +48,22 @@ def blurred(pixels: np.ndarray, factors: np.ndarray) -> torch.Tensor:
         small = image.resize([max(round(side / factor), 1) for side in image.size], Image.Resampling.BICUBIC)
         out.append(np.asarray(small.resize(image.size, Image.Resampling.BICUBIC)))
     return torch.tensor(np.stack(out)).permute(0, 3, 1, 2).float().div_(255)
+
+
+@torch.no_grad()
+def worn(vae: torch.nn.Module, pixels: np.ndarray, wear: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """Pictures as a model might have drawn them at half the size: shrunken, and decoded from latents with some noise.
+
+    pixels: uint8 [N, H, W, 3]. wear: [N], the noise's spread. Returns uint8 [N, H, W, 3], enlarged again.
+    """
+    h, w = pixels.shape[1:3]
+    small = torch.nn.functional.avg_pool2d(to_unit(pixels), 2)
+    latents = vae.encode(small).latent_dist.mean * vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=generator)
+    latents = latents + torch.as_tensor(wear, dtype=torch.float32).view(-1, 1, 1, 1) * noise
+    decoded = vae.decode(latents / vae.config.scaling_factor).sample.add(1).mul(127.5).clamp(0, 255).round().byte()
+    images = map(Image.fromarray, decoded.permute(0, 2, 3, 1).contiguous().numpy())
+    return np.stack([np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)) for image in images])
 
 
 def new_controlnet(unet: torch.nn.Module, seed: int) -> ControlNetModel:
@@ -74,6 +92,22 @@ def make_latents(build: Path, recipe: Recipe) -> None:
     torch.save((latents * vae.config.scaling_factor).half(), build / "latents.pt")
 
 
+def make_worn(build: Path, recipe: Recipe) -> None:
+    """worn.npy: the views as hints that are no better than what the model draws, uint8 as in scenes.npy.
+
+    A hint of the true picture, however blurred, shows something of its textures. What a phase follows is the model's own
+    picture at a smaller size: there are ripples in its plain areas, and the textures may be missing.
+    """
+    vae, rng, generator = load_pipeline().vae, np.random.default_rng(recipe.seed), torch.Generator().manual_seed(recipe.seed)
+    views = np.load(build / "scenes.npy", mmap_mode="r")
+    out = np.lib.format.open_memmap(build / "worn.tmp", "w+", np.uint8, views.shape)
+    for start in range(0, len(views), 8):
+        pixels = views[start : start + 8].reshape(-1, *views.shape[2:])
+        out[start : start + 8] = worn(vae, pixels, WEAR * rng.random(len(pixels)), generator).reshape(-1, *views.shape[1:])
+    out.flush()
+    (build / "worn.tmp").rename(build / "worn.npy")
+
+
 def make_controlnet(build: Path, recipe: Recipe) -> None:
     """The ControlNet, trained so that the embedded UNet predicts the noise of what the hint shows.
 
@@ -83,7 +117,8 @@ def make_controlnet(build: Path, recipe: Recipe) -> None:
     unet, text_encoder = pipe.unet.requires_grad_(False), pipe.text_encoder.requires_grad_(False)
     model = new_controlnet(unet, recipe.seed)
     rng = np.random.default_rng(recipe.seed + 1)
-    views, latents = np.load(build / "scenes.npy", mmap_mode="r"), torch.load(build / "latents.pt")
+    views, old = (np.load(build / name, mmap_mode="r") for name in ("scenes.npy", "worn.npy"))
+    latents = torch.load(build / "latents.pt")
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
     first, saved = 0, build / "controlnet_checkpoint.pt"
@@ -99,12 +134,16 @@ def make_controlnet(build: Path, recipe: Recipe) -> None:
     steps = sum(stage[0] for stage in recipe.stages)
     log = Log("controlnet", steps, first)
     for step in range(first, steps):
-        lr, reach = unet_stage(recipe, step)
+        lr, some_worn = unet_stage(recipe, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         index, view = rng.integers(0, recipe.scenes, recipe.batch), rng.integers(0, 4, recipe.batch)
         t = torch.from_numpy(rng.integers(0, 1000, recipe.batch))
-        hint = blurred(views[index, view], BLUR ** rng.random(recipe.batch))
+        pixels = views[index, view]
+        if some_worn:
+            half = rng.random(recipe.batch) < 0.5
+            pixels[half] = old[index[half], view[half]]
+        hint = blurred(pixels, BLUR ** rng.random(recipe.batch))
         texts = captions(recipe, rng, index)
         ids = pipe.tokenizer(texts, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
         z = latents[index, view].float()
@@ -113,7 +152,7 @@ def make_controlnet(build: Path, recipe: Recipe) -> None:
         down, mid = model(noisy, t, text, hint, return_dict=False)
         residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
         predicted = unet(noisy, t, text, **residuals).sample
-        loss = ((predicted - noise).square().mean((1, 2, 3)) * loss_weight(snr[t], reach)).mean()
+        loss = ((predicted - noise).square().mean((1, 2, 3)) * loss_weight(snr[t], True)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,5 +179,6 @@ def export(build: Path, out: Path) -> None:
 STAGES = {
     "scenes": ("scenes.npy", make_scenes),
     "latents": ("latents.pt", make_latents),
+    "worn": ("worn.npy", make_worn),
     "controlnet": ("controlnet", make_controlnet),
 }

@@ -42,8 +42,9 @@ ROOT = Path(__file__).resolve().parent
 class Recipe:
     """What a checkpoint is made from.
 
-    layout: of the scenes (`scenes.render`). channels: of the UNet's three levels. stages: of the UNet's training, or the
-    ControlNet's: steps, peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`). scenes: how many.
+    layout: of the scenes (`scenes.render`). channels: of the UNet's three levels. stages: of the UNet's training: steps,
+    peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`); of the ControlNet's, whether some of the
+    hints are worn (`tile.make_worn`). scenes: how many.
     """
 
     seed: int
@@ -67,7 +68,7 @@ RECIPES = {
         0, "anywhere", (64, 96, 88), 48, ((5_200, 1e-3, 300, False), (600, 4e-4, 30, True), (6_600, 8e-4, 100, True))
     ),
     "second": Recipe(1, "row", (48, 72, 64), 40, ((1_500, 1e-3, 300, False), (4_000, 1e-3, 100, True))),
-    "tile": Recipe(2, "anywhere", (64, 96, 88), 48, ((1_800, 1e-3, 100, True),), scenes=4_000),
+    "tile": Recipe(2, "anywhere", (64, 96, 88), 48, ((1_800, 1e-3, 100, False), (600, 5e-4, 50, True)), scenes=4_000),
 }
 
 
@@ -94,7 +95,7 @@ def cosine_lr(step: int, steps: int, peak: float, warmup: int = 100) -> float:
 
 
 def unet_stage(recipe: Recipe, step: int) -> tuple[float, bool]:
-    """The learning rate at a step of the UNet's training, and whether close-ups reach high noise there."""
+    """The learning rate at a step of the UNet's training, or the ControlNet's, and its stage's last setting."""
     for steps, peak, warmup, reach in recipe.stages:
         if step < steps:
             return cosine_lr(step, steps, peak, warmup), reach

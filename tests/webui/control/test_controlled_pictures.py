@@ -21,14 +21,19 @@ host = control_host.host
 SIDE = 128  # of the images that the checkpoint was made for
 
 
+def export_to(folder):
+    """Write the tile model into a folder, as the extension reads it."""
+    write = "import sys; from pathlib import Path; from training.export_webui import export_controlnet as write; "
+    write += "write(Path(sys.argv[1]))"
+    subprocess.run([webui_host.command_python(), "-c", write, folder], cwd=webui_host.ROOT, check=True)
+
+
 @pytest.fixture(scope="module")
 def steered(host, tmp_path_factory):
     """The host with the embedded checkpoint loaded, and its tile model among the extension's."""
     from scripts import global_state
 
-    write = "import sys; from pathlib import Path; from training.export_webui import export_controlnet as write; "
-    write += "write(Path(sys.argv[1]))"
-    subprocess.run([webui_host.command_python(), "-c", write, global_state.cn_models_dir], cwd=webui_host.ROOT, check=True)
+    export_to(global_state.cn_models_dir)
     assert embedded_controlnet.teach(host.scripts.scripts_data)
     global_state.update_cn_models()
     host.load("demofusion-embedded.safetensors")
