@@ -85,11 +85,12 @@ class ViewBatch:
     call was, and doubles while the memory for it is free and the time per view falls by 5 %. Elsewhere it is a fixed
     number, so that a seed gives one picture to the bit: a batch's size moves the last bits of a float.
 
-    Either is halved when memory runs out, for good.
+    Either is halved when memory runs out, for good. view: what the user calls what has a view's size.
     """
 
-    def __init__(self, setting: int, device: torch.device):
+    def __init__(self, setting: int, device: torch.device, view: str = "base image"):
         self.device = device
+        self.view = view
         self.growing = setting == 0 and device.type == "cuda"
         self.size = setting or (1 if self.growing else FIXED_SIZE)
         self.fitted = 0  # the largest call that went well
@@ -108,9 +109,8 @@ class ViewBatch:
             answer = unless_out_of_memory(partial(call, batch), self.device)
             if answer is None:
                 if len(batch) == 1:
-                    raise OutOfMemory(
-                        "out of memory with one view at a time; a smaller base image or half precision needs less"
-                    )
+                    line = f"out of memory with one view at a time; a smaller {self.view} or half precision needs less"
+                    raise OutOfMemory(line)
                 self.size, self.growing = max(len(batch) // 2, 1), False
                 continue
             self.fitted = max(self.fitted, len(batch))

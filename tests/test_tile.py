@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lib_demofusion.hosts.diffusers import load_pipeline
 from training import export_webui, train
 from training.scenes import Scene, crops, render, shrink
-from training.tile import CONTROLNET, blurred, new_controlnet
+from training.tile import CONTROLNET, blurred, new_controlnet, worn
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,20 @@ def test_a_hint_is_the_picture_with_less_and_less_detail():
     assert torch.equal(same, torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)
     lost = [float((blurred(pictures, np.full(4, factor)) - same).square().mean()) for factor in (1.5, 2, 4, 8)]
     assert 0 < lost[0] < lost[1] < lost[2] < lost[3] < 0.05
+
+
+def test_a_worn_hint_is_what_the_autoencoder_makes_of_half_the_size_with_noise(pipe):
+    pictures, _ = scenes(4, seed=11)
+
+    def made(wear):
+        return worn(pipe.vae, pictures, np.full(len(pictures), wear), torch.Generator().manual_seed(0)).astype(float)
+
+    clean, noisy, noisier = (made(wear) for wear in (0.0, 0.2, 0.4))
+    assert clean.shape == pictures.shape
+    coarse = [shrink(x.transpose(1, 2, 0, 3).reshape(128, 128, -1), 8) for x in (clean, pictures)]
+    assert np.abs(coarse[0] - coarse[1]).mean() < 4, "the picture, but for its detail"
+    off = [np.square(x - clean).mean() for x in (noisy, noisier)]
+    assert 1 < off[0] < 0.7 * off[1]
 
 
 @torch.inference_mode()
@@ -188,5 +202,5 @@ def test_a_stage_that_the_recipe_lacks_is_refused(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr("sys.argv", ["train", "--recipe", "tile", "--build", str(tmp_path / "build"), "vae"])
     with pytest.raises(SystemExit):
         train.main()
-    assert "no such stage: vae; the recipe has scenes, latents, controlnet, export" in capsys.readouterr().err
+    assert "no such stage: vae; the recipe has scenes, latents, worn, controlnet, export" in capsys.readouterr().err
     assert not (tmp_path / "build").exists()

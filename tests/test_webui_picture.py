@@ -842,7 +842,10 @@ TROUBLE = {
     "interrupt": ("was stopped", "stopped"),
     "skip": ("was stopped", "stopped"),
     "error": ("failed: the model broke", "failed: the model broke"),
-    "memory": ("ran out of memory with one view at a time", "out of memory with one view at a time"),
+    "memory": (
+        "ran out of memory with one view at a time; a smaller window or half precision needs less",
+        "out of memory with one view at a time; a smaller window or half precision needs less",
+    ),
     "nan": ("failed: NaN in what the unet made", "failed: NaN in what the unet made"),
 }
 
@@ -956,6 +959,15 @@ def test_a_picture_that_cannot_be_encoded_comes_back(host, monkeypatch):
     reply = enlarge(host, given)
     assert_equal(reply.images[0], given)
     assert "out of memory" in said(host, reply)["DemoFusion incomplete"]
+
+
+def test_out_of_memory_beside_the_views_speaks_of_windows(host, monkeypatch):
+    monkeypatch.setattr(host.webui.phases, "fusion_for", lambda *args, **more: no_memory())
+    reply = enlarge(host, picture())
+    line = (
+        "the picture is as it was given, because the next ran out of memory beside the views; a smaller scale or window needs"
+    )
+    assert said(host, reply)["DemoFusion incomplete"].startswith(line)
 
 
 WHATEVER = ["Phases", "_restored", "Progress.pause", "_keep_what_is_finished", "may_use_tiles", "_Job.called", "read_resumed"]

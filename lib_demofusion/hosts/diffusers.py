@@ -225,8 +225,7 @@ def generate(
         except (Cancelled, KeyboardInterrupt, SystemExit) as error:
             raise Incomplete("stopped", run.result, cancelled=True) from error
         except OutOfMemory as error:
-            line = str(error).replace("base image", "window") if given else str(error)
-            raise Incomplete(line, run.result) from error
+            raise Incomplete(str(error), run.result) from error
         except Exception as error:  # the model's, or of one of the caller's own functions
             kind = "" if isinstance(error, (RuntimeError, FloatingPointError)) else f"{type(error).__name__}: "
             raise Incomplete(f"failed: {kind}{first_line(error)}", run.result) from error
@@ -551,7 +550,8 @@ class _Run:
         self.before = None if given is None else [given.picture]  # what the next phase is made from, for those that follow it
         # On the CPU whatever the device, so that a seed gives one picture everywhere.
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
-        self.result = Result(plan, pipe, [], ViewBatch(config.view_batch_size, self.device), given=given)
+        view_batch = ViewBatch(config.view_batch_size, self.device, "window" if given else "base image")
+        self.result = Result(plan, pipe, [], view_batch, given=given)
 
     def _schedule(self, steps: int, settings: Mapping[str, Any] = MappingProxyType({})) -> Any:
         return make_schedule(self.pipe.scheduler, self.sampler, steps, settings, self.device)

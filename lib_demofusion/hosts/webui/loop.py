@@ -67,7 +67,7 @@ def post_sample(p: Any, ps: Any, args: Sequence[Any], start: Start | None = None
         if start is not None:
             start.hand_over(ps)
             made = "the picture is as it was given" if start.from_picture else made
-        say(p, "incomplete", f"{made}, because the next {_verb(_reason(error))}")
+        say(p, "incomplete", f"{made}, because the next {_verb(_reason(error, start is not None and start.from_picture))}")
 
 
 def _run_phases(p: Any, ps: Any, settings: Settings, start: Start | None) -> None:
@@ -134,7 +134,7 @@ class _Job:
                 trouble = "stopped"
             except Exception as error:  # whatever it is, what is finished must not be lost
                 errors.report(f"{NAME} failed", exc_info=True)
-                trouble = _reason(error)
+                trouble = _reason(error, self.from_picture)
         self.progress.close()
         if phases.view_batch.size < self.config.view_batch_size:
             say(p, "note", f"a view batch size of {self.config.view_batch_size} did not fit; {phases.view_batch.size} did.")
@@ -169,7 +169,7 @@ class _Job:
                 return
             except Exception as error:
                 errors.report(f"{NAME}: phase {phase.number} cannot be decoded", exc_info=True)
-                lost = f"{self.called(phase)}, cannot be decoded: {_reason(error)}"
+                lost = f"{self.called(phase)}, cannot be decoded: {_reason(error, self.from_picture)}"
                 say(p, "incomplete", f"{lost}; {self.called(self.finished[-1][0])}, is what you get.")
 
     def _given(self, phase: Phase) -> bool:
@@ -208,9 +208,9 @@ def _keep_what_is_finished() -> None:
     shared.state.skipped = False
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, from_picture: bool) -> str:
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):  # not in a view: the whole latents or picture
-        return "out of memory beside the views; a smaller scale or base image needs less"
+        return f"out of memory beside the views; a smaller scale or {'window' if from_picture else 'base image'} needs less"
     return str(error) if isinstance(error, OutOfMemory) else f"failed: {first_line(error)}"
 
 

@@ -36,7 +36,7 @@ class Phases:
         self.plan = plan
         self.config = config
         self.progress = progress
-        self.view_batch = ViewBatch(config.view_batch_size, devices.device)
+        self.view_batch = ViewBatch(config.view_batch_size, devices.device, "window" if plan.from_picture else "base image")
 
     def take_up(self, saved: SavedPhase, base: Tensor) -> tuple[Tensor, tuple[int, Tensor]]:
         """The base and the finished phase of a file, checked against the base just made, [1, C, h, w]."""
