@@ -60,9 +60,21 @@ def get_pytorch_control(pixels):
 
 
 class Preprocessor:
+    """asked: how often any of them was."""
+
+    asked = 0
+    returns_image = True
+
+    def __init__(self, name):
+        self.name = name
+
     @staticmethod
     def get_preprocessor(name):
-        return lambda pixels: 255 - pixels if name == "invert" else pixels
+        return Preprocessor(name)
+
+    def cached_call(self, pixels, resolution=None):
+        Preprocessor.asked += 1
+        return SimpleNamespace(value=255 - pixels if self.name == "invert" else pixels)
 
 
 def get_control(p, unit, idx, control_model_type, preprocessor):
@@ -73,8 +85,9 @@ def get_control(p, unit, idx, control_model_type, preprocessor):
             raise ValueError("controlnet is enabled but no input image is given")
         image = np.asarray(given.convert("RGB"))
     np.random.seed(p.seed)
-    found = preprocessor(image)
-    control, _ = Script.detectmap_proc(found, unit.module, ResizeMode.RESIZE, p.height // 8 * 8, p.width // 8 * 8)
+    found = preprocessor.cached_call(image, resolution=64)
+    assert preprocessor.returns_image
+    control, _ = Script.detectmap_proc(found.value, unit.module, ResizeMode.RESIZE, p.height // 8 * 8, p.width // 8 * 8)
     return [control], [None], []
 
 

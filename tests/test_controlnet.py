@@ -209,6 +209,13 @@ def test_a_unit_without_an_image_takes_the_picture(host):
     assert line.startswith("a unit of ControlNet has no image of its own and would show the first picture to all of them;")
 
 
+def test_a_preprocessor_is_asked_once_by_all_phases(host, controlnet, monkeypatch):
+    """And once by the extension itself. Many are networks, and the extension keeps nothing of what they find."""
+    monkeypatch.setattr(fake_controlnet.Preprocessor, "asked", 0)
+    generate(host, True, 4, unit=of_kind("invert"), more=[of_kind("ControlNet")])
+    assert fake_controlnet.Preprocessor.asked == 4
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_order_of_the_scripts_does_not_matter(host, first):
     picture = Image.fromarray(noise(96, 64))

@@ -41,18 +41,40 @@ def mark(p: Any) -> None:
         p.c, p.uc = marked(p.c, positive=True), marked(p.uc, positive=False)
 
 
-def hints(p: Any, plan: Plan, phase: Phase, start: Start | None) -> Hints | None:
-    """What the units of p show to one phase; None where none is on. Raises ValueError, one line, as `check_hooked`."""
+def hints(p: Any, plan: Plan, phase: Phase, start: Start | None, found: dict[int, Preprocessed]) -> Hints | None:
+    """What the units of p show to one phase; None where none is on. Raises ValueError, one line, as `check_hooked`.
+
+    found: by the units' numbers, what their preprocessors have made in this job; empty at its beginning.
+    """
     network = units.hook_of(p)
     if network is None or not network.control_params:
         return None
     units.check_hooked(p, 0 if start is None else len(start.pictures))
     script, _ = units.script_of(p)
-    shown = [
-        _unit(p, script, index, unit, param, plan, phase, start)
-        for index, (unit, param) in enumerate(zip(script.enabled_units, network.control_params))
-    ]
+    shown = []
+    for index, (unit, param) in enumerate(zip(script.enabled_units, network.control_params)):
+        if index not in found:
+            known = units.module_of(script, "controlnet_main_entry")["Preprocessor"]
+            found[index] = Preprocessed(known.get_preprocessor(unit.module))
+        shown.append(_unit(_Making(p, script, index, unit, param, found[index], start), plan, phase))
     return Hints(phase.size, plan.window, shown)
+
+
+class Preprocessed:
+    """One of the extension's preprocessors, as its `get_control` takes it, which is asked no more than once.
+
+    Some are networks, and what they find in an image does not go by the size that it is then brought to.
+    """
+
+    def __init__(self, preprocessor: Any):
+        self.preprocessor = preprocessor
+        self.returns_image = preprocessor.returns_image
+        self.result: Any = None
+
+    def cached_call(self, *args: Any, **kwargs: Any) -> Any:
+        if self.result is None:
+            self.result = self.preprocessor.cached_call(*args, **kwargs)
+        return self.result
 
 
 # What the extension notes at every step and call, on its hook, on the UNet and on its units.
@@ -91,25 +113,22 @@ class _Unit:
     latents: Tensor | None = None
 
 
-def _unit(p: Any, script: Any, index: int, unit: Any, param: Any, plan: Plan, phase: Phase, start: Start | None) -> _Unit:
-    kind = param.control_model_type.name
+def _unit(making: _Making, plan: Plan, phase: Phase) -> _Unit:
+    param, kind = making.param, making.param.control_model_type.name
     if kind in units.GLOBAL:
         return _Unit(param, kind)
-
-    def made(size: Size) -> Tensor:
-        return _detected(p, script, index, unit, param, size, start)
-
-    coarse = made(plan.window)
+    coarse = making.at(plan.window)
     if param.global_average_pooling:
         return _Unit(param, kind, whole=coarse.float().div(255))
-    fine, size = made(phase.size), coarse_size(phase.size, phase.dilation, FACTOR)
+    fine, size = making.at(phase.size), coarse_size(phase.size, phase.dilation, FACTOR)
     if coarse.shape[-2:] != size:
-        coarse = _resized(script, coarse, param.preprocessor["name"], size)
+        coarse = making.resized(coarse, size)
     hint = Hint(fine, coarse, phase.size, FACTOR, few_colours(coarse[0, :3]))
     latents = None
     if "colorfix" in param.preprocessor["name"]:
+        model = making.p.sd_model
         with a1111.autocast():
-            latents = encode(p.sd_model, fine[:, :3].float().div(127.5).sub(1), plan.window)
+            latents = encode(model, fine[:, :3].float().div(127.5).sub(1), plan.window)
     return _Unit(param, kind, hint, latents=latents)
 
 
@@ -126,30 +145,42 @@ def _on_the_cpu(module: dict[str, Any]) -> Iterator[None]:
         module["get_pytorch_control"] = before
 
 
-def _detected(p: Any, script: Any, index: int, unit: Any, param: Any, size: Size, start: Start | None) -> Tensor:
-    """The unit's hint at (H, W) latent pixels, as the extension makes it: uint8, [1, C, 8 * H, 8 * W]."""
-    module = units.module_of(script, "controlnet_main_entry")
-    job, unit = copy.copy(p), unit.copy()
-    job.height, job.width = (side * FACTOR for side in size)
-    if start is not None and start.from_picture:
-        job.init_images, job.resize_mode = list(start.pictures), 0  # it is stretched to that size, and not cut
-    unit.pixel_perfect = False  # for which the extension has set the preprocessor's resolution by the base's size
-    preprocessor = module["Preprocessor"].get_preprocessor(unit.module)
-    numbers = np.random.get_state()  # the extension seeds all programs' own
-    try:
-        with _on_the_cpu(module):
-            made, _, _ = module["get_control"](job, unit, index, param.control_model_type, preprocessor)
-    finally:
-        np.random.set_state(numbers)
-    return made[0]
+@dataclass(frozen=True)
+class _Making:
+    """How the extension makes one unit's hint. index: the unit's number. found: what its preprocessor has made."""
 
+    p: Any
+    script: Any
+    index: int
+    unit: Any
+    param: Any
+    found: Preprocessed
+    start: Start | None
 
-def _resized(script: Any, hint: Tensor, name: str, size: Size) -> Tensor:
-    """A hint at (height, width) in pixels, by the extension's own resizing."""
-    module = units.module_of(script, "controlnet_main_entry")
-    pixels = hint[0].permute(1, 2, 0).numpy()
-    with _on_the_cpu(module):
-        return script.detectmap_proc(pixels, name, module["ResizeMode"].RESIZE, *size)[0]
+    @property
+    def _module(self) -> dict[str, Any]:
+        return units.module_of(self.script, "controlnet_main_entry")
+
+    def at(self, size: Size) -> Tensor:
+        """The hint at (H, W) latent pixels: uint8, [1, C, 8 * H, 8 * W]."""
+        job, unit = copy.copy(self.p), self.unit.copy()
+        job.height, job.width = (side * FACTOR for side in size)
+        if self.start is not None and self.start.from_picture:
+            job.init_images, job.resize_mode = list(self.start.pictures), 0  # it is stretched to that size, and not cut
+        unit.pixel_perfect = False  # for which the extension has set the preprocessor's resolution by the base's size
+        numbers = np.random.get_state()  # the extension seeds all programs' own
+        try:
+            with _on_the_cpu(self._module):
+                made, _, _ = self._module["get_control"](job, unit, self.index, self.param.control_model_type, self.found)
+        finally:
+            np.random.set_state(numbers)
+        return made[0]
+
+    def resized(self, hint: Tensor, size: Size) -> Tensor:
+        """A hint at (height, width) in pixels, by the extension's own resizing."""
+        pixels, name = hint[0].permute(1, 2, 0).numpy(), self.param.preprocessor["name"]
+        with _on_the_cpu(self._module):
+            return self.script.detectmap_proc(pixels, name, self._module["ResizeMode"].RESIZE, *size)[0]
 
 
 class Hints:

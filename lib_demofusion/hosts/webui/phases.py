@@ -36,6 +36,7 @@ class Phases:
         self.plan = plan
         self.config = config
         self.progress = progress
+        self.preprocessed: dict[int, controlnet.Preprocessed] = {}
         self.view_batch = ViewBatch(config.view_batch_size, devices.device, "window" if plan.from_picture else "base image")
 
     def take_up(self, saved: SavedPhase, base: Tensor) -> tuple[Tensor, tuple[int, Tensor]]:
@@ -83,7 +84,7 @@ class Phases:
             controlnet.mark(p)
         p.sampler = sampler = a1111.create_sampler(p)
         neighbours.check_sampler(sampler)
-        hints = controlnet.hints(p, self.plan, phase, self.start)
+        hints = controlnet.hints(p, self.plan, phase, self.start, self.preprocessed)
         fusion = fusion_for(
             self.plan,
             phase,

@@ -285,6 +285,17 @@ def test_preprocessors(host, module):
     assert host.comments == []
 
 
+def test_a_preprocessor_is_asked_once_by_all_phases(host, monkeypatch):
+    """And once by the extension itself, which keeps nothing of what they find, unless it is told to."""
+    from scripts.supported_preprocessor import Preprocessor
+
+    asked, call = [], Preprocessor.cached_call
+    monkeypatch.setattr(Preprocessor, "cached_call", lambda self, *args, **more: asked.append(1) or call(self, *args, **more))
+    controlled(host, "controlnet", True, 3, {"phase_steps": 1}, fields={"module": "canny"}, steps=2)
+    assert host.comments == []
+    assert len(asked) == 2
+
+
 def test_lines_stay_thin_and_colours_unmixed(host, shown):
     """At four times the base's size lines of one pixel are lines of one pixel, and a map has the colours that it had."""
     lines = np.zeros((64, 64, 3), np.uint8)
