@@ -7,6 +7,7 @@ a process, so such files run apart from the others, in one pytest for all of the
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import control_models
@@ -28,6 +29,7 @@ CONTROL_TYPES = {  # kind of model: what the extension calls it
     "lllite": "Controlllite",
     "ip_adapter": "IPAdapter",
     "style_adapter": "T2I_StyleAdapter",
+    "revision": "ReVision",
 }
 
 
@@ -59,6 +61,7 @@ def host(checkpoints, tmp_path_factory):
     with control_models.narrow():
         control_models.make_all(Path(global_state.cn_models_dir))
         control_models.add_style_preprocessor()
+        control_models.add_revision_preprocessor()
         global_state.update_cn_models()
         _running.append(started)
         yield started
@@ -77,9 +80,34 @@ def unit(model, image=None, **fields):
     return {"enabled": True, "module": "none", "model": model, "save_detected_map": False, **fields}
 
 
+@contextmanager
+def sdxl(host):
+    """Meanwhile SDXL's relative is loaded, and there is a control model of each of its kinds; then the first one's again."""
+    from scripts import global_state
+
+    name = control_models.make_xl_relative(Path(host.shared.cmd_opts.ckpt_dir))
+    control_models.make_all_xl(Path(global_state.cn_models_dir))
+    global_state.update_cn_models()
+    previews = host.shared.opts.data["show_progress_type"]
+    host.shared.opts.data["show_progress_type"] = "Approx cheap"  # the usual one is a download for SDXL
+    host.load(name)
+    try:
+        yield
+    finally:
+        host.shared.opts.data["show_progress_type"] = previews
+        host.load(control_models.RELATIVE)
+
+
+def _models():
+    """What controls the loaded checkpoint."""
+    from modules import shared
+
+    return control_models.XL_MODELS if shared.sd_model.is_sdxl else control_models.MODELS
+
+
 def units(kind, image, **fields):
     """The units, a list, that a model of this kind needs to be used; the fields go to its own, which is the last."""
-    name, _ = control_models.MODELS[kind]
+    name, _ = _models()[kind]
     if kind == "ip_adapter":
         return [unit(name, **{"ipadapter_input": control_models.ip_adapter_input(), **fields})]
     if kind == "instant_id":
@@ -88,6 +116,8 @@ def units(kind, image, **fields):
         fields = {"union_control_type": "Depth", **fields}
     if kind == "style_adapter":
         fields = {"module": control_models.STYLE_PREPROCESSOR, **fields}
+    if kind == "revision":
+        fields = {"module": control_models.REVISION_PREPROCESSOR, **fields}
     return [unit(name, image, **fields)]
 
 

@@ -74,33 +74,36 @@ RAMPS = {
 }
 
 
+def looking(shown):
+    """A hook for all modules, and what control models look at in each call of `shown`, by its number; 0 is the base."""
+    looked = []
+
+    def look(module, args):
+        if isinstance(module, torch.nn.PixelUnshuffle) or (isinstance(module, torch.nn.Conv2d) and module.in_channels == 3):
+            looked.append((len(shown), args[0]))
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(look), looked
+
+
 @pytest.mark.parametrize("case", RAMPS)
-@pytest.mark.parametrize("kind", ["controlnet", "lllite"])
+@pytest.mark.parametrize("kind", ["controlnet", "t2i_adapter", "lllite"])
 def test_the_hint_lies_where_the_view_does(host, shown, kind, case):
-    """To one pixel, for every view of every step; jitter is on."""
+    """To one pixel, for every view of every step, as the model itself looks at it; jitter is on."""
     settings = dict(RAMPS[case])
     (scale, more), (width, height) = settings.pop("args"), settings.pop("size")
-    lllite = []
-    if kind == "lllite":
-        make = host.webui.controlnet.Hints._show
-
-        def look(self, unit, *rest):
-            make(self, unit, *rest)
-            lllite.append(next(iter(unit.param.control_model.modules.values())).cond_image / 2 + 0.5)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if kind == "lllite":
-            patch.setattr(host.webui.controlnet.Hints, "_show", look)
-        tiling = "tiling" in settings
-        image = control_host.ramp(2 * width, 2 * height, tiling)
-        controlled(
-            host, kind, True, scale, {"phase_steps": 3, **more}, image=image, steps=3, width=width, height=height, **settings
-        )
-    assert shown
+    tiling, more = "tiling" in settings, {"phase_steps": 3, **more}
+    image = control_host.ramp(2 * width, 2 * height, tiling)
+    handle, looked = looking(shown)
+    try:
+        controlled(host, kind, True, scale, more, image=image, steps=3, width=width, height=height, **settings)
+    finally:
+        handle.remove()
+    assert {number for number, _ in looked} == set(range(len(shown) + 1))
     jittered = set()
-    for number, (views, rows, roll, size, units) in enumerate(shown):
-        [(_, hint)] = units
-        hint = lllite[number] if kind == "lllite" else hint
+    for number, (views, rows, roll, size, _) in enumerate(shown, 1):
+        hint, *again = [seen for call, seen in looked if call == number]
+        assert all(torch.equal(seen, hint) for seen in again)
+        hint = (hint + 1) / 2 if kind == "lllite" else hint
         assert len(hint) == len(views) * rows
         branches = (1 if settings.get("cfg_scale") == 1 else 2) + (case == "AND")
         assert rows == branches * settings.get("batch_size", 1)
