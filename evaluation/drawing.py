@@ -103,9 +103,9 @@ TABLES = {
     ),
     "Control": Table(
         CONTROL,
-        "The presets with the embedded tile ControlNet at a strength, each against the preset without it: each phase is shown "
-        "the one before. It is evaluated as often as the UNet in the phases, which the evaluations leave out, and the time "
-        "holds.",
+        "The presets with the embedded tile ControlNet at scale 1, each against the preset without it: each phase is shown "
+        "the one before; tile 1 to 0.5: in the first half of its steps. The ControlNet's own evaluations, as many as the "
+        "UNet's in these steps, are not counted; the time holds them.",
         "Fast",
         ("16x",),
         apart={name: "Turbo" for name in CONTROL if name.startswith("Turbo")},

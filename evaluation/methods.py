@@ -254,14 +254,14 @@ PRESETS: dict[str, Method] = {
 }
 # The presets with a setting that none of them has.
 HELD: dict[str, Method] = {f"{name}, hold flat 6": demofusion(preset=name, hold_flat=6.0) for name in ("Fast", "Turbo")}
-# The presets with the tile ControlNet, of which each phase is shown the one before.
+# The presets with the tile ControlNet, which is shown the phase before: in all steps of a phase, and in their first half.
 CONTROL: dict[str, Method] = {
     name: method
     for preset in ("Fast", "Turbo")
     for name, method in {
         preset: PRESETS[preset],
         f"{preset}, tile 1": demofusion(preset=preset, control=(1.0, 1.0)),
-        f"{preset}, tile 0.5": demofusion(preset=preset, control=(0.5, 1.0)),
+        f"{preset}, tile 1 to 0.5": demofusion(preset=preset, control=(1.0, 0.5)),
     }.items()
 }
 # Phases of fewer steps, with the skip residual as a rate and as the paper has it, once a step.
