@@ -102,7 +102,7 @@ def build_parser() -> Parser:
         help="ControlNet that fits the model: diffusers folder, .safetensors file or hub name; may be given several times",
     )
     text = "what it holds the picture to, ready made (edges, depth, a pose, ...) and of the picture's aspect; one for each "
-    text += "--controlnet, in their order. Without any, each phase is held to the phase before"
+    text += "--controlnet, in their order. Without any they take the --image"
     add("--control-image", action=Append, default=[], type=Path, metavar="FILE", help=text)
     for name, (default, text) in CONTROL_NUMBERS.items():
         text = f"{text} (default: {default:g})"
@@ -353,6 +353,8 @@ def check_control_arguments(args: argparse.Namespace) -> None:
             raise Refused(f"the control scale{of} must be at least 0, got {scale:g}")
         if not 0 <= start <= end <= 1:
             raise Refused(f"control start and end{of} must be from 0 to 1, the start first, got {start:g} and {end:g}")
+    if models and not args.control_image and not args.image:
+        raise Refused("--controlnet needs a --control-image, or an --image to enlarge, which it then takes")
 
 
 def of_each(args: argparse.Namespace, name: str) -> list:

@@ -213,12 +213,10 @@ class Job:
                 self.console.note(line)
 
 
-def control_parameters(args: argparse.Namespace, phase: int) -> dict[str, str]:
-    """What a phase's parameters say of the ControlNets, as the WebUI's sd-webui-controlnet writes and reads them."""
+def control_parameters(args: argparse.Namespace) -> dict[str, str]:
+    """What a picture's parameters say of the ControlNets, as the WebUI's sd-webui-controlnet writes and reads them."""
     from lib_demofusion.hosts.diffusers_controlnet import UNION_TITLES, UNION_TYPES
 
-    if phase == 1 and not args.control_image:  # there is no phase before it
-        return {}
     settings = zip(*(of_each(args, f"control_{name}") for name in ("type", *CONTROL_NUMBERS)))
     parameters = {}
     for number, (model, (kind, *numbers)) in enumerate(zip(args.controlnet, settings)):
@@ -228,8 +226,6 @@ def control_parameters(args: argparse.Namespace, phase: int) -> dict[str, str]:
             titles = dict(enumerate(UNION_TITLES))
             titles.update({name: titles[of] for name, of in UNION_TYPES.items()})
             values["Union Control Type"] = titles.get(int(kind) if kind.isdecimal() else kind.lower(), kind)
-        if not args.control_image:
-            values["Control Image"] = "phase before"
         parameters[f"ControlNet {number}"] = ", ".join(f"{key}: {value}" for key, value in values.items())
     return parameters
 
@@ -256,7 +252,7 @@ def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, seed: i
         "Seed": seed,
         "Size": f"{w}x{h}",
         "Model": model_name(args.model),
-        **control_parameters(args, phase.number),
+        **control_parameters(args),
     }
     if phase.number > 1:
         values.update(replace(config, scale=scale).to_infotext(), **start)

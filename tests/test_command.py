@@ -512,7 +512,7 @@ def saved_phase(path, text, latents=(1, 4, 16, 16), base=(1, 4, 8, 8), number=2)
         ),
         (dict(control_type=["depth"]), "--control-type is of a ControlNet; give --controlnet too"),
         (dict(controlnet=["a/b"], control_image=["/nowhere.png"]), "no such control image: /nowhere.png"),
-        (dict(controlnet=["/nowhere"]), "no such ControlNet: /nowhere"),
+        (dict(controlnet=["a/b"]), "--controlnet needs a --control-image, or an --image to enlarge, which it then takes"),
         (dict(image="a.png"), "its width is 64, of the wrong type"),
         (dict(window=9999), "window must be from 0 to 4096, got 9999"),
         (dict(mask_blur=5), "--mask-blur is of a mask; give --mask too"),
@@ -1178,17 +1178,6 @@ def test_a_controlnet_with_its_image_goes_on_from_a_saved_phase(run, net, edges,
             assert (a.tobytes(), a.info) == (b.tobytes(), b.info)
 
 
-def test_a_controlnet_without_image_follows_the_phase_before(run, net, tmp_path):
-    *_, plain = run("one red ring", "--scale", "2", "--save-phases", output="plain.png")
-    code, _, err, path = run("one red ring", "--scale", "2", "--save-phases", "--controlnet", net)
-    assert code == 0, err
-    bases = [Image.open(suffixed(p, "phase1")) for p in (path, plain)]
-    assert bases[0].tobytes() == bases[1].tobytes()
-    assert bases[0].info == bases[1].info
-    assert Image.open(path).tobytes() != Image.open(plain).tobytes()
-    assert "Guidance End: 1, Control Image: phase before" in Image.open(path).info["parameters"]
-
-
 def test_a_given_picture_and_a_controlnet_go_together(given, net, tmp_path):
     photo((240, 192)).save(tmp_path / "depth.png")
     pictures = []
@@ -1217,14 +1206,14 @@ def test_the_type_of_a_union_model_is_told_as_the_webui_does():
     argv = ["a", *(["--controlnet", "u"] * 4)]
     for kind in ("Lineart", "1", "none", "9"):
         argv += ["--control-type", kind]
-    kinds = [text.partition("Union Control Type: ")[2] for text in control_parameters(parse(argv), 2).values()]
-    assert kinds == ["Hard Edge, Control Image: phase before", "Depth, Control Image: phase before", *kinds[2:]]
-    assert kinds[2:] == ["", "9, Control Image: phase before"]
+    kinds = [text.partition("Union Control Type: ")[2] for text in control_parameters(parse(argv)).values()]
+    assert kinds == ["Hard Edge", "Depth", "", "9"]
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        (["NET"], "--controlnet needs a --control-image, or an --image to enlarge, which it then takes"),
         (["--control-image", "EDGES"], "--control-image is of a ControlNet; give --controlnet too"),
         (["--control-scale", "1"], "--control-scale is of a ControlNet; give --controlnet too"),
         (["--control-type", "depth"], "--control-type is of a ControlNet; give --controlnet too"),
@@ -1243,8 +1232,11 @@ def test_the_type_of_a_union_model_is_told_as_the_webui_does():
         (["NET", "--control-start", ".6", "--control-end", ".4"], "control start and end must be from 0 to 1, the start first"),
         (["NET", "--control-end", "nan"], "control start and end must be from 0 to 1"),
         (["NET", "--control-image", "/nowhere.png"], "no such control image: /nowhere.png"),
-        (["--controlnet", "/nowhere"], "no such ControlNet: /nowhere"),
-        (["NET", "--control-type", "depth"], "the ControlNet is no union model and has no types; leave the type out"),
+        (["--controlnet", "/nowhere", "--control-image", "EDGES"], "no such ControlNet: /nowhere"),
+        (
+            ["NET", "--control-image", "EDGES", "--control-type", "depth"],
+            "the ControlNet is no union model and has no types; leave the type out",
+        ),
         (
             ["NET", "--control-image", "EDGES", "--width", "96"],
             "the ControlNet's image is 160x160, which has not the aspect of",
@@ -1259,7 +1251,7 @@ def test_what_a_controlnet_cannot_have_is_refused(run, net, edges, args, says):
 
 def test_a_controlnet_is_refused_before_the_model_is_loaded_and_is_the_files_when_resumed(run, net, edges, tmp_path, capsys):
     for args, says in (
-        (["--controlnet", "/nowhere"], "no such ControlNet: /nowhere"),
+        (["--controlnet", "/nowhere", "--control-image", edges], "no such ControlNet: /nowhere"),
         (["--controlnet", net, "--control-image", str(tmp_path)], "cannot be read: it is a folder"),
     ):
         code, _, err, path = run("ring", "--model", "/nowhere/either", *args)

@@ -93,9 +93,9 @@ def spy_phases(monkeypatch, net):
     """(phase, views, hint) of every call of the ControlNet."""
     calls, seen, residuals, begin, phases = spy(monkeypatch, net), [], Controls.residuals, Controls.begin, []
 
-    def begun(controls, phase, before=None):
+    def begun(controls, phase):
         phases.append(phase)
-        begin(controls, phase, before)
+        begin(controls, phase)
 
     def spied(controls, views, *rest):
         before = len(calls)
@@ -284,7 +284,7 @@ def test_a_control_of_no_scale_and_none_change_nothing(sd15, net, monkeypatch):
 
 
 def test_a_job_goes_on_from_a_saved_phase(sd15, net):
-    controls = [Control(net, noise(), end=0.6), Control(net)]
+    controls = [Control(net, noise(), end=0.6), Control(net, noise(64, 64), scale=0.5)]
     config = DemoFusionConfig(scale=3.0, stride=1.0)
     made = dict(config=config, steps=2, seed=[3, 4], sampler="Euler a", controls=controls)
     saved = {}
@@ -304,7 +304,7 @@ def test_a_pooled_control_shows_every_view_the_whole(sd15, monkeypatch):
         assert torch.equal(call.hint, expected.expand(len(call.hint), -1, -1, -1))
 
 
-# --- given pictures, and controls that follow the phase before
+# --- given pictures
 
 
 def photo(size=(200, 136)):
@@ -341,27 +341,19 @@ def whole_of(views, hint, size):
     return whole
 
 
-@pytest.mark.parametrize("image", [None, photo((160, 160))])
-def test_a_control_without_image_follows_the_phase_before(sd15, net, image, monkeypatch):
-    """Off in the base; then the phase before, decoded, or the picture that the job begins with."""
-    seen = spy_phases(monkeypatch, net)
-    config = DemoFusionConfig(scale=3.0 if image is None else 2.0, stride=1.0, view_batch_size=64)
-    result = generate(sd15, "red", config=config, image=image, controls=[Control(net)], steps=1, seed=[1, 2], cfg_scale=1)
+def test_a_control_without_image_takes_the_picture(sd15, net, monkeypatch):
+    seen, image = spy_phases(monkeypatch, net), photo((160, 160))
+    config = DemoFusionConfig(scale=2.0, stride=1.0, view_batch_size=64)
+    made = dict(config=config, image=image, steps=1, seed=[1, 2], cfg_scale=1)
+    result = generate(sd15, "red", controls=[Control(net)], **made)
     assert [phase.number for phase, *_ in seen] == list(range(2, len(result.phases) + 1))
     assert len(seen) > 1
     for phase, views, hint in seen:
+        expected = image.resize([8 * side for side in phase.size[::-1]], Image.Resampling.LANCZOS)
         for row in range(2):
-            before = result.images(phase.number - 2)[row]
-            expected = before.resize([8 * side for side in phase.size[::-1]], Image.Resampling.LANCZOS)
             shown = whole_of(views, hint[row::2], phase.size).permute(1, 2, 0).mul(255).round().numpy()
             assert (shown == np.asarray(expected)).all()
-
-
-def test_following_decodes_nothing_that_is_not_asked_for(sd15, net, monkeypatch):
-    calls, decode = [], sd15.vae.decode
-    monkeypatch.setattr(sd15.vae, "decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
-    generate(sd15, "", config=TWICE, controls=[Control(net, noise())], steps=1)
-    assert not calls
+    assert torch.equal(last(result), last(generate(sd15, "red", controls=[Control(net, image)], **made)))
 
 
 # --- what is refused
@@ -404,7 +396,12 @@ def refused(pipe, says, monkeypatch, controls, **settings):
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_computed(sd15, net, settings, says, monkeypatch):
     refused(sd15, says, monkeypatch, [Control(**{"model": net, "image": noise(), **settings})])
     numbered = says.replace("the ControlNet", "ControlNet 2", 1).replace("the control image", "the control image 2", 1)
-    refused(sd15, numbered, monkeypatch, [Control(net), Control(**{"model": net, "image": noise(), **settings})])
+    refused(sd15, numbered, monkeypatch, [Control(net, noise()), Control(**{"model": net, "image": noise(), **settings})])
+
+
+def test_a_control_without_an_image_needs_a_picture(sd15, net, monkeypatch):
+    says = "the ControlNet has no image; give it one, or the job a picture to begin with, which it then takes"
+    refused(sd15, says, monkeypatch, [Control(net)])
 
 
 @pytest.mark.parametrize("controls", [None, 3, "canny", [3], Control(None)])
@@ -517,7 +514,7 @@ def test_union_types_go_by_name(pipes):
     plan = plan_for(pipe, TWICE)
     for name, number in UNION_TYPES.items():
         for kind in (name, name.upper(), number):
-            [control] = check_controls(pipe, [Control(net, type=kind)], plan, None)
+            [control] = check_controls(pipe, [Control(net, noise(), type=kind)], plan, None)
             assert control.type == number
     assert len(UNION_TITLES) == 1 + max(UNION_TYPES.values())
 
@@ -559,11 +556,6 @@ def test_needs_of_a_union_model(pipes):
     controls = [Control(tiny_union(pipes["sdxl"]), noise(), type="depth")]
     plan = plan_for(pipes["sdxl"], TWICE, controls=controls)
     assert needs(pipes["sdxl"], plan, 4, controls=controls).sampling > needs(pipes["sdxl"], plan, 4).sampling
-
-
-def test_a_following_control_counts_for_each_image(sd15, net):
-    plan = plan_for(sd15, TWICE)
-    assert needs(sd15, plan, images=3, controls=[Control(net)]).controls == 3 * 3 * (128 * 128 + 64 * 64)
 
 
 @pytest.mark.parametrize("what", ["pipeline", "ControlNet"])

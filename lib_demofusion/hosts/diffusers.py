@@ -339,7 +339,7 @@ def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1, controls:
     z = torch.empty(1, vae.config.latent_channels, *size, dtype=torch.float32 if _overflows(vae) else vae.dtype, device="meta")
     decoding = tiles.decoding_bytes(lambda z: vae.decode(z, return_dict=False)[0], z, vae.decoder, vae, tile)
     size = plan.phases[-1].size
-    shown = control_bytes(controls, plan, pipe.vae_scale_factor, images)
+    shown = control_bytes(controls, plan, pipe.vae_scale_factor)
     return Needs(weights, call + latents, decoding, picture_bytes(size, pipe.vae_scale_factor), shown)
 
 
@@ -395,23 +395,19 @@ def decode_latents(pipe: Any, latents: Tensor, base: Size) -> list:
 
     The pipeline's watermark and safety checker see them as in its own call; a warning says if the latter took one.
     """
+    from PIL import Image
+
     images = []
     with torch.inference_mode(), _one_at_a_time(pipe):
         try:
             for z in latents.split(1):
                 # As the pipeline's own postprocess, in place: it would make several copies of what may be a huge image.
-                images.append(_screened(pipe, _as_picture(_marked(pipe, _decode(pipe, z, base)))))
+                pixels = _marked(pipe, _decode(pipe, z, base))
+                pixels = pixels.div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+                images.append(_screened(pipe, Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())))
         finally:
             pipe.maybe_free_model_hooks()
     return images
-
-
-def _as_picture(image: Tensor) -> Any:
-    """An image [1, 3, H, W] in -1..1, which is overwritten, as a PIL image."""
-    from PIL import Image
-
-    pixels = image.div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-    return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
 
 
 def _marked(pipe: Any, image: Tensor) -> Tensor:
@@ -547,7 +543,6 @@ class _Run:
         self.schedule = self._schedule(steps)
         self.phase_schedule = self._schedule(config.phase_steps or steps, sampler.phase_settings)
         self.controls = Controls(controls, plan.window, self.factor)
-        self.before = None if given is None else [given.picture]  # what the next phase is made from, for those that follow it
         # On the CPU whatever the device, so that a seed gives one picture everywhere.
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         view_batch = ViewBatch(config.view_batch_size, self.device, "window" if given else "base image")
@@ -608,8 +603,6 @@ class _Run:
 
     def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
         decode, encode = (partial(code, self.pipe, base=self.plan.window) for code in (_decode, _encode))
-        if self.controls.follow:
-            self.before = [_as_picture(decode(z)) for z in latents.split(1)]
         return enlarge(latents, size, self.config, decode, encode, self.factor)
 
     def noise(self, phase: Phase) -> Tensor:
@@ -646,7 +639,7 @@ class _Run:
             t_max=self.phase_schedule.config.num_train_timesteps,
         )
 
-        self.controls.begin(phase, self.before)
+        self.controls.begin(phase)
 
         def predict(x: Tensor, t: Tensor, sigma: float, since: float | None) -> Tensor:
             self.controls.step()

@@ -48,11 +48,10 @@ class Control:
     """A ControlNet, and the image that it holds a picture to.
 
     model: diffusers' ControlNetModel or ControlNetUnionModel where the pipeline computes and in its dtype, as
-    `load_controlnet` gives it. image: a PIL image of the picture's aspect, of any size. The base sees all of it, and
-    in the phases each view its own part, of the image's full resolution. None: each phase after the base is held to the
-    phase before, or to the picture that was given. scale: of what the ControlNet adds. start, end: it is on at step i of the
-    n that a phase runs if i / n >= start and (i + 1) / n <= end, as in diffusers. type: for a union model what the image
-    is, one of UNION_TYPES or the type's number.
+    `load_controlnet` gives it. image: a PIL image of the picture's aspect, of any size; the picture that the job begins
+    with unless given. The base sees all of it, and in the phases each view its own part, of the image's full resolution.
+    scale: of what the ControlNet adds. start, end: it is on at step i of the n that a phase runs if i / n >= start and
+    (i + 1) / n <= end, as in diffusers. type: for a union model what the image is, one of UNION_TYPES or the type's number.
     """
 
     model: Any
@@ -72,11 +71,15 @@ def check_controls(pipe: Any, controls: Any, plan: Plan, given: Given | None) ->
         name = "the ControlNet" if len(controls) == 1 else f"ControlNet {number}"
         _check_model(pipe, control.model, name)
         _check_numbers(control, name)
-        image = control.image
-        if image is not None:
-            image = plain_image(image, name.replace("ControlNet", "control image").removeprefix("the "))
+        kind = _type_number(control, name)
+        if control.image is None and given is None:
+            raise ValueError(f"{name} has no image; give it one, or the job a picture to begin with, which it then takes")
+        if control.image is None:
+            image = given.picture
+        else:
+            image = plain_image(control.image, name.replace("ControlNet", "control image").removeprefix("the "))
             _check_aspect(image.size, _sizes(pipe, plan, given), f"{name}'s image")
-        checked.append(replace(control, image=image, type=_type_number(control, name)))
+        checked.append(replace(control, image=image, type=kind))
     return tuple(checked)
 
 
@@ -192,32 +195,24 @@ class Controls:
         self.controls = controls
         self.window = window
         self.factor = factor
-        self._hints: list[Hint | None] = []
+        self._hints: list[Hint] = []
         self._calls = self._call = 0
 
-    @property
-    def follow(self) -> bool:
-        """Whether a phase has to be shown the one before."""
-        return any(control.image is None for control in self.controls)
-
-    def begin(self, phase: Phase, before: Sequence[Any] | None = None) -> None:
-        """To be called before each phase. before: PIL images of what the phase is made from; none in the base."""
-        self._hints = [self._hint(control, phase, before) for control in self.controls]
+    def begin(self, phase: Phase) -> None:
+        """To be called before each phase."""
+        self._hints = [self._hint(control, phase) for control in self.controls]
         self._calls, self._call = phase.calls, -1
 
     def step(self) -> None:
         """To be called before each of the phase's predictions, of which there are phase.calls."""
         self._call += 1
 
-    def _hint(self, control: Control, phase: Phase, before: Sequence[Any] | None) -> Hint | None:
-        images = before if control.image is None else [control.image]
-        if not images:
-            return None
-        nearest = control.image is not None and control.image.getcolors(FEW_COLOURS - 1) is not None
-        size = self.window if _pooled(control.model) else phase.size
-        fine = coarse = _pixels(images, [side * self.factor for side in size], nearest)
-        if phase.dilated and not _pooled(control.model):
-            coarse = _pixels(images, coarse_size(size, phase.dilation, self.factor), nearest)
+    def _hint(self, control: Control, phase: Phase) -> Hint:
+        pooled, nearest = _pooled(control.model), control.image.getcolors(FEW_COLOURS - 1) is not None
+        size = self.window if pooled else phase.size
+        fine = coarse = _pixels(control.image, [side * self.factor for side in size], nearest)
+        if phase.dilated and not pooled:
+            coarse = _pixels(control.image, coarse_size(size, phase.dilation, self.factor), nearest)
         return Hint(fine, coarse, size, self.factor, nearest)
 
     def _on(self, control: Control) -> bool:
@@ -233,11 +228,11 @@ class Controls:
         """
         seen = []
         for control, hint in zip(self.controls, self._hints):
-            if hint is None or not self._on(control):
+            if not self._on(control):
                 continue
             whole = [View("local", 0, 0, *self.window)] * len(views)
             crops = hint.crops(whole if _pooled(control.model) else views)
-            crops = crops.repeat_interleave(len(x) // branches // len(crops), 0)  # one image for a whole batch
+            crops = crops.repeat_interleave(len(x) // branches // len(views), 0)  # one image for a whole batch
             seen.append((control, crops.to(x.device).to(x.dtype).div_(255)))
         return residuals(seen, x, t, branches, conditions)
 
@@ -290,14 +285,11 @@ def controlled_call_bytes(
     return call_bytes(networks, call, x, [hint.clone() for _ in controls], dict(conditions))
 
 
-def control_bytes(controls: Sequence[Control], plan: Plan, factor: int, images: int = 1) -> int:
+def control_bytes(controls: Sequence[Control], plan: Plan, factor: int) -> int:
     """What the control images of a job take in main memory: as they were given, and for the last phase's views."""
     last = plan.phases[-1]
-    pixels = factor**2 * math.prod(last.size)
-    pixels += math.prod(coarse_size(last.size, last.dilation, factor))
-    follows = sum(control.image is None for control in controls)
-    given = sum(math.prod(control.image.size) for control in controls if control.image is not None)
-    return 3 * (given + pixels * (len(controls) - follows + follows * images))
+    seen = factor**2 * math.prod(last.size) + math.prod(coarse_size(last.size, last.dilation, factor))
+    return 3 * sum(seen + (0 if control.image is None else math.prod(control.image.size)) for control in controls)
 
 
 def _last_rows(value: Any, rows: int) -> Any:
@@ -305,11 +297,10 @@ def _last_rows(value: Any, rows: int) -> Any:
     return {key: _last_rows(item, rows) for key, item in value.items()} if isinstance(value, Mapping) else value[-rows:]
 
 
-def _pixels(images: Sequence[Any], size: Sequence[int], nearest: bool) -> Tensor:
-    """PIL images resized to (height, width), [len(images), 3, height, width], uint8."""
+def _pixels(image: Any, size: Sequence[int], nearest: bool) -> Tensor:
+    """A PIL image resized to (height, width), [1, 3, height, width], uint8."""
     import numpy as np
     from PIL import Image
 
     how = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
-    arrays = [np.asarray(image.resize((size[1], size[0]), how)) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.array(image.resize((size[1], size[0]), how))).permute(2, 0, 1)[None].contiguous()
