@@ -9,7 +9,7 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -24,7 +24,8 @@ from benchmarks.measure import base_alone
 from evaluation import upscaler
 from lib_demofusion import schedule
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import Control, generate, load_controlnet
+from lib_demofusion.hosts.diffusers import Control, Incomplete, Result, generate, load_controlnet
+from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import local_views
 from training.tile import CONTROLNET
 
@@ -116,6 +117,28 @@ def tile_controlnet(pipe):
     return load_controlnet(CONTROLNET, pipe)
 
 
+def _following(job: Job, control: tuple[float, float], made: dict) -> Result:
+    """Phase by phase, each with the tile ControlNet shown the one before; the base without."""
+    net, (scale, end) = tile_controlnet(job.pipe), control
+    result, saved = _one_more_phase(job, made, (), None)
+    while saved is not None:
+        controls = [Control(net, result.images()[0], scale=scale, end=end)]
+        result, saved = _one_more_phase(job, made, controls, saved)
+    return result
+
+
+def _one_more_phase(job: Job, made: dict, controls: Sequence, saved: SavedPhase | None) -> tuple[Result, SavedPhase | None]:
+    """What is finished with it, and from where to go on; None after the last."""
+    phases: list[SavedPhase] = []
+    told = dict(finished=lambda result, phase: phases.append(phase), cancelled=lambda: bool(phases))
+    try:
+        return generate(job.pipe, job.caption, controls=controls, resume=saved, **told, **made), None
+    except Incomplete as stopped:
+        if not phases:
+            raise
+        return stopped.result, phases[0]
+
+
 def demofusion(
     progressive: bool = True,
     skip_residual: bool = True,
@@ -124,7 +147,7 @@ def demofusion(
     control: tuple[float, float] | None = None,
     **settings,
 ) -> Method:
-    """control: scale and end of the tile ControlNet, which holds each phase to the one before; none without."""
+    """control: scale and end of the tile ControlNet, which is shown the phase before; none without."""
     config = DemoFusionConfig.preset(preset, view_batch_size=16, **settings)
     changed = {key: value for key, value in config.to_infotext().items() if not key.endswith(("scale", "batch size"))}
     if control:
@@ -134,10 +157,9 @@ def demofusion(
     def run(job: Job) -> tuple[Image.Image, float]:
         own = replace(config, scale=float(job.scale))
         base = dict(image=job.base) if job.window else dict(height=job.base.height, width=job.base.width)
-        if control:
-            base["controls"] = [Control(tile_controlnet(job.pipe), scale=control[0], end=control[1])]
+        made = dict(config=own, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE, **base)
         with only(progressive, skip_residual, dilated):
-            result = generate(job.pipe, job.caption, config=own, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE, **base)
+            result = _following(job, control, made) if control else generate(job.pipe, job.caption, **made)
         return result.images()[0], result.evaluations - result.plan.evaluations_to(1)
 
     return Method(run, config.stride, tag)
