@@ -321,7 +321,7 @@ def job(*args, state=("All ControlNet units for all images in a batch", False), 
 
 
 def on(module, **fields):
-    return [SimpleNamespace(enabled=True, module=module, **fields), {"enabled": True, "module": module}, {"module": module}]
+    return [SimpleNamespace(enabled=True, module=module, **fields), {"enabled": True, "module": module}]
 
 
 ATTENTION = (
@@ -346,7 +346,8 @@ def test_preprocessors_that_are_no_control_image_are_refused(module):
         with pytest.raises(ValueError, match="^ControlNet's ") as caught:
             units.check(job(None, unit))
         assert str(caught.value) == f"ControlNet's {module} cannot follow windows, {REFUSED[module]}"
-    units.check(job(SimpleNamespace(enabled=False, module=module), {"enabled": False, "module": module}, None, True, "text"))
+    off = SimpleNamespace(enabled=False, module=module), {"enabled": False, "module": module}, {"module": module}
+    units.check(job(*off, None, True, "text"))
 
 
 def test_other_preprocessors_are_left_alone():

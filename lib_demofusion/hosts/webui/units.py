@@ -45,10 +45,9 @@ def hook_of(p: Any) -> Any:
 
 
 def _asked(args: Sequence[Any]) -> list[Any]:
-    """The units that are on among the script's arguments; one that is a dict is, unless it says otherwise."""
+    """The units among the script's arguments that say they are on; what becomes of others the extension decides."""
     units = [unit for unit in args if unit is not None and not isinstance(unit, (bool, str))]
-    on = [(unit, said(unit, "enabled")) for unit in units]
-    return [unit for unit, enabled in on if enabled is True or (enabled is None and isinstance(unit, dict))]
+    return [unit for unit in units if said(unit, "enabled") in (True, 1)]
 
 
 def check(p: Any) -> None:

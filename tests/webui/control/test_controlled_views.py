@@ -149,9 +149,12 @@ def test_one_call_for_prompts_or_two_make_the_same_picture(host, options, kind):
 
 
 def test_units_that_are_off_change_no_bit(host):
+    """One that does not say whether it is on is off to the extension."""
     without = host.latents(True, 2, {"phase_steps": 3})
-    off = control_host.units("controlnet", control_host.ramp(64, 64), enabled=False)
-    assert torch.equal(host.latents(True, 2, {"phase_steps": 3}, alwayson_scripts=control_host.scripts(off)), without)
+    [off] = control_host.units("controlnet", control_host.ramp(64, 64), enabled=False)
+    for unit in (off, {name: value for name, value in off.items() if name != "enabled"}):
+        scripts = control_host.scripts([unit])
+        assert torch.equal(host.latents(True, 2, {"phase_steps": 3}, alwayson_scripts=scripts), without)
 
 
 MODES = ["Balanced", "My prompt is more important", "ControlNet is more important"]
