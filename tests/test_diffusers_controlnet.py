@@ -12,7 +12,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import KINDS, tiny_controlnet, tiny_pipeline, tiny_union
+from tiny import KINDS, photo, spot, tiny_controlnet, tiny_pipeline, tiny_union
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.control import FEW_COLOURS, few_colours
@@ -305,16 +305,6 @@ def test_a_pooled_control_shows_every_view_the_whole(sd15, monkeypatch):
 
 
 # --- given pictures
-
-
-def photo(size=(200, 136)):
-    return Image.merge("RGB", [Image.radial_gradient("L").resize(size).rotate(90 * turn) for turn in range(3)])
-
-
-def spot(size=(200, 136), box=(60, 40, 140, 100)):
-    mask = Image.new("L", size)
-    mask.paste(255, box)
-    return mask
 
 
 @pytest.mark.parametrize("mask", [None, spot()])

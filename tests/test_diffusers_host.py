@@ -8,7 +8,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
-from tiny import KINDS, tiny_pipeline
+from tiny import KINDS, photo, spot, tiny_pipeline
 
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig
@@ -212,16 +212,6 @@ def test_a_real_image_is_encoded_and_starts_at_the_second_phase(sd15):
     assert encoded.shape == (2, 4, 8, 12)
     assert torch.equal(encoded[0], encoded[1])
     assert latents.shape == (2, 4, 16, 24)
-
-
-def photo(size=(200, 136)):
-    return Image.merge("RGB", [Image.radial_gradient("L").resize(size).rotate(90 * turn) for turn in range(3)])
-
-
-def spot(size=(200, 136), box=(60, 40, 140, 100)):
-    mask = Image.new("L", size)
-    mask.paste(255, box)
-    return mask
 
 
 def as_latents(pipe, image, size):

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of each kind that the diffusers host takes, built from configs: nothing is downloaded."""
+"""Tiny random pipelines of each kind that the diffusers host takes, built from configs: nothing is downloaded; and pictures."""
 
 import diffusers
 import torch
@@ -10,6 +10,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
@@ -98,3 +99,15 @@ def tiny_union(pipe, types=6, seed=1):
     own = dict(num_control_type=types, num_trans_channel=8, num_trans_head=2, num_proj_channel=8)
     own["conditioning_embedding_out_channels"] = (8, 8, 8, 8)
     return tiny_controlnet(pipe, seed, lambda: diffusers.ControlNetUnionModel(**{key: unet[key] for key in keys}, **own))
+
+
+def photo(size=(200, 136)):
+    """A picture of many colours."""
+    return Image.merge("RGB", [Image.radial_gradient("L").resize(size).rotate(90 * turn) for turn in range(3)])
+
+
+def spot(size=(200, 136), box=(60, 40, 140, 100), grey=255):
+    """A mask of that size, grey in a box and black elsewhere."""
+    mask = Image.new("L", size)
+    mask.paste(grey, box)
+    return mask

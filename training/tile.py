@@ -24,8 +24,11 @@ from training.train import (
     Log,
     Recipe,
     captions,
+    descend,
     encoded,
+    follow,
     forget_origin,
+    keep,
     loss_weight,
     make_scenes,
     to_unit,
@@ -135,8 +138,6 @@ def make_controlnet(build: Path, recipe: Recipe) -> None:
     log = Log("controlnet", steps, first)
     for step in range(first, steps):
         lr, some_worn = unet_stage(recipe, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         index, view = rng.integers(0, recipe.scenes, recipe.batch), rng.integers(0, 4, recipe.batch)
         t = torch.from_numpy(rng.integers(0, 1000, recipe.batch))
         pixels = views[index, view]
@@ -153,18 +154,12 @@ def make_controlnet(build: Path, recipe: Recipe) -> None:
         residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
         predicted = unet(noisy, t, text, **residuals).sample
         loss = ((predicted - noise).square().mean((1, 2, 3)) * loss_weight(snr[t], True)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(0.997, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        descend(loss, model, optimizer, lr)
+        follow(ema, model, step, 0.997)
         log(step, loss.detach())
         if step % 200 == 199 or step == steps - 1:
-            state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-            torch.save({**state, "rng": rng, "torch_rng": torch.get_rng_state()}, saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").rename(saved)
+            parts = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+            keep(saved, **parts, step=step + 1, rng=rng, torch_rng=torch.get_rng_state())
             ema.save_pretrained(build / "controlnet.tmp")
     (build / "controlnet.tmp").rename(build / "controlnet")
 

@@ -103,6 +103,28 @@ def unet_stage(recipe: Recipe, step: int) -> tuple[float, bool]:
     raise IndexError(step)
 
 
+def descend(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One step of the optimizer, gradients clipped to a norm of 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+@torch.no_grad()
+def follow(ema: torch.nn.Module, model: torch.nn.Module, step: int, most: float) -> None:
+    """ema's weights go on as the mean of the model's; most: how much of itself it keeps, once there have been many steps."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(most, (1 + step) / (10 + step)))
+
+
+def keep(path: Path, **state: object) -> None:
+    """Write what training goes on from, whole or not at all."""
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+
+
 class Log:
     """One line per hundred steps: what was reached, and how long the rest will take."""
 
@@ -141,8 +163,6 @@ def train_vae(
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
     log = Log(f"vae {side}", steps)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, peak)
         index, view = rng.integers(0, len(views), batch_size), rng.choice(4, batch_size, p=shares)
         y, x = rng.integers(0, 128 - side + 1, (2, batch_size))
         batch = to_unit(np.stack([views[i, v, a : a + side, b : b + side] for i, v, a, b in zip(index, view, y, x)]))
@@ -151,10 +171,7 @@ def train_vae(
         mse = F.mse_loss(decoded, batch)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = mse + 0.1 * F.l1_loss(decoded, batch) + 5e-5 * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, vae, optimizer, cosine_lr(step, steps, peak))
         log(step, mse.detach())
 
 
@@ -305,8 +322,6 @@ def make_unet(build: Path, recipe: Recipe) -> None:
     log = Log("unet", steps, first)
     for step in range(first, steps):
         lr, reach = unet_stage(recipe, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         index, t = rng.integers(0, recipe.scenes, recipe.batch), rng.integers(0, 1000, recipe.batch)
         z = data["latents"][index, draw_views(rng, t, reach)].float()
         ids = tokenizer(captions(recipe, rng, index), padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
@@ -314,20 +329,12 @@ def make_unet(build: Path, recipe: Recipe) -> None:
         noise = torch.randn_like(z) + 0.05 * torch.randn(recipe.batch, 4, 1, 1)
         predicted = unet(schedule.add_noise(z, noise, t), t, text_encoder(ids).last_hidden_state).sample
         loss = ((predicted - noise).square().mean((1, 2, 3)) * loss_weight(snr[t], reach)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(0.9985, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        descend(loss, model, optimizer, lr)
+        follow(ema, model, step, 0.9985)
         log(step, loss.detach())
         if step % 400 == 399 or step == steps - 1:
-            state = dict(
-                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, rng=rng
-            )
-            torch.save(state, saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").rename(saved)
+            parts = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+            keep(saved, **parts, step=step + 1, rng=rng)
             ema["unet"].save_pretrained(build / "unet.tmp")
             ema["text_encoder"].save_pretrained(build / "text_encoder")
     (build / "unet.tmp").rename(build / "unet")

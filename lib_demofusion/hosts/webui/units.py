@@ -15,8 +15,7 @@ from torch import Tensor
 from lib_demofusion.hosts.webui.neighbours import WINDOWS, said, scripts_of
 
 # What follows the image pixel by pixel: a view gets its part of the hint.
-CONTROLNETS = {"ControlNet", "ControlLoRA", "ControlNetUnion", "InstantID"}
-LOCAL = {*CONTROLNETS, "T2I_Adapter", "Controlllite"}
+LOCAL = {"ControlNet", "ControlLoRA", "ControlNetUnion", "InstantID", "T2I_Adapter", "Controlllite"}
 # What says something of the image as a whole: every view gets all of it.
 GLOBAL = {"IPAdapter", "T2I_StyleAdapter", "ReVision"}
 
