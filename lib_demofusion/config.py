@@ -8,11 +8,13 @@ from typing import Any
 
 INFOTEXT_PREFIX = "DemoFusion"
 
-# What differs from the paper's settings. docs/evaluation.md has what each costs and gives.
+# What differs from the paper's settings. docs/evaluation.md has what each costs and gives. Each asks the model no more
+# often than the one before, whatever the base's steps and sampler are.
+_FAST: dict[str, Any] = dict(denoising_strength=0.4, doubling=True, pixel_upsampling=True, stride=0.625, feather=True)
 PRESETS: dict[str, dict[str, Any]] = {
     "Paper": {},
-    "Fast": dict(denoising_strength=0.4, doubling=True, pixel_upsampling=True, stride=0.625, feather=True),
-    "Turbo": dict(phase_steps=18, denoising_strength=0.4, doubling=True, pixel_upsampling=True, stride=0.625, feather=True),
+    "Fast": _FAST,
+    "Turbo": {**_FAST, "most_phase_steps": 18},
 }
 
 
@@ -33,7 +35,8 @@ class DemoFusionConfig:
     """Settings of DemoFusion (arXiv 2311.16973); the defaults are the paper's.
 
     The window of the local views is the base latent's size. Where a given picture is enlarged, and no base is made,
-    `scale` is of the picture, and `window` says how large about the windows are.
+    `scale` is of the picture, and `window` says how large about the windows are. Those from `phase_sampler` on are of the
+    phases after the base, as Hires. fix has them for its second pass; names are the host's, "" and 0: as the base.
     Raises ValueError, one line, for a value of the wrong type or out of range.
     """
 
@@ -99,13 +102,36 @@ class DemoFusionConfig:
         0,
         4096,
     )
+    most_phase_steps: int = _setting(
+        0, "most phase steps", "where phases have the base's steps (phase steps 0), no more than these; 0: all", 0, 1000
+    )
+    phase_sampler: str = _setting("", "phase sampler", "sampler of the phases after the base; none: as the base")
+    phase_schedule: str = _setting("", "phase schedule", "noise schedule of the phases after the base; none: as the base")
+    phase_cfg_scale: float = _setting(
+        0.0, "phase CFG scale", "guidance in the phases after the base; 1 is none, at half the time; 0: as the base", 0, 30
+    )
+    phase_prompt: str = _setting("", "phase prompt", "what the phases after the base are to show; none: as the base")
+    phase_negative_prompt: str = _setting(
+        "", "phase negative prompt", "what the phases after the base are not to show; none: as the base"
+    )
+    phase_checkpoint: str = _setting("", "phase checkpoint", "model of the phases after the base; none: as the base")
+    upscaler: str = _setting(
+        "", "upscaler", "what enlarges each phase; none: bicubic, of images or of latents as pixel upsampling says"
+    )
+    resize_width: int = _setting(
+        0, "resize width", "of the result in pixels, instead of the scale; 0: by the height, if that is given", 0, 65536
+    )
+    resize_height: int = _setting(
+        0, "resize height", "of the result in pixels, instead of the scale; 0: by the width, if that is given", 0, 65536
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
-            if isinstance(f.default, bool):
-                if not isinstance(value, bool):
-                    raise ValueError(f"{meta['label']} must be true or false, got {value!r}")
+            if isinstance(f.default, (bool, str)):
+                if not isinstance(value, type(f.default)):
+                    what = "a text" if isinstance(f.default, str) else "true or false"
+                    raise ValueError(f"{meta['label']} must be {what}, got {value!r}")
                 continue
             kind = int if isinstance(f.default, int) else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind):
@@ -116,6 +142,12 @@ class DemoFusionConfig:
                 bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
                 text = f"{value:g}" if isinstance(value, float) else f"{value}"  # a float cannot hold every whole number
                 raise ValueError(f"{meta['label']} must be {bounds}, got {text}")
+        if 0 < self.phase_cfg_scale < 1:
+            raise ValueError(f"phase CFG scale must be 0, as the base's, or at least 1, got {self.phase_cfg_scale:g}")
+
+    def phase_steps_of(self, steps: int) -> int:
+        """The steps of the schedule of each phase after a base of so many."""
+        return self.phase_steps or min(steps, self.most_phase_steps or steps)
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> DemoFusionConfig:
@@ -166,6 +198,8 @@ def infotext_label(setting: Field) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return repr(value) if isinstance(value, bool) else f"{value:.12g}"
 
 
@@ -173,6 +207,8 @@ def _parse(text: str, default: Any, label: str) -> Any:
     try:
         if isinstance(default, bool):
             return {"True": True, "False": False}[text]
+        if isinstance(default, str) and not isinstance(text, str):
+            raise TypeError
         return type(default)(text)
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{label} cannot be read from {text!r}") from None

@@ -102,7 +102,7 @@ class Job:
 
         def advance(phase, views):
             pace.count(phase.number, views)
-            self.console.advance(f"phase {phase.number} of {last}", views * self.plan.branches)
+            self.console.advance(f"phase {phase.number} of {last}", views * phase.branches)
 
         def keep(result, saved):
             number = result.phases[-1][0].number

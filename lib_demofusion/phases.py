@@ -29,7 +29,7 @@ class Phase:
     """One phase. number: 1 is the base; size: its latent's (H, W); views: looked at for one prediction.
 
     steps: of its schedule, of which the first `skipped` are not run. calls: predictions that the sampler asks for in
-    the others, which is one a step for samplers of first order.
+    the others, which is one a step for samplers of first order. branches: 2 with guidance, 1 at CFG scale 1.
     """
 
     number: int
@@ -40,6 +40,7 @@ class Phase:
     calls: int
     local: int
     dilated: int
+    branches: int = 2
 
     @property
     def dilation(self) -> int:
@@ -59,14 +60,13 @@ class Phase:
 class Plan:
     """All that will be done, known before any model is loaded.
 
-    branches: 2 with guidance, 1 at CFG scale 1. from_picture: phase 1 is a given picture, shrunken to the window; nothing is
-    sampled there, and the next phase begins with the picture itself.
+    from_picture: phase 1 is a given picture, shrunken to the window; nothing is sampled there, and the next phase begins with
+    the picture itself.
     """
 
     window: Size
     stride: Size
     phases: tuple[Phase, ...]
-    branches: int
     from_picture: bool = False
 
     @property
@@ -76,7 +76,7 @@ class Plan:
 
     def evaluations_to(self, number: int) -> int:
         """Those of the phases up to and with `number`."""
-        return self.branches * sum(phase.evaluations for phase in self.phases[:number])
+        return sum(phase.branches * phase.evaluations for phase in self.phases[:number])
 
     def table(self, factor: int = 8) -> str:
         """The plan for people; factor: image pixels per latent pixel."""
@@ -84,7 +84,7 @@ class Plan:
         for p in self.phases[self.from_picture :]:
             image = f"{p.size[1] * factor}x{p.size[0] * factor}"
             views = f"{p.local} + {p.dilated}" if p.dilated else f"{p.local}"
-            rows.append((f"{p.number}", image, f"{p.steps - p.skipped}", views, f"{self.branches * p.evaluations:,}"))
+            rows.append((f"{p.number}", image, f"{p.steps - p.skipped}", views, f"{p.branches * p.evaluations:,}"))
         rows.append(("all", "", "", "", f"{self.evaluations:,}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
@@ -147,20 +147,22 @@ def make_plan(
     steps: int,
     config: DemoFusionConfig,
     *,
-    branches: int = 2,
+    branches: tuple[int, int] = (2, 2),
     calls: Callable[[int, int], int] | None = None,
     base: tuple[int, int] | None = None,
+    base_calls: Callable[[int, int], int] | None = None,
     from_image: bool = False,
     final: Size | None = None,
     begin: float = 0,
 ) -> Plan:
     """What DemoFusion will do for a base latent of `window` (h, w) latent pixels.
 
-    steps: of the base. calls: how many predictions the sampler asks for in a phase of so many steps of which so many are
-    skipped (one for each other step, unless given). base: the base's own steps, and how many of the first ones are skipped,
-    where it is no whole run of `steps`. from_image: a given picture takes the base's place, so that the first phase costs
-    nothing. final: (H, W) of the last phase; config.scale times the window unless given. begin: a phase of no more latent
-    pixels than that falls away. Raises ValueError, one line, for a size or step count that cannot work.
+    steps: of the base. branches: of guidance, of the base and of the phases after it. calls: how many predictions the
+    phases' sampler asks for in so many steps of which so many are skipped (one for each other step, unless given);
+    base_calls: the same of the base, where its sampler is another one. base: the base's own steps, and how many of the first
+    ones are skipped, where it is no whole run of `steps`. from_image: a given picture takes the base's place, so that the
+    first phase costs nothing. final: (H, W) of the last phase; config.scale times the window unless given. begin: a phase of
+    no more latent pixels than that falls away. Raises ValueError, one line, for a size or step count that cannot work.
     """
     h, w = window
     if h < 1 or w < 1:
@@ -169,12 +171,13 @@ def make_plan(
         raise ValueError(f"steps must be at least 1, got {steps}")
     stride = tuple(max(math.floor(side * config.stride + 1e-9), 1) for side in window)  # 0.7 of 10 is 7
     calls = calls or (lambda steps, skipped: steps - skipped)
-    phase_steps = config.phase_steps or steps
+    phase_steps, base_calls = config.phase_steps_of(steps), base_calls or calls
     late = phase_steps - max(round(phase_steps * config.denoising_strength), 1)
     largest = config.scale if final is None else max(final[0] / h, final[1] / w)
 
     own, skipped = (0, 0) if from_image else base or (steps, 0)
-    phases = [Phase(1, 1.0, window, own, skipped, calls(own, skipped) if own else 0, local=1, dilated=0)]
+    made = base_calls(own, skipped) if own else 0
+    phases = [Phase(1, 1.0, window, own, skipped, made, local=1, dilated=0, branches=branches[0])]
     for scale in phase_scales(largest, config.doubling):
         if final is None:
             size = (round(h * scale), round(w * scale))
@@ -186,8 +189,30 @@ def make_plan(
             raise ValueError(f"scale {config.scale:g} adds no latent pixel to a base of {w}x{h}; choose a larger one")
         local, dilated = len(local_views(size, window, stride)), len(dilated_views(window, math.ceil(scale)))
         number, made = len(phases) + 1, calls(phase_steps, late)
-        phases.append(Phase(number, scale, size, phase_steps, late, made, local, dilated))
-    return Plan(window, stride, tuple(phases), branches, from_picture=from_image)
+        phases.append(Phase(number, scale, size, phase_steps, late, made, local, dilated, branches[1]))
+    return Plan(window, stride, tuple(phases), from_picture=from_image)
+
+
+def resize_target(own: Size, config: DemoFusionConfig, factor: int = 8) -> Size | None:
+    """The result's (H, W) in latent pixels that config.resize_width and resize_height ask for; None: config.scale says it.
+
+    own: (height, width) in pixels of the base, or of the picture that is given, whose aspect the result has: one side says
+    the other, and two may differ from it by a latent pixel or a hundredth. Raises ValueError, one line, for other sizes.
+    """
+    asked = (config.resize_height, config.resize_width)
+    if not any(asked):
+        return None
+    times = [side / before for side, before in zip(asked, own) if side]
+    fitting = [tuple(round(side * t / factor) * factor for side in own) for t in times]
+    size = tuple(side or fit for side, fit in zip(asked, fitting[0]))
+    named, of = ("{1}x{0}".format(*sides) for sides in (size, own))
+    if any(abs(side - before * t) > max(factor, side / 100) for t in times for side, before in zip(size, own)):
+        works = " or ".join(dict.fromkeys("{1}x{0}".format(*sides) for sides in fitting))
+        raise ValueError(f"{named} has not the aspect of {of}; resize to {works}, or change the aspect first")
+    low, high = (DemoFusionConfig.__dataclass_fields__["scale"].metadata[end] for end in ("low", "high"))
+    if not low < max(times) <= high:
+        raise ValueError(f"{named} is {max(times):.3g} times {of}; resize to more than once and at most {high:g} times that")
+    return tuple(max(round(side / factor), 1) for side in size)
 
 
 def enlarged_size(picture: Size, scale: float, factor: int = 8) -> Size:
@@ -214,7 +239,7 @@ def plan_from_picture(
     steps: int,
     config: DemoFusionConfig,
     *,
-    branches: int = 2,
+    branches: tuple[int, int] = (2, 2),
     calls: Callable[[int, int], int] | None = None,
     final: Size | None = None,
     factor: int = 8,
@@ -278,6 +303,21 @@ def enlarge_latents(latents: Tensor, size: Size) -> Tensor:
     return F.interpolate(latents, size=size, mode="bicubic", align_corners=False)
 
 
+@dataclass(frozen=True)
+class Upscaler:
+    """What enlarges a phase: of the two the one that is given, by way of images or without.
+
+    images: an image [1, 3, h, w] in -1..1 and a size (H, W) in pixels -> [1, 3, H, W]. latents: those of a phase
+    [B, C, h, w] and a size (H, W) in latent pixels -> [B, C, H, W].
+    """
+
+    images: Callable[[Tensor, Size], Tensor] | None = None
+    latents: Callable[[Tensor, Size], Tensor] = enlarge_latents
+
+
+BICUBIC = Upscaler(lambda image, size: F.interpolate(image, size=size, mode="bicubic", align_corners=False))
+
+
 def enlarge(
     latents: Tensor,
     size: Size,
@@ -286,28 +326,30 @@ def enlarge(
     encode: Callable[[Tensor], Tensor],
     factor: int = 8,
     tiling: bool = False,
+    upscaler: Upscaler | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A phase's latents [B, C, h, w] as the next one's reference, [B, C, *size], and where it is held, [B, 1, *size].
 
     By way of images, one after the other, as far as the settings ask for these. decode: latents [1, C, h, w] -> an
     image [1, 3, factor * h, factor * w] in -1..1; encode: the way back. tiling: what lies beyond a border is the other
-    side, of the image, too. None: held nowhere.
+    side, of the image, too. upscaler: bicubic, of images or of latents as the settings say, unless given. None: held nowhere.
     """
+    upscaler = upscaler or (BICUBIC if config.pixel_upsampling else Upscaler())
     if tiling:
         (h, w), ((rows, top), (columns, left)) = size, map(_margins, latents.shape[-2:], size)
         grown = F.pad(latents, (columns, columns, rows, rows), mode="circular")
-        both = enlarge(grown, (h + 2 * top, w + 2 * left), config, decode, encode, factor)
+        both = enlarge(grown, (h + 2 * top, w + 2 * left), config, decode, encode, factor, upscaler=upscaler)
         return tuple(x if x is None else x[..., top : top + h, left : left + w] for x in both)
     enlarged, held = [], []
-    for z in latents.split(1) if config.pixel_upsampling or config.hold_flat else ():
+    for z in latents.split(1) if upscaler.images or config.hold_flat else ():
         image = decode(z)
         if config.hold_flat:
             flat = flat_areas(image, config.hold_flat, factor)
             held.append(F.interpolate(flat, size=size, mode="bilinear", align_corners=False).to(latents))
-        if config.pixel_upsampling:
-            image = F.interpolate(image, size=[factor * side for side in size], mode="bicubic", align_corners=False)
+        if upscaler.images:
+            image = upscaler.images(image, tuple(factor * side for side in size))
             enlarged.append(encode(image.clamp_(-1, 1)).to(latents))
-    return torch.cat(enlarged) if enlarged else enlarge_latents(latents, size), torch.cat(held) if held else None
+    return torch.cat(enlarged) if enlarged else upscaler.latents(latents, size), torch.cat(held) if held else None
 
 
 def _margins(side: int, larger: int) -> tuple[int, int]:

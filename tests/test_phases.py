@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.config import PRESETS, DemoFusionConfig
 from lib_demofusion.fusion import Fusion
 from lib_demofusion.original import Original
 from lib_demofusion.phases import (
@@ -24,6 +24,7 @@ from lib_demofusion.phases import (
     make_plan,
     phase_scales,
     plan_from_picture,
+    resize_target,
     upscale,
     window_for,
 )
@@ -31,7 +32,7 @@ from lib_demofusion.phases import (
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(2, 700), (3, 2400), (4, 5650)])
 def test_the_papers_setting_takes_as_many_evaluations_as_the_paper_says(scale, evaluations):
-    plan = make_plan((128, 128), 50, DemoFusionConfig(scale=float(scale)), branches=1)
+    plan = make_plan((128, 128), 50, DemoFusionConfig(scale=float(scale)), branches=(1, 1))
     assert plan.evaluations == evaluations
     assert [phase.views for phase in plan.phases[1:]] == [13, 34, 65][: scale - 1]
     assert make_plan((128, 128), 50, DemoFusionConfig(scale=float(scale))).evaluations == 2 * evaluations
@@ -131,7 +132,7 @@ def test_any_size_and_scale_gives_the_plans_sizes_and_evaluations(h, w, scale, v
     config = DemoFusionConfig(scale=scale, view_batch_size=view_batch_size)
     if (round(h * scale), round(w * scale)) == (h * int(scale), w * int(scale)) and scale != int(scale):
         return  # refused: see above
-    plan = make_plan((h, w), 3, config, branches=1, from_image=True)
+    plan = make_plan((h, w), 3, config, branches=(1, 1), from_image=True)
     done, evaluations = run(plan, torch.randn(1, 4, h, w), config)
     assert [latents.shape[-2:] for _, latents in done] == [phase.size for phase in plan.phases[1:]]
     assert done[-1][1].shape[-2:] == (round(h * scale), round(w * scale))
@@ -442,3 +443,61 @@ def test_around_a_mask_each_phase_keeps_the_picture_to_the_bit():
             assert torch.equal(x[outside], encoded(phase.size)[outside])
         assert torch.equal(held, 1 - mask(phase.size))
         assert not torch.isclose(latents, encoded(phase.size))[~outside].any()
+
+
+@given(
+    st.tuples(st.integers(4, 24), st.integers(4, 24)),
+    st.integers(1, 80),
+    st.floats(1.3, 8),
+    st.sampled_from([(2, 2), (1, 1), (2, 1)]),
+    st.sampled_from([lambda steps, skipped: steps - skipped, lambda steps, skipped: 2 * (steps - skipped) - 1]),
+    st.booleans(),
+)
+def test_presets_ask_the_model_in_their_order_whatever_the_steps_and_the_sampler(window, steps, scale, branches, calls, given):
+    costs = []
+    for name in PRESETS:
+        config = DemoFusionConfig.preset(name, scale=scale)
+        own = config.phase_cfg_scale
+        try:
+            guided = (branches[0], 1 if own == 1 else branches[1])
+            costs.append(make_plan(window, steps, config, branches=guided, calls=calls, from_image=given).evaluations)
+        except ValueError:  # a scale that adds no latent pixel
+            return
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_few_steps_of_the_base_are_the_presets_most():
+    """Below its own steps a phase of Turbo had more than one of Fast: 406 evaluations against 926 at 8 steps and 4x."""
+    fast, turbo = (DemoFusionConfig.preset(name) for name in ("Fast", "Turbo"))
+    assert turbo.phase_steps_of(8) == fast.phase_steps_of(8) == 8
+    assert turbo.phase_steps_of(50) == turbo.most_phase_steps < fast.phase_steps_of(50) == 50
+    assert DemoFusionConfig(phase_steps=30, most_phase_steps=10).phase_steps_of(8) == 30
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "target"),
+    [
+        ((512, 512), (0, 0), None),
+        ((512, 768), (0, 1536), (128, 192)),
+        ((512, 768), (1024, 0), (128, 192)),
+        ((512, 768), (1000, 1500), (125, 188)),
+        ((1216, 832), (4384, 3000), (548, 375)),
+        ((683, 1024), (0, 4096), (342, 512)),
+    ],
+)
+def test_a_size_to_resize_to_says_the_last_phases(own, asked, target):
+    config = DemoFusionConfig(resize_height=asked[0], resize_width=asked[1])
+    assert resize_target(own, config) == target
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "line"),
+    [
+        ((512, 512), (1024, 1536), "1536x1024 has not the aspect of 512x512; resize to 1024x1024 or 1536x1536, or change"),
+        ((512, 512), (512, 0), "512x512 is 1 times 512x512; resize to more than once and at most 8 times that"),
+        ((512, 512), (5000, 0), "5000x5000 is 9.77 times 512x512; resize to more than once and at most 8 times that"),
+    ],
+)
+def test_sizes_that_cannot_be_resized_to_are_refused(own, asked, line):
+    with pytest.raises(ValueError, match=f"^{line}"):
+        resize_target(own, DemoFusionConfig(resize_height=asked[0], resize_width=asked[1]))

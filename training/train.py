@@ -4,15 +4,16 @@
 
 The recipe "embedded" makes the checkpoint that is part of the repository; "second" another one, from other seeds and
 scenes that are laid out otherwise, to see whether what was found with the first holds for it; "tile" a ControlNet for
-the embedded one, whose stages are in tile.py. Every stage reads what the one before left in the build folder and is
-skipped when its own file is there, so that a run that was cut short goes on; the UNet's and the ControlNet's stages also
-go on from their last checkpoint. Everything is seeded.
+the embedded one, whose stages are in tile.py; "lcm" an LCM-LoRA for it, whose stages are in lcm.py. Every stage reads
+what the one before left in the build folder and is skipped when its own file is there, so that a run that was cut short
+goes on; the stages of the UNet, the ControlNet and the LoRA also go on from their last checkpoint. Everything is seeded.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import math
 import time
@@ -43,8 +44,8 @@ class Recipe:
     """What a checkpoint is made from.
 
     layout: of the scenes (`scenes.render`). channels: of the UNet's three levels. stages: of the UNet's training: steps,
-    peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`); of the ControlNet's, whether some of the
-    hints are worn (`tile.make_worn`). scenes: how many.
+    peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`), and of the LoRA's the same; of the
+    ControlNet's, whether some of the hints are worn (`tile.make_worn`). scenes: how many.
     """
 
     seed: int
@@ -69,7 +70,10 @@ RECIPES = {
     ),
     "second": Recipe(1, "row", (48, 72, 64), 40, ((1_500, 1e-3, 300, False), (4_000, 1e-3, 100, True))),
     "tile": Recipe(2, "anywhere", (64, 96, 88), 48, ((1_800, 1e-3, 100, False), (600, 5e-4, 50, True)), scenes=4_000),
+    "lcm": Recipe(2, "anywhere", (64, 96, 88), 48, ((1_800, 1e-3, 50, True),), scenes=4_000),
 }
+# Recipes with stages of their own: the module, which is made of what is here, and its name of where the result lies.
+MODULES = {"tile": ("training.tile", "CONTROLNET"), "lcm": ("training.lcm", "LORA")}
 
 
 def make_scenes(build: Path, recipe: Recipe) -> None:
@@ -95,7 +99,7 @@ def cosine_lr(step: int, steps: int, peak: float, warmup: int = 100) -> float:
 
 
 def unet_stage(recipe: Recipe, step: int) -> tuple[float, bool]:
-    """The learning rate at a step of the UNet's training, or the ControlNet's, and its stage's last setting."""
+    """The learning rate at a step of the UNet's training, the ControlNet's or the LoRA's, and its stage's last setting."""
     for steps, peak, warmup, reach in recipe.stages:
         if step < steps:
             return cosine_lr(step, steps, peak, warmup), reach
@@ -397,10 +401,10 @@ def main() -> None:
     args = parser.parse_args()
     build = args.build or ROOT / "build" / args.recipe
     out, stages, finish = EMBEDDED_CHECKPOINT, STAGES, export
-    if args.recipe == "tile":
-        from training import tile  # which is made of what is here
-
-        out, stages, finish = tile.CONTROLNET, tile.STAGES, tile.export
+    if args.recipe in MODULES:
+        module, place = MODULES[args.recipe]
+        module = importlib.import_module(module)
+        out, stages, finish = getattr(module, place), module.STAGES, module.export
     elif args.recipe != "embedded":
         out = build / args.recipe
     unknown = set(args.stages) - {*stages, "export"}

@@ -279,7 +279,7 @@ def _plan(pipe, config, given: Given | None, *, height, width, size, steps, cfg_
     if cfg_scale < 1:
         raise ValueError(f"CFG scale must be at least 1, got {cfg_scale:g}")
     factor, calls = pipe.vae_scale_factor, SAMPLERS[sampler].calls
-    branches = 2 if cfg_scale > 1 else 1
+    branches = tuple(2 if scale > 1 else 1 for scale in (cfg_scale, config.phase_cfg_scale or cfg_scale))
     if given is None:
         if size is not None:
             raise ValueError("a size is of what becomes of an image that is given; without one config.scale says it")
@@ -329,8 +329,8 @@ def needs(pipe: Any, plan: Plan, view_batch: int = 1, images: int = 1, controls:
     modules = {part for part in (*pipe.components.values(), *networks) if isinstance(part, torch.nn.Module)}
     weights = sum(x.nbytes for module in modules for x in (*module.parameters(), *module.buffers()))
     latents = images * latents_bytes(size, unet.config.in_channels)
-    x, conditions = unet_inputs(unet, images * plan.branches * view_batch, plan.window, "meta")
-    call = controlled_call_bytes(unet, controls, x, plan.branches, conditions, pipe.vae_scale_factor)
+    x, conditions = unet_inputs(unet, images * max(phase.branches for phase in plan.phases) * view_batch, plan.window, "meta")
+    call = controlled_call_bytes(unet, controls, x, plan.phases[-1].branches, conditions, pipe.vae_scale_factor)
     tile = tiles.tile_for(vae.decoder, device_of(pipe, vae), plan.window, pipe.vae_scale_factor)
     if not tiles.group_norms(vae.decoder):  # its tiles share nothing
         size = tuple(min(side, tile) for side in size)
@@ -541,7 +541,7 @@ class _Run:
         self.device, self.dtype = device_of(pipe, pipe.unet), pipe.unet.dtype  # asked once: that looks at every module
         self.factor = pipe.vae_scale_factor
         self.schedule = self._schedule(steps)
-        self.phase_schedule = self._schedule(config.phase_steps or steps, sampler.phase_settings)
+        self.phase_schedule = self._schedule(config.phase_steps_of(steps), sampler.phase_settings)
         self.controls = Controls(controls, plan.window, self.factor)
         # On the CPU whatever the device, so that a seed gives one picture everywhere.
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -573,7 +573,7 @@ class _Run:
 
     def encode_prompts(self, prompt: str, negative_prompt: str) -> None:
         """Embeddings by branch of guidance, the negative prompt's first: [branches, tokens, channels]."""
-        guided = self.plan.branches == 2
+        guided = self.plan.phases[0].branches == 2
         encoded = self.pipe.encode_prompt(
             prompt=prompt,
             device=self.device,
@@ -662,7 +662,7 @@ class _Run:
 
     def _model(self, phase: Phase, crops: Tensor, views: Sequence[View], t: Tensor, sigma: float) -> Tensor:
         """The guided noise in crops [len(views) * B, C, h, w] at noise level sigma."""
-        branches, unet = self.plan.branches, self.pipe.unet
+        branches, unet = phase.branches, self.pipe.unet
         scale = 1.0 if self.sampler.variance_preserving else 1 / math.sqrt(1 + sigma * sigma)
         x = crops * scale
         rows = len(crops)

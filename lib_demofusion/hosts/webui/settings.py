@@ -35,10 +35,28 @@ ARGUMENTS = (
     "hold_steps",
     "start_from",
     "window",
+    "most_phase_steps",
+    "phase_sampler",
+    "phase_schedule",
+    "phase_cfg_scale",
+    "phase_prompt",
+    "phase_negative_prompt",
+    "phase_checkpoint",
+    "upscaler",
+    "resize_width",
+    "resize_height",
 )
+# What the form shows for "as the base", where that is a choice of a list; the API takes it, too.
+SAME = {
+    "phase_sampler": "Use same sampler",
+    "phase_schedule": "Use same scheduler",
+    "phase_checkpoint": "Use same checkpoint",
+    "upscaler": "Bicubic",
+}
 END = "end of the arguments"
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
-NO_PRESETS = ("scale", "view_batch_size", "window")
+NO_PRESETS = ("scale", "view_batch_size", "window", "phase_prompt", "phase_negative_prompt", "phase_checkpoint")
+NO_PRESETS += ("upscaler", "resize_width", "resize_height")
 PRESET_SETTINGS = [name for name in ARGUMENTS if name in CONFIG_FIELDS and name not in NO_PRESETS]
 PICTURE, RESULT = STARTS = ("Picture", "img2img result")  # what a job of img2img can start from; the first is the default
 START_KEY = f"{INFOTEXT_PREFIX} start"  # in the infotext of what was made from a picture
@@ -94,6 +112,8 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
     for name, value in values.items():  # a slider's 20.0 is the whole number 20
         if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
+        if value == SAME.get(name, ""):
+            values[name] = CONFIG_FIELDS[name].default
     path = resume.strip().strip('"')  # as file managers copy a path
     return Settings(replace(FORM, **values), save_phases, Path(path) if path else None, start_from)
 
