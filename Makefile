@@ -63,7 +63,7 @@ settings-sheet: $(READY)
 
 # TRAIN="--recipe second" makes another checkpoint, to see whether what was found holds for it, by
 # EVALUATE="--model training/build/second/second --layout row --tables Presets -o docs/evaluation-second.md"
-# TRAIN="--recipe tile" makes the embedded checkpoint's ControlNet.
+# TRAIN="--recipe tile" makes the embedded checkpoint's ControlNet, TRAIN="--recipe lcm" its LCM-LoRA.
 train: $(READY)
 	$(RUN) -m training.train $(TRAIN)
 
@@ -86,8 +86,9 @@ bench-webui: webui $(READY)
 	$(WEBUI_PYTHON) -m benchmarks.bench_webui
 
 # The embedded checkpoint as the WebUI reads one: make export-webui WEBUI_MODELS=.../models/Stable-diffusion
+# Its LCM-LoRA goes to the folder Lora beside that.
 export-webui: $(READY)
-	$(RUN) -m training.export_webui $(or $(WEBUI_MODELS),$(error set WEBUI_MODELS to the folder to write to))
+	$(RUN) -m training.export_webui $(or $(WEBUI_MODELS),$(error set WEBUI_MODELS to the folder to write to)) --lora $(WEBUI_MODELS)/../Lora
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) $(OUT) training/build build *.egg-info .pytest_cache .ruff_cache .hypothesis

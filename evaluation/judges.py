@@ -1,8 +1,8 @@
-"""What sees a set of pictures and says how good it is: metrics by rule and by networks, as statistics of the pictures."""
+"""What sees pictures and says how good they are, by rule and by networks: what each scored, and metrics of many."""
 
 from __future__ import annotations
 
-import functools
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +15,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation import metrics, readers
-from evaluation.metrics import Statistic, mean_of
+from evaluation.metrics import Normal, Statistic, mean_of
+from evaluation.scores import Record
 from lib_demofusion.views import Size, window_starts
 from training.scenes import SIZE, Scene, render
 from training.train import to_unit
 
 REAL_SEED = 4243
+VERSION = 1  # of what SceneJudge scores: one more with each change of it, so that scores are not mixed
+FEATURE = 1 / 32  # in steps of which features are kept; FID moves by less than a thousandth of itself
 
 
 @dataclass(frozen=True)
-class Set:
-    """Pictures of one method, uint8 [H, W, 3] each, the base images that they were made from, and the method's stride.
+class Made:
+    """A picture, uint8 [H, W, 3], of the prompt with this number, and the base image that it was made from.
 
-    subjects: what they are to show, scenes or captions, as the judge takes them. window: the method's, (height, width).
+    subject: what it is to show, a scene or a caption, as the judge takes it. stride, window, (height, width): the method's.
     """
 
-    subjects: Sequence[Scene | str]
-    images: Sequence[np.ndarray]
-    bases: Sequence[np.ndarray]
+    subject: Scene | str
+    index: int
+    image: np.ndarray
+    base: np.ndarray
     stride: float
     window: Size
 
@@ -41,66 +45,107 @@ class Set:
         """Where windows begin and end, in rows and columns of pixels."""
         return tuple(
             sorted({edge for start in window_starts(side, own, int(own * self.stride)) for edge in (start, start + own)})
-            for side, own in zip(self.images[0].shape, self.window)
+            for side, own in zip(self.image.shape, self.window)
         )
 
 
 class SceneJudge:
     """Everything that known scenes allow, and networks that were trained on them in Inception's and CLIP's roles.
 
-    size: (height, width) of the pictures. real: how many true renders, of scenes laid out so, they are compared with.
+    layout: of the scenes that pictures are compared with.
     """
 
     draws = 300  # of the bootstrap
 
-    def __init__(self, reader: readers.Reader, size: Size, real: int, layout: str = "anywhere"):
-        self.reader = reader
-        indices = tqdm(range(real), "true renders", dynamic_ncols=True)
-        true = [readers.true_render(REAL_SEED, index, layout, _times(size)) for index in indices]
-        true = [(scene, _at_size(image, size)) for scene, image in true]
-        self.whole, self.close = (x.numpy() for x in self.read(*zip(*true)))
-        self.detail = np.mean([metrics.detail(image) for _, image in true])
-        self.object_detail = functools.cache(functools.partial(_object_detail, size=size, layout=layout))
+    def __init__(self, layout: str = "anywhere"):
+        self.reader, self.layout = readers.load(), layout
+        self.about = {"judge": VERSION, "reader": readers.checksum(), "layout": layout}
+
+    @property
+    def tag(self) -> str:
+        """In the names of the files of what it scored."""
+        return "-".join(map(str, self.about.values()))
 
     @torch.no_grad()
-    def read(self, scenes: Sequence[Scene], images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    def read(self, scenes: Sequence[Scene], images: Sequence[np.ndarray], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Features of the whole images and of close-ups of them."""
-        crops = [readers.close_up(x, s, np.random.default_rng(i)) for i, (s, x) in enumerate(zip(scenes, images))]
+        crops = [readers.close_up(x, s, np.random.default_rng(i)) for i, s, x in zip(indices, scenes, images)]
         return tuple(self.reader(to_unit(np.stack(x))) for x in ([readers.small(x) for x in images], crops))
 
+    def of_base(self, scene: Scene, base: np.ndarray, size: Size) -> Record:
+        """What is known of a base image: its objects, and the detail of a true render's at the size of the pictures."""
+        objects, _ = metrics.objects_and_strays(base, scene)
+        return {"objects": np.uint16(objects), "true object detail": np.float16(self.object_detail(scene, size))}
+
+    def of_picture(self, made: Made) -> Record:
+        image, scene = made.image, made.subject
+        objects, strays = metrics.objects_and_strays(image, scene)
+        numbers = {
+            "off the base": metrics.difference_from_base(image, made.base),
+            "detail": metrics.detail(image),
+            "object detail": metrics.detail(image, scene),
+            "base object detail": metrics.detail(image, scene, made.base),
+            "seams": metrics.seams(image, made.borders),
+        }
+        whole, close = (x[0].numpy() for x in self.read([scene], [image], [made.index]))
+        return {
+            "objects": np.uint16(objects),
+            "strays": np.uint16(strays),
+            **{name: np.float16(value) for name, value in numbers.items()},
+            **{name: np.int16(np.round(x / FEATURE)) for name, x in (("whole", whole), ("close", close))},
+        }
+
+    def of_true(self, count: int, size: Size) -> Record:
+        """The same of so many true renders at a size, all together: the normal distributions of features, and detail."""
+        indices = tqdm(range(count), "true renders", dynamic_ncols=True)
+        true = [readers.true_render(REAL_SEED, index, self.layout, _times(size)) for index in indices]
+        true = [(scene, _at_size(image, size)) for scene, image in true]
+        found = {"detail": np.float32(np.mean([metrics.detail(image) for _, image in true]))}
+        for name, features in zip(("whole", "close"), self.read(*zip(*true), range(count))):
+            own = Normal.of(features.numpy())
+            found |= {f"{name} mean": np.float32(own.mean), f"{name} covariance": np.float32(own.cov)}
+        return found
+
+    def object_detail(self, scene: Scene, size: Size) -> float:
+        """Of a true render of the scene, square, so that no object is cut off; mostly colour and texture decide it."""
+        image = render(scene, np.random.default_rng(REAL_SEED), self.layout, _times(size)).round().astype(np.uint8)
+        return metrics.detail(_at_size(image, (size[1], size[1])), scene)
+
     @torch.no_grad()
-    def __call__(self, made: Set) -> dict[str, Statistic]:
-        scenes = made.subjects
+    def statistics(self, scenes: Sequence[Scene], made: Record, bases: Record, real: Record) -> dict[str, Statistic]:
+        """Metrics of one method's pictures, by what they and their bases scored, row by row, and the true renders."""
         classes = torch.tensor([readers.labels(scene) for scene in scenes])
-        features, near = self.read(scenes, made.images)
+        features, near = (torch.from_numpy(made[name] * np.float32(FEATURE)) for name in ("whole", "close"))
         chances, near_chances = self.reader.chances(features), self.reader.chances(near)
         names = list(readers.CLASSES)
 
         def right(seen: dict[str, Tensor], name: str) -> np.ndarray:
             return (seen[name].argmax(-1) == classes[:, names.index(name)]).float().numpy()
 
-        borders = made.borders
-        found = np.array([metrics.objects_and_strays(x, s) for x, s in zip(made.images, scenes)])
-        before = np.array([metrics.objects_and_strays(x, s)[0] for x, s in zip(made.bases, scenes)])
-        cosine = (F.normalize(features, dim=-1) * self.reader.captions(classes)).sum(-1).numpy()
+        true_object_detail = bases["true object detail"].astype(float)
         means = {
-            "count right": found[:, 0] == [scene.count for scene in scenes],
-            "count kept": found[:, 0] == before,
+            "count right": made["objects"] == [scene.count for scene in scenes],
+            "count kept": made["objects"] == bases["objects"],
             "caption right": np.mean([right(chances, name) for name in readers.WHOLE], 0),
             "texture right": right(near_chances, "texture"),
-            "strays": found[:, 1],
-            "off the base": [metrics.difference_from_base(x, b) for x, b in zip(made.images, made.bases)],
-            "detail": [metrics.detail(x) / self.detail for x in made.images],
-            "object detail": [metrics.detail(x, s) / self.object_detail(s) for x, s in zip(made.images, scenes)],
-            "seams": [metrics.seams(x, borders) for x in made.images],
-            "CLIP": cosine,
+            "strays": made["strays"],
+            "off the base": made["off the base"],
+            "detail": made["detail"].astype(float) / real["detail"],
+            "object detail": made["object detail"] / true_object_detail,
+            "base object detail": made["base object detail"] / true_object_detail,
+            "seams": made["seams"],
+            "CLIP": (F.normalize(features, dim=-1) * self.reader.captions(classes)).sum(-1).numpy(),
         }
         statistics = {name: mean_of(values) for name, values in means.items()}
-        statistics["FID"] = _distance(features.numpy(), self.whole)
+        statistics["FID"] = _distance(features.numpy(), _normal(real, "whole"))
         statistics["IS"] = _score([chances[name].numpy() for name in readers.WHOLE])
-        statistics["crop FID"] = _distance(near.numpy(), self.close)
+        statistics["crop FID"] = _distance(near.numpy(), _normal(real, "close"))
         statistics["crop IS"] = _score([near_chances[name].numpy() for name in readers.CLOSE])
         return statistics
+
+
+def _normal(real: Record, name: str) -> Normal:
+    return Normal(*(real[f"{name} {part}"].astype(float) for part in ("mean", "covariance")))
 
 
 def _at_size(image: np.ndarray, size: Size) -> np.ndarray:
@@ -116,13 +161,7 @@ def _times(size: Size) -> int:
     return -(-max(size) // SIZE)
 
 
-def _object_detail(scene: Scene, size: Size, layout: str) -> float:
-    """Of a true render of the scene, square, so that no object is cut off; mostly colour and texture decide it."""
-    image = render(scene, np.random.default_rng(REAL_SEED), layout, _times(size)).round().astype(np.uint8)
-    return metrics.detail(_at_size(image, (size[1], size[1])), scene)
-
-
-def _distance(features: np.ndarray, real: np.ndarray) -> Statistic:
+def _distance(features: np.ndarray, real: Normal) -> Statistic:
     return lambda index: metrics.frechet_distance(features[index], real)
 
 
@@ -148,12 +187,18 @@ class PhotoJudge:
         self.device, self.base = device, base
         self.inception = torch.jit.load(str(inception), map_location=device).eval()
         self.clip, self.processor = CLIPModel.from_pretrained(clip).eval().to(device), CLIPProcessor.from_pretrained(clip)
-        files = sorted(path for path in real.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not files:
+        self.real = sorted(path for path in real.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not self.real:
             raise ValueError(f"no real images in {real}")
-        images = [np.asarray(Image.open(path).convert("RGB")) for path in files]
-        self.whole = np.concatenate([self.features([image]) for image in tqdm(images, "real images", dynamic_ncols=True)])
-        self.close = np.concatenate([self.features(self.crops(_no_smaller(image, base))) for image in images])
+        weights = [inception, *sorted(path for path in clip.rglob("*") if path.is_file())]
+        crc = 0
+        for path in weights:
+            crc = zlib.crc32(path.read_bytes(), crc)
+        self.about = {"networks": f"{crc:08x}"}
+
+    @property
+    def tag(self) -> str:
+        return self.about["networks"]
 
     def crops(self, image: np.ndarray) -> list[np.ndarray]:
         (h, w), (height, width) = self.base, image.shape[:2]
@@ -174,21 +219,40 @@ class PhotoJudge:
         output = self.clip(**inputs.to(self.device))
         return 100 * max(float(F.cosine_similarity(output.image_embeds, output.text_embeds)), 0.0)
 
-    def __call__(self, made: Set) -> dict[str, Statistic]:
-        whole = np.concatenate([self.features([x]) for x in made.images])
-        chances = np.concatenate([self._ask([x], no_output_bias=True) for x in made.images])
-        near, near_chances = [], []
-        for image in made.images:
-            crops = self.crops(image)
-            near.append(self.features(crops))
-            near_chances.append(self._ask(crops, no_output_bias=True))
-        near, near_chances = np.stack(near), np.stack(near_chances)  # [images, crops, ...]
+    def of_base(self, caption: str, base: np.ndarray, size: Size) -> Record:
+        """Nothing: these metrics do not look at it."""
+        return {}
+
+    def of_picture(self, made: Made) -> Record:
+        crops = self.crops(made.image)
         return {
-            "FID": _distance(whole, self.whole),
-            "IS": _score([chances]),
-            "crop FID": lambda index: metrics.frechet_distance(near[index].reshape(-1, near.shape[-1]), self.close),
+            "whole": np.float16(self.features([made.image])[0]),
+            "chances": self._ask([made.image], no_output_bias=True)[0],
+            "close": np.float16(self.features(crops)),  # [crops, ...]
+            "close chances": self._ask(crops, no_output_bias=True),
+            "CLIP": np.float32(self.cosine(made.image, made.subject)),
+        }
+
+    def of_true(self, count: int, size: Size) -> Record:
+        """Of the real images, all that there are, in the size that they have."""
+        found = {}
+        images = [np.asarray(Image.open(path).convert("RGB")) for path in self.real]
+        whole = [self.features([image]) for image in tqdm(images, "real images", dynamic_ncols=True)]
+        close = [self.features(self.crops(_no_smaller(image, self.base))) for image in images]
+        for name, features in (("whole", whole), ("close", close)):
+            own = Normal.of(np.concatenate(features))
+            found |= {f"{name} mean": own.mean, f"{name} covariance": own.cov}
+        return found
+
+    def statistics(self, captions: Sequence[str], made: Record, bases: Record, real: Record) -> dict[str, Statistic]:
+        whole, close = _normal(real, "whole"), _normal(real, "close")
+        near, near_chances = made["close"], made["close chances"]
+        return {
+            "FID": _distance(made["whole"], whole),
+            "IS": _score([made["chances"]]),
+            "crop FID": lambda index: metrics.frechet_distance(near[index].reshape(-1, near.shape[-1]), close),
             "crop IS": lambda index: metrics.inception_score(near_chances[index].reshape(-1, near_chances.shape[-1])),
-            "CLIP": mean_of([self.cosine(x, caption) for x, caption in zip(made.images, made.subjects)]),
+            "CLIP": mean_of(made["CLIP"]),
         }
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from scipy import ndimage
 
 from training.scenes import OBJECT, Scene, object_areas, object_mask, shrink
 
+AROUND = 4  # pixels of a base around its objects that still are their place
 SPECK = 0.0003  # share of an image up to which a spot of the objects' colour is nothing; between that and OBJECT it is a stray
 
 
@@ -27,20 +30,29 @@ def difference_from_base(image: np.ndarray, base: np.ndarray) -> float:
     return float(np.sqrt(np.square(small - base).mean()))
 
 
-def detail(image: np.ndarray, scene: Scene | None = None) -> float:
+def detail(image: np.ndarray, scene: Scene | None = None, base: np.ndarray | None = None) -> float:
     """Energy that is lost when 2 x 2 pixels are averaged, in 0..255 squared: what the next smaller image cannot hold.
 
     Of the whole image, where each copy of an object adds to it, or of the pixels of the scene's objects (0 without any).
+    base: of those of them that lie where this image, the base, has its objects, so that copies elsewhere are left out.
     """
     grey = image.astype(np.float32).mean(-1, keepdims=True)
     coarse = shrink(grey, 2).repeat(2, 0).repeat(2, 1)
     energy = np.square(grey - coarse)[..., 0]
     if scene is None:
         return float(energy.mean())
-    mask = object_mask(image, scene)
-    factor = image.shape[0] // mask.shape[0]
-    inside = energy[mask.repeat(factor, 0).repeat(factor, 1)]
+    mask = _at(object_mask(image, scene), image)
+    if base is not None:
+        around = np.ones((2 * AROUND + 1,) * 2, bool)
+        mask &= _at(ndimage.binary_dilation(_at(object_mask(base, scene), base), around), image)
+    inside = energy[mask]
     return float(inside.mean()) if inside.size else 0.0
+
+
+def _at(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """A mask in an image's pixels, so many times as many."""
+    factor = image.shape[0] // mask.shape[0]
+    return mask.repeat(factor, 0).repeat(factor, 1)
 
 
 def seams(image: np.ndarray, borders: tuple[Sequence[int], Sequence[int]]) -> float:
@@ -57,12 +69,32 @@ def seams(image: np.ndarray, borders: tuple[Sequence[int], Sequence[int]]) -> fl
     return float(np.concatenate(at).mean() / np.concatenate(elsewhere).mean())
 
 
-def frechet_distance(features: np.ndarray, real: np.ndarray) -> float:
-    """Between the normal distributions that fit two sets of features, [N, D] and [M, D] (Heusel et al. 2017)."""
-    (mean, cov), (real_mean, real_cov) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (features, real))
-    # The trace of the root of a product of two covariances is the sum of the roots of its eigenvalues.
-    roots = np.sqrt(np.clip(np.linalg.eigvals(cov @ real_cov).real, 0, None)).sum()
-    return float(np.square(mean - real_mean).sum() + np.trace(cov) + np.trace(real_cov) - 2 * roots)
+@dataclass(frozen=True)
+class Normal:
+    """The normal distribution that fits features [N, D]: their mean and their covariance, unbiased, as numpy has it."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Normal:
+        features = np.asarray(features, float)
+        return cls(features.mean(0), np.cov(features, rowvar=False))
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric root of the covariance."""
+        values, vectors = np.linalg.eigh(self.cov)
+        return vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
+
+
+def frechet_distance(features: np.ndarray, real: Normal) -> float:
+    """Between the normal distribution that fits features [N, D] and that of real images (Heusel et al. 2017)."""
+    own = Normal.of(features)
+    # The trace of the root of a product of two covariances is the sum of the roots of its eigenvalues, which are those of
+    # this symmetric one.
+    roots = np.sqrt(np.clip(np.linalg.eigvalsh(real.root @ own.cov @ real.root), 0, None)).sum()
+    return float(np.square(own.mean - real.mean).sum() + np.trace(own.cov) + np.trace(real.cov) - 2 * roots)
 
 
 def inception_score(chances: np.ndarray) -> float:

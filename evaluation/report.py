@@ -1,15 +1,41 @@
-"""The report's parts: tables in Markdown, plots of quality against evaluations, sheets of pictures."""
+"""The report, made of scores: tables in Markdown, plots of quality against evaluations; and sheets of pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
+from evaluation.drawing import TABLES, label
+from evaluation.judges import PhotoJudge, SceneJudge
 from evaluation.metrics import Estimate
+from evaluation.scores import BASE, Scores
+from training.scenes import Scene
+
+INTRODUCTION = """# Evaluation
+
+Written by `make evaluate`, of {model}. Captions, seeds and bases are the same for all methods.
+Evaluations of the model are counted at the base image's size (a pass at k times the area counts as k), beside those of
+the base, which is the same for all (the WebUI's form, the guide and `--plan` count it too: its steps, twice with guidance).
+Time is over the base's, the median of the prompts, on the machine that drew them. In brackets: 95 % intervals by
+bootstrap over the prompts. **worse** and **better**: the interval of the paired difference from the reference,
+{against}, leaves zero out.
+"""
+SCENES_INTRODUCTION = """
+Shares of pictures with as many objects as were asked for, and as the base has; of captions and textures that a network
+reads off them. Strays: small repeated objects on the background. Off the base: RMS difference, averaged down, in 0..255.
+Detail: energy that the next smaller image cannot hold, over that of true renders, of the whole image, where each
+repeated object adds to it; inside the objects; and inside those that are where the base has its own, or within 4 of its
+pixels, so that copies elsewhere do not count. Seams: steps across the borders of windows over those elsewhere.
+CLIP, FID, IS and, of close-ups, crop FID and crop IS: by that network in the roles of CLIP and Inception.
+
+What each picture scored is kept in `{folder}/scores-*.npz`, of which `make evaluate EVALUATE=--from-scores` makes this
+report.
+"""
 
 # Metric -> whether more is better; None: 1 is best.
 BETTER = {
@@ -21,6 +47,7 @@ BETTER = {
     "off the base": False,
     "detail": None,
     "object detail": None,
+    "base object detail": None,
     "seams": None,
     "CLIP": True,
     "FID": False,
@@ -30,8 +57,97 @@ BETTER = {
 }
 PLOTTED = ("count right", "texture right", "strays", "crop FID")
 OURS = ("DemoFusion", "Paper", "Fast", "Turbo")  # in another colour, with whatever settings
-COLUMNS = 7  # metrics of a table, so that a page is wide enough for it
+COLUMNS = 8  # metrics of a table, so that a page is wide enough for it
+SHOWN = 6  # rows of a sheet
 SIDE = 224  # pixels of a picture on a sheet
+
+
+Judge = SceneJudge | PhotoJudge
+Sheet = Callable[[str, str, list[int], Path], None]  # of a table at a size, of some prompts' pictures, into a file
+
+
+def write(
+    scores: dict[str, Scores], judges: Mapping[str, Judge], subjects: Sequence[Scene | str], out: Path, sheet: Sheet
+) -> None:
+    """The report of what pictures scored at each size, and its plots and sheets in a folder beside it.
+
+    subjects: what each prompt is to show. ValueError where the scores are not of one checkpoint.
+    """
+    one_checkpoint(scores)
+    titles = [title for title in TABLES if any(title in own.tables for own in scores.values())]
+    sections = [
+        (title, size, prompts)
+        for title in titles
+        for size in TABLES[title].sizes
+        if size in scores and title in scores[size].tables and (prompts := _complete(title, size, scores[size]))
+    ]
+    against = " or ".join(dict.fromkeys(name for title in titles for name in TABLES[title].references))
+    first = next(iter(scores.values()))
+    seen = f"the checkpoint `{first.model}`" if first.model else "the embedded checkpoint"
+    layout = first.about.get("layout", "anywhere")
+    if layout != "anywhere":
+        seen += f", which was trained on scenes in a {layout}"
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [INTRODUCTION.format(model=seen, against=against)]
+    if subjects and isinstance(subjects[0], Scene):
+        text[0] += SCENES_INTRODUCTION.format(folder=folder.name)
+    for title, size, prompts in sections:
+        text += _section(title, size, prompts, scores[size], judges[size], subjects, folder)
+        sheet(title, size, prompts[:SHOWN], folder / f"{stem(title, size)}.jpg")
+    out.write_text("\n".join(text))
+
+
+def one_checkpoint(scores: dict[str, Scores]) -> None:
+    """ValueError where a report would be of several, or of several judges."""
+    for name in ("checkpoint", "layout", "judge", "reader", "networks"):
+        found = {own.about.get(name): size for size, own in scores.items()}
+        if len(found) > 1:
+            told = " and ".join(f"{value} ({size})" for value, size in found.items())
+            raise ValueError(f"the scores of one report are of one {name}, these of {told}: name another report with -o")
+
+
+def _complete(title: str, size: str, scores: Scores) -> list[int]:
+    """The prompts that every method of a table has a picture of; says so where there are none."""
+    labels = {name: label(name) for name in TABLES[title].methods}
+    prompts = scores.prompts(list(labels.values()))
+    if not prompts:
+        without = [name for name, own in labels.items() if not scores.prompts([own])]
+        print(f"{title}, {size}: no prompt has pictures by all methods{', none by ' * bool(without)}{', '.join(without)}")
+    return prompts
+
+
+def stem(title: str, size: str) -> str:
+    """Of the names of a table's files."""
+    return f"{title}-{size.split(',')[0]}".lower().replace(" ", "-")
+
+
+def _section(
+    title: str,
+    size: str,
+    prompts: list[int],
+    scores: Scores,
+    judge: Judge,
+    subjects: Sequence[Scene | str],
+    folder: Path,
+) -> Iterator[str]:
+    """The report's lines on one table at one size, and its plot."""
+    table, about, rows = TABLES[title], scores.about, {}
+    bases = scores.of(BASE, prompts)
+    for name in tqdm(table.methods, f"{title}, {size}", dynamic_ncols=True):
+        made = scores.of(label(name), prompts)
+        statistics = judge.statistics([subjects[prompt] for prompt in prompts], made, bases, scores.real)
+        measured = {key: Estimate.of(statistics[key], len(prompts), judge.draws) for key in table.metrics or statistics}
+        evaluations, time = made["evaluations"].mean(dtype=float), np.median(made["seconds"] / made["base seconds"])
+        rows[name] = Row(float(evaluations), float(time), measured)
+    own = stem(title, size)
+    plot(rows, folder / f"{own}.svg")
+    yield (
+        f"## {title}, {size}\n\n{table.about} {len(prompts)} prompts, {about['steps']} steps, "
+        f"the UNet in {about['arithmetic']}.\n"
+    )
+    yield from (lines + "\n" for lines in tables(rows, table.against, table.apart))
+    yield f"![Quality against evaluations]({folder.name}/{own}.svg)\n\n![Pictures]({folder.name}/{own}.jpg)\n"
 
 
 @dataclass(frozen=True)

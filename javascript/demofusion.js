@@ -15,10 +15,11 @@ function demofusionCalls([counts, levels, discards], scheduler, steps, skipped) 
     return counts === "second" ? 2 * run - (scheduler === "KL Optimal" ? 0 : 1) : run;
 }
 
-function demofusionLeastCalls(form, [counts, , , least], skipped) {
-    if (form.sampler === "UniPC") return form.uniPcOrder;
+function demofusionLeastCalls(form, {sampler, scheduler}, skipped) {
+    const [counts, , , least] = form.table.samplers[sampler];
+    if (sampler === "UniPC") return form.uniPcOrder;
     if (counts === "fixed" || counts === "unknown") return skipped ? 2 : 1;
-    return form.scheduler === "KL Optimal" ? 1 : least;
+    return scheduler === "KL Optimal" ? 1 : least;
 }
 
 // Halves go to the even neighbour, as Python rounds.
@@ -38,9 +39,82 @@ function demofusionBaseSteps(form) {
     return [steps, steps - encoded - (timesteps ? 0 : 1)];
 }
 
-// What a picture of [height, width] pixels becomes at a scale, and by which windows; sizes in latent pixels.
-function demofusionWindow({picture, table}, scale, side) {
-    const final = picture.map((length) => Math.max(Math.floor(length * scale / 8 + 0.5), 1));
+// A text as Python writes it where it is quoted.
+function demofusionQuoted(text) {
+    const sign = text.includes("'") && !text.includes('"') ? '"' : "'";
+    return sign + text.replaceAll("\\", "\\\\").replaceAll("\n", "\\n").replaceAll(sign, `\\${sign}`) + sign;
+}
+
+// A name as the host writes it, of those that there are, whatever its case: {name}, or {refused}.
+function demofusionOneOf(text, what, known) {
+    const wanted = text.trim(), same = (own) => own.toLowerCase() === wanted.toLowerCase();
+    const name = known.includes(wanted) ? wanted : known.find(same);
+    if (name !== undefined) return {name};
+    return {refused: `there is no ${what} ${demofusionQuoted(text)}; there are: ${known.join(", ") || "none"}`};
+}
+
+// The sampler and the scheduler of the phases, in the host's names, or {refused}. A schedule's name may follow the sampler's.
+function demofusionLater(form) {
+    const {samplers, aliases, schedules, upscalers} = form.table.names;
+    let scheduler = "", sampler = "";
+    if (form.phaseScheduler) {
+        const wanted = form.phaseScheduler.trim().toLowerCase();
+        const found = Object.keys(schedules).find((label) => schedules[label].includes(wanted));
+        const {name, refused} = demofusionOneOf(found ?? form.phaseScheduler, "schedule type", Object.keys(schedules));
+        if (refused) return {refused};
+        scheduler = name;
+    }
+    if (form.phaseSampler) {
+        const wanted = form.phaseSampler.trim().toLowerCase();
+        sampler = aliases[wanted];
+        for (const [label, names] of Object.entries(schedules)) {
+            for (const name of sampler ? [] : names) {
+                if (!wanted.endsWith(` ${name}`) || !["", label].includes(scheduler)) continue;
+                sampler = aliases[wanted.slice(0, -name.length - 1)];
+                if (sampler) scheduler = label;
+            }
+        }
+        const {name, refused} = sampler ? {name: sampler} : demofusionOneOf(form.phaseSampler, "sampler", samplers);
+        if (refused) return {refused};
+        sampler = name;
+    }
+    const {refused} = form.upscaler ? demofusionOneOf(form.upscaler, "upscaler", upscalers) : {};
+    return refused ? {refused} : {sampler: sampler || form.sampler, scheduler: scheduler || form.scheduler};
+}
+
+// As Python writes it with three digits, below 1000: halves, which have at most four digits after the point in base two, even.
+function demofusionThreeDigits(x) {
+    const whole = 10 ** (2 - Math.floor(Math.log10(x)));
+    return Number.isInteger(16 * x) ? demofusionRound(x * whole) / whole : Number(x.toPrecision(3));
+}
+
+// The size in latent pixels that the form names for a base or a picture of [height, width] pixels, by one side or by both:
+// {final}, {} where it names none, or {refused}.
+function demofusionResized(form, own) {
+    const asked = form.resize, times = asked.map((side, i) => side / own[i]).filter((t) => t > 0);
+    if (!times.length) return {};
+    const named = ([height, width]) => `${width}x${height}`;
+    const fitting = times.map((t) => own.map((side) => demofusionRound(side * t / 8) * 8));
+    const size = asked.map((side, i) => side || fitting[0][i]);
+    if (times.some((t) => size.some((side, i) => Math.abs(side - own[i] * t) > Math.max(8, side / 100)))) {
+        const works = [...new Set(fitting.map(named))].join(" or ");
+        return {refused: `${named(size)} has not the aspect of ${named(own)}; resize to ${works}, or change the aspect first`};
+    }
+    const largest = Math.max(...times), [low, high] = form.table.scales;
+    if (!(low < largest && largest <= high)) {
+        const many = `${demofusionThreeDigits(largest)} times ${named(own)}`;
+        return {refused: `${named(size)} is ${many}; resize to more than once and at most ${high} times that`};
+    }
+    return {final: size.map((side) => Math.max(demofusionRound(side / 8), 1))};
+}
+
+// What a picture of [height, width] pixels becomes at a scale, in latent pixels.
+function demofusionEnlarged(picture, scale) {
+    return picture.map((length) => Math.max(Math.floor(length * scale / 8 + 0.5), 1));
+}
+
+// By which windows a picture is enlarged to a final size; sizes in latent pixels.
+function demofusionWindow({picture, table}, final, side) {
     const area = final[0] * final[1], ratio = Math.sqrt(area) / side, whole = Math.max(Math.floor(ratio + 0.5), 1);
     const {fitting: [low, high], largest} = table.windows, fits = low <= ratio / whole && ratio / whole <= high;
     const window = final.map((length) => Math.ceil(length / Math.max(fits ? whole : ratio, 1) - 1e-9));
@@ -55,14 +129,16 @@ function demofusionWindow({picture, table}, scale, side) {
 // The same for a form, or {refused}; {unknown} as long as the server has not said what the checkpoint was made for.
 function demofusionFromPicture(form) {
     const [height, width] = form.picture, side = form.window / 8 || form.facts.native;
-    if (!height || !width) return {refused: "there is no picture; drop one on the tab"};
+    const {final, refused} = demofusionResized(form, form.picture);
+    if (refused) return {refused};
     if (!side) return {unknown: true};
     if (side < 1) return {refused: `a window of ${form.window} pixels is too small; a latent pixel is 8 pixels`};
-    const made = demofusionWindow(form, form.scale, side), size = `${made.final[1] * 8}x${made.final[0] * 8}`;
+    const made = demofusionWindow(form, final ?? demofusionEnlarged(form.picture, form.scale), side);
+    const size = `${made.final[1] * 8}x${made.final[0] * 8}`;
     if (made.smaller) return {refused: `${size} is not larger than the picture, ${width}x${height}; choose a larger size`};
     if (!made.atOnce && !made.large) return {...made, begin: height * width / 64};
     const scales = Array.from({length: 140}, (_, i) => (21 + i) / 20).filter(function(scale) {
-        const {smaller, atOnce, large} = demofusionWindow(form, scale, side);
+        const {smaller, atOnce, large} = demofusionWindow(form, demofusionEnlarged(form.picture, scale), side);
         return !smaller && !atOnce && !large;
     });
     if (made.atOnce) {
@@ -76,41 +152,51 @@ function demofusionFromPicture(form) {
 // Sizes (latent pixels), phases and model calls of one image, those of the base among them; {refused} where there is no such
 // plan, {unknown} where what the server has not said yet is missing.
 function demofusionPlan(form) {
-    const sampler = form.table.samplers[form.sampler];
-    if (sampler === undefined) return {refused: `the sampler ${form.sampler} is not one that it knows; Euler works`};
+    if (form.phaseCfg > 0 && form.phaseCfg < 1) {
+        return {refused: `phase CFG scale must be 0, as the base's, or at least 1, got ${form.phaseCfg}`};
+    }
+    const own = {sampler: form.sampler, scheduler: form.scheduler}; // the base's
+    const later = demofusionLater(form);
+    if (later.refused) return later;
     const given = form.start === "Picture";
+    if (given && !(form.picture[0] && form.picture[1])) return {refused: "there is no picture; drop one on the tab"};
     if (given && !(form.ownStrength > 0)) return {refused: "at denoising strength 0 nothing would be drawn; raise it"};
-    const from = given ? demofusionFromPicture(form) : {};
+    const unknown = ({sampler}) => !(sampler in form.table.samplers) &&
+        {refused: `the sampler ${sampler} is not one that it knows; Euler works`};
+    if (unknown(later)) return unknown(later);
+    const from = given ? demofusionFromPicture(form) : demofusionResized(form, [form.height, form.width]);
     if (from.refused || from.unknown) return from;
     if (!given && form.window) {
         return {refused: "a window is for a picture that is given; here it is the base's size, so set window to 0"};
     }
+    if (!given && unknown(own)) return unknown(own);
     const [h, w] = from.window ?? [form.height, form.width].map((side) => Math.floor(side / 8));
+    const {final} = from;
     const stride = [h, w].map((side) => Math.floor(side * form.stride + 1e-9) || 1);
-    const largest = given ? Math.max(from.final[0] / h, from.final[1] / w) : form.scale;
+    const largest = final ? Math.max(final[0] / h, final[1] / w) : form.scale;
 
     const scales = [];
     for (let s = 2; s < Math.ceil(largest); s++) if (!form.doubling || Number.isInteger(Math.log2(s))) scales.push(s);
     scales.push(largest);
-    const phaseSteps = form.phaseSteps || form.steps;
+    const phaseSteps = form.phaseSteps || Math.min(form.steps, form.mostPhaseSteps || form.steps);
     const strength = given ? form.ownStrength : form.strength;
     const skipped = phaseSteps - Math.max(demofusionRound(phaseSteps * strength), 1);
     const [baseSteps, baseSkipped] = demofusionBaseSteps(form);
-    const base = given ? 0 : demofusionCalls(sampler, form.scheduler, baseSteps, baseSkipped);
-    const calls = demofusionCalls(sampler, form.scheduler, phaseSteps, skipped);
-    const lacking = function(made, steps, skipped) {
-        const least = demofusionLeastCalls(form, sampler, skipped), run = steps - skipped;
+    const callsOf = ({sampler, scheduler}, ...steps) => demofusionCalls(form.table.samplers[sampler], scheduler, ...steps);
+    const base = given ? 0 : callsOf(own, baseSteps, baseSkipped), calls = callsOf(later, phaseSteps, skipped);
+    const lacking = function(by, made, steps, skipped) {
+        const least = demofusionLeastCalls(form, by, skipped), run = steps - skipped;
         if (made >= least) return null;
         const few = skipped ? `the ${run} of ${steps} steps that the denoising strength leaves` : `${run} step${run > 1 ? "s" : ""}`;
-        return `${form.sampler} cannot do with ${few}; it needs ${run + least - made} at least`;
+        return `${by.sampler} cannot do with ${few}; it needs ${run + least - made} at least`;
     };
-    const few = given ? null : lacking(base, baseSteps, baseSkipped);
+    const few = given ? null : lacking(own, base, baseSteps, baseSkipped);
     if (few) return {refused: few};
-    const branches = form.cfg === 1 ? 1 : 2;
+    const branches = (form.phaseCfg || form.cfg) === 1 ? 1 : 2;
     let total = 2 * base, height = h, width = w, phases = given ? 0 : 1;
     for (const scale of scales) {
-        const before = [height, width], size = given ?
-            from.final.map((side) => Math.max(demofusionRound(side * scale / largest), 1)) :
+        const before = [height, width], size = final ?
+            final.map((side) => Math.max(demofusionRound(side * scale / largest), 1)) :
             [h, w].map((side) => demofusionRound(side * scale));
         if (given && size[0] * size[1] <= form.table.windows.worth * from.begin && scale !== largest) continue;
         [height, width] = size;
@@ -118,13 +204,19 @@ function demofusionPlan(form) {
         if (height === before[0] && width === before[1]) {
             return {refused: `scale ${form.scale} adds no latent pixel to a base of ${w}x${h}; choose a larger one`};
         }
-        const few = lacking(calls, phaseSteps, skipped);
+        const few = lacking(later, calls, phaseSteps, skipped);
         if (few) return {refused: few};
         const rows = Math.ceil((height - h) / stride[0]) + 1, columns = Math.ceil((width - w) / stride[1]) + 1;
         total += branches * calls * (rows * columns + Math.ceil(scale) ** 2);
     }
-    const own = given ? [height, width].map((side) => demofusionRound(side / form.scale)) : [h, w];
-    return {h, w, own, height, width, phases, base: 2 * base, total, given, known: sampler[0] !== "unknown"};
+    let scale = form.scale;
+    if (form.resize.some(Boolean)) {
+        const sides = given ? form.picture : [form.height, form.width];
+        scale = Math.min(Math.round(1e4 * Math.max(8 * height / sides[0], 8 * width / sides[1])) / 1e4, form.table.scales[1]);
+    }
+    const small = [height, width].map((side) => demofusionRound(side / scale));
+    const known = ![later, ...given ? [] : [own]].some(({sampler}) => form.table.samplers[sampler][0] === "unknown");
+    return {h, w, scale, own: small, height, width, phases, base: 2 * base, total, given, known};
 }
 
 function demofusionBytes(bytes) {
@@ -147,9 +239,9 @@ function demofusionTime(form, plan) {
     return `about ${time}${images > 1 ? ` for ${images} images` : ""}`;
 }
 
-// The largest scale below the form's, as its slider goes, at which the finished image has what is asked; undefined: none.
-function demofusionLargest(form, plan, has) {
-    for (let twentieths = Math.ceil(20 * form.scale) - 1; twentieths > 20; twentieths--) {
+// The largest scale below the plan's, as its slider goes, at which the finished image has what is asked; undefined: none.
+function demofusionLargest(plan, has) {
+    for (let twentieths = Math.ceil(20 * plan.scale) - 1; twentieths > 20; twentieths--) {
         const [height, width] = plan.own.map((side) => demofusionRound(side * twentieths / 20));
         if (has(height, width)) return twentieths / 20;
     }
@@ -181,7 +273,7 @@ function demofusionFits(form, plan) {
     };
     const line = lack(plan.height, plan.width);
     if (line) {
-        const scale = demofusionLargest(form, plan, (height, width) => lack(height, width) === null);
+        const scale = demofusionLargest(plan, (height, width) => lack(height, width) === null);
         return `does not fit: ${line}; ${scale ? `scale ${scale} fits` : `no scale fits, a smaller ${plan.given ? "picture" : "base"} may`}`;
     }
     // Decoded at once, or with features that fit: all that the decoder's attention is to see is there.
@@ -189,7 +281,7 @@ function demofusionFits(form, plan) {
         memory.features * height * width < memory.device[1];
     if (memory.features === null || whole(plan.height, plan.width)) return demofusionNeed(form, plan);
     const [need, free] = [memory.features * plan.height * plan.width, memory.device[1]].map(demofusionBytes);
-    const scale = demofusionLargest(form, plan, whole);
+    const scale = demofusionLargest(plan, whole);
     return `fits, but decoding at its best takes ${need} of ${memory.device[0]}, and ${free} are free${scale ? `: scale ${scale}` : ""}`;
 }
 
@@ -223,11 +315,14 @@ function demofusionCost(form) {
 function demofusionPresets(form) {
     const said = {"": ["Your own settings", demofusionCost(form)].filter(Boolean).join(": ") + "."};
     for (const [name, preset] of Object.entries(form.table.presets)) {
-        const {phase_steps: phaseSteps, denoising_strength: strength, stride, doubling} = preset;
-        const [own, when] = preset.help;
+        const {denoising_strength: strength, stride, doubling, help: [own, when]} = preset;
+        const later = {
+            phaseSampler: preset.phase_sampler, phaseScheduler: preset.phase_schedule, phaseCfg: preset.phase_cfg_scale,
+            phaseSteps: preset.phase_steps, mostPhaseSteps: preset.most_phase_steps,
+        };
         const given = form.start === "Picture"; // where the tab's strength counts, and not the preset's
         const what = given ? `with the tab's denoising strength, ${form.ownStrength}; in txt2img it is ${strength}` : own;
-        const cost = demofusionCost({...form, phaseSteps, strength, stride, doubling});
+        const cost = demofusionCost({...form, ...later, strength, stride, doubling});
         said[name] = `${name}: ${[what, cost].filter(Boolean).join("; ")}. ${when}.`;
     }
     return said;
@@ -275,6 +370,20 @@ function demofusionGenerate(tab, asked) {
     return "";
 }
 
+// The host gives every text that it knows a hint of its own, "Denoising strength" and "Resize width to" among them, and the
+// innermost hint is shown: each part of a control of ours has the control's. What a list offers is left to the host.
+function demofusionHints() {
+    for (const {props} of gradio_config.components) {
+        const control = props.webui_tooltip && props.elem_id?.startsWith("script_demofusion") &&
+            gradioApp().getElementById(props.elem_id);
+        if (!control) continue;
+        control.title ||= props.webui_tooltip;
+        for (const part of control.querySelectorAll("span, p, button, input, textarea")) {
+            if (part.title !== control.title && !part.closest(".options")) part.title = control.title;
+        }
+    }
+}
+
 if (typeof onUiLoaded === "function") {
     const EVERY = 5000; // milliseconds; the server is asked no more often, and only while the form changes
     let facts = {}, asked = -EVERY, timer = null;
@@ -298,13 +407,17 @@ if (typeof onUiLoaded === "function") {
 
     // The form of one tab, and what it says; whether it is on.
     const drawTab = function(readout) {
-        const tab = readout.dataset.tab, host = (name) => `${tab}_${name}`;
+        const tab = readout.dataset.tab, host = (name) => `${tab}_${name}`, table = JSON.parse(readout.dataset.table);
         const id = (name) => readout.dataset.id + name;
         const input = (id) => gradioApp().querySelector(`#${id} input[type=number], #${id} input`);
         const number = (id) => parseFloat(input(id)?.value);
         const ticked = (id) => input(id)?.checked === true;
         const choice = (id) => gradioApp().querySelector(`#${id} input[type=radio]:checked`)?.value;
         const chosen = (id) => choice(id) ?? input(id)?.value; // the host's are radio buttons or a list, as its settings say
+        const named = function(name) { // "": as the base
+            const text = input(id(name))?.value ?? "";
+            return text.trim() && text !== table.same[name] ? text : "";
+        };
         const on = gradioApp().getElementById(id("enable-visible-checkbox"))?.checked || ticked(id("enable-checkbox"));
         const start = tab === "img2img" ? choice(id("start_from")) ?? "" : "";
         const [pictureWidth, pictureHeight] = start ? currentImg2imgSourceResolution(0, 0, 1) : [0, 0];
@@ -315,11 +428,15 @@ if (typeof onUiLoaded === "function") {
             sampler: chosen(host("sampling")), scheduler: chosen(host("scheduler")),
             hires: tab === "txt2img" && ticked("txt2img_hr-checkbox"), uniPcOrder: opts.uni_pc_order,
             scale: number(id("scale")), stride: number(id("stride")),
-            phaseSteps: number(id("phase_steps")), strength: number(id("denoising_strength")),
+            phaseSteps: number(id("phase_steps")), mostPhaseSteps: number(id("most_phase_steps")),
+            phaseSampler: named("phase_sampler"), phaseScheduler: named("phase_schedule"),
+            phaseCfg: number(id("phase_cfg_scale")), upscaler: named("upscaler"),
+            resize: [number(id("resize_height")) || 0, number(id("resize_width")) || 0],
+            strength: number(id("denoising_strength")),
             doubling: ticked(id("doubling")),
             start, picture: [pictureHeight, pictureWidth], window: number(id("window")) || 0,
             ownStrength: number(host("denoising_strength")), fixSteps: opts.img2img_fix_steps,
-            table: JSON.parse(readout.dataset.table), facts,
+            table, facts,
         };
         const say = (element, text) => {
             if (element && element.textContent !== text) element.textContent = text;
@@ -350,10 +467,14 @@ if (typeof onUiLoaded === "function") {
         }
         // A picture that is dropped on img2img says its size when it is loaded.
         gradioApp().querySelector("#tab_img2img")?.addEventListener("load", demofusionUpdate, true);
+        demofusionHints();
         demofusionUpdate();
     });
+    onAfterUiUpdate(demofusionHints);
     onAfterUiUpdate(demofusionUpdate); // values that the host sets: pasted parameters, the swap button, ui-config.json
     onOptionsChanged(demofusionUpdate); // another checkpoint
 }
 
-if (typeof module !== "undefined") module.exports = {demofusionReadout, demofusionPreset, demofusionPresets, demofusionTold};
+if (typeof module !== "undefined") module.exports = {
+    demofusionReadout, demofusionPreset, demofusionPresets, demofusionTold, demofusionThreeDigits,
+};

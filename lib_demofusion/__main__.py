@@ -13,11 +13,13 @@ import signal
 import sys
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lib_demofusion.arguments import (
     CONTROL_NUMBERS,
+    LORAS,
+    METHOD,
     Refused,
     blamed_on,
     channels_of,
@@ -67,7 +69,7 @@ def complain(error: BaseException, line: str) -> None:
 
 def run(args: argparse.Namespace, resume) -> int:
     with blamed_on(args.resume):
-        config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in fields(DemoFusionConfig)})
+        config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in METHOD})
         check_arguments(args)
         if resume:
             check_phase(args, resume)
@@ -79,27 +81,32 @@ def run(args: argparse.Namespace, resume) -> int:
         shown = [open_image(path, "control image") for path in args.control_image]
     host = import_host()
     with blamed_on(args.resume):
-        args.sampler = host.sampler_named(args.sampler)
-        for name in ("prompt", "negative_prompt"):
-            host.check_syntax(getattr(args, name), name.replace("_", " "))
-        if args.model is None:
-            check_vocabulary(host.EMBEDDED_CHECKPOINT / "vocabulary.txt", args.prompt, args.negative_prompt)
+        config = name_as_the_host(host, args, config)
+        check_prompts(host, args)
+        loras = {name: host.check_loras([host.Lora(*lora) for lora in getattr(args, name)]) for name in LORAS}
+        host.load_upscaler(args.upscaler)  # which the job does itself; here to see whether it can be
+        model = (args.image and args.phase_checkpoint) or args.model or host.EMBEDDED_CHECKPOINT
         if resume:
-            check_channels(resume, channels_of(args.model or host.EMBEDDED_CHECKPOINT))
-        for model in args.controlnet:
-            host.check_controlnet(model)
-    pipe = load(host, args)
-    shape = {name: getattr(args, name) for name in ("height", "width", "steps", "cfg_scale", "sampler", "mask_blur")}
+            check_channels(resume, channels_of(model))
+        for net in args.controlnet:
+            host.check_controlnet(net)
+    pipe = load(host, args, model)
+    phase_pipe = load(host, args, args.phase_checkpoint) if args.phase_checkpoint and not args.image else None
+    pipes = (pipe, phase_pipe or pipe)
+    shape = {
+        name: getattr(args, name) for name in ("height", "width", "steps", "cfg_scale", "sampler", "schedule", "mask_blur")
+    }
     shape.update(image=image, mask=mask, size=args.size if image else None)
+    shape["phase_pipe"] = pipes[1] if args.phase_checkpoint else None
     with blamed_on(args.resume):
         if resume:
             check_channels(resume, pipe.unet.config.in_channels)
         shape["controls"] = load_controls(host, pipe, args, shown)
-        host.check_prompt(pipe, args.prompt, "prompt")
-        host.check_prompt(pipe, args.negative_prompt, "negative prompt")
+        host.check_prompts(pipes, config, args.prompt, args.negative_prompt)
         plan = host.plan_for(pipe, config, **shape)
         if resume:
             host.check_resume(pipe, resume, plan, image=image)
+        host.check_loras_fit(pipes, loras["lora"], loras["phase_lora"])
     factor = pipe.vae_scale_factor
     if args.size and not image:
         config = replace(config, scale=scale_for(args.size, plan.window, factor))
@@ -108,13 +115,14 @@ def run(args: argparse.Namespace, resume) -> int:
         if image:
             print(f"window: {plan.window[1] * factor}x{plan.window[0] * factor}")
         print(plan.table(factor))
-        print(memory_line(host, pipe, plan, config, shape["controls"]))
+        held = dict(controls=shape["controls"], phase_pipe=phase_pipe, loras=[*loras["lora"], *loras["phase_lora"]])
+        print(memory_line(host, pipe, plan, config, held))
         return 0
     check_space(args.output, plan, factor)
 
     done = plan.evaluations_to(resume.number) if resume else 0
     with interruptible() as stopped, Console(plan.evaluations * args.batch_count, done) as console:
-        job = Job(args, config, host, pipe, plan, resume, shape, console)
+        job = Job(args, config, host, pipe, plan, resume, {**shape, **{f"{name}s": loras[name] for name in LORAS}}, console)
         for number in range(args.batch_count):
             path = args.output if args.batch_count == 1 else suffixed(args.output, f"{number + 1}")
             job.make(path, args.seed + number, stopped)
@@ -123,19 +131,45 @@ def run(args: argparse.Namespace, resume) -> int:
     return 0
 
 
-def memory_line(host, pipe, plan, config: DemoFusionConfig, controls: list) -> str:
-    """What the plan takes, and what its base image alone does; with automatic view batches, what it starts with."""
+def name_as_the_host(host, args: argparse.Namespace, config: DemoFusionConfig) -> DemoFusionConfig:
+    """Gives samplers, schedules and the upscaler the names that the host has for them, in args and in what is returned."""
+    args.sampler, args.schedule = host.sampler_named(args.sampler), host.schedule_named(args.schedule)
+    if args.phase_sampler:
+        args.phase_sampler = host.sampler_named(args.phase_sampler)
+    if args.phase_schedule:
+        args.phase_schedule = host.schedule_named(args.phase_schedule) or host.AUTOMATIC  # "" is as the base
+    args.upscaler = host.upscaler_named(args.upscaler)
+    return replace(config, **{name: getattr(args, name) for name in ("phase_sampler", "phase_schedule", "upscaler")})
+
+
+def check_prompts(host, args: argparse.Namespace) -> None:
+    """Raises Refused or ValueError, one line, for prompts that cannot be, as far as that can be told without the model."""
+    own = {name: getattr(args, name) for name in ("prompt", "negative_prompt")}
+    phases = {f"phase_{name}": getattr(args, f"phase_{name}") for name in own}
+    for name, text in {**own, **phases}.items():
+        host.check_syntax(text, name.replace("_", " "))
+    if args.model is None:
+        texts = [*own.values(), *(() if args.phase_checkpoint else phases.values())]
+        check_vocabulary(host.EMBEDDED_CHECKPOINT / "vocabulary.txt", *texts)
+
+
+def memory_line(host, pipe, plan, config: DemoFusionConfig, held: dict) -> str:
+    """What the plan takes, and what its base image alone does; with automatic view batches, what it starts with.
+
+    held: what the job holds besides the pipeline, as the host's `needs` takes it.
+    """
     from lib_demofusion.memory import ViewBatch, in_words
 
     base = replace(plan, phases=plan.phases[:1])
     views = ViewBatch(config.view_batch_size, pipe.device).size
     try:
-        needs = (host.needs(pipe, p, batch, controls=controls) for p, batch in ((plan, views), (base, 1)))
+        needs = (host.needs(pipe, p, batch, upscaler=config.upscaler, **held) for p, batch in ((plan, views), (base, 1)))
         job, alone = (in_words(need.peak(pipe.device)) for need in needs)
     except (RuntimeError, NotImplementedError) as error:  # an attention that does not run on shapes alone
         return f"memory: not foreseen for this model ({first_line(error)})"
     one = "one window" if plan.from_picture else "the base image"
-    return f"memory: about {job} with {views} views a call, {alone} for {one} alone"
+    both = "; both models are held all the time" if held["phase_pipe"] else ""
+    return f"memory: about {job} with {views} views a call, {alone} for {one} alone{both}"
 
 
 def scale_for(size: tuple[int, int], window: tuple[int, int], factor: int) -> float:
@@ -178,13 +212,13 @@ def import_host():
     return host
 
 
-def load(host, args: argparse.Namespace):
-    """The pipeline, on the device and in the dtype asked for."""
+def load(host, args: argparse.Namespace, model):
+    """A pipeline, on the device and in the dtype asked for."""
     import torch
 
     device = args.device or host.default_device()
     dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
-    return host.load_pipeline(args.model or host.EMBEDDED_CHECKPOINT, device, getattr(torch, dtype))
+    return host.load_pipeline(model, device, getattr(torch, dtype))
 
 
 def load_controls(host, pipe, args: argparse.Namespace, images: list) -> list:

@@ -24,7 +24,26 @@ CONTROL_NUMBERS = {
     "end": (1.0, "up to which share of each phase's steps it is used; one for all, or one for each"),
 }
 CONTROL = ("controlnet", "control_image", "control_type", *(f"control_{name}" for name in CONTROL_NUMBERS))
+LORAS = ("lora", "phase_lora")
 DTYPES = ("float32", "float16", "bfloat16")
+# The method's settings that the command has, all but the result's size, which is --size; and options with names of their own.
+METHOD = tuple(f for f in fields(DemoFusionConfig) if f.name not in ("resize_width", "resize_height"))
+OPTIONS = {"phase_checkpoint": "--phase-model"}
+MODEL = "diffusers folder, .safetensors file or hub name"
+SCHEDULES = "Uniform, Karras, Exponential, SGM Uniform, Simple, Normal, Beta, or Automatic, as the model says"
+# What is said of those that are texts, beside what they are; and how their values are called.
+TEXTS = {
+    "phase_sampler": ("", "NAME"),
+    "phase_schedule": ("", "NAME"),
+    "phase_prompt": ("", "TEXT"),
+    "phase_negative_prompt": ("", "TEXT"),
+    "phase_checkpoint": (f" ({MODEL})", "MODEL"),
+    "upscaler": (
+        " (Latent, Latent (antialiased), Latent (bicubic), Latent (bicubic antialiased), Latent (nearest), "
+        "Latent (nearest-exact), Lanczos, Bicubic, Nearest, or a network's .pth or .safetensors file)",
+        "NAME|FILE",
+    ),
+}
 EPILOG = (
     "Exit code: 0 done, 1 failed on the way, 2 wrong input, 130 stopped by Ctrl-C. What was finished is written in any case; "
     "if the output can no longer be written, to the home folder or the system's temporary one. "
@@ -89,7 +108,7 @@ def build_parser() -> Parser:
     add("prompt", nargs="?", default="", help="what the image shows")
     add("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write, or a link to it (default: %(default)s)")
     add("--negative-prompt", default="", help="what the image does not show")
-    add("--model", help="diffusers folder, .safetensors file or hub name (default: the small embedded checkpoint)")
+    add("--model", help=f"{MODEL} (default: the small embedded checkpoint)")
     add("--image", type=Path, help="enlarge this image, of any size, instead of a base made from the prompt")
     add("--mask", type=Path, help="of the image, of the same size: what is white is drawn anew, what is black stays")
     add("--mask-blur", type=int, default=MASK_BLUR, help="of the mask, in pixels of the image (default: %(default)s)")
@@ -99,7 +118,7 @@ def build_parser() -> Parser:
         action=Append,
         default=[],
         metavar="MODEL",
-        help="ControlNet that fits the model: diffusers folder, .safetensors file or hub name; may be given several times",
+        help=f"ControlNet that fits the model: {MODEL}; may be given several times",
     )
     text = "what it holds the picture to, ready made (edges, depth, a pose, ...) and of the picture's aspect; one for each "
     text += "--controlnet, in their order. Without any they take the --image"
@@ -119,6 +138,11 @@ def build_parser() -> Parser:
         default="Euler",
         help="Euler, Euler a, DDIM, DPM++ 2M, Heun, LCM, UniPC, or its diffusers class (default: %(default)s)",
     )
+    text = f"how the noise levels lie, as the WebUI calls it: {SCHEDULES} (default: Automatic)"
+    add("--schedule", default="", metavar="NAME", help=text)
+    lora = dict(action=Append, default=[], type=parse_lora, metavar="FILE[:WEIGHT]")
+    add("--lora", help="LoRA, a .safetensors file, and how much it counts, 1 unless given; may be given several times", **lora)
+    add("--phase-lora", help="the same, but in the phases after the base alone, on top of --lora", **lora)
     add("--seed", type=int, default=0, help="of the first image; the next ones count up (default: %(default)s)")
     add("--batch-count", type=int, default=1, help="how many images (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first of these that is here)")
@@ -132,14 +156,22 @@ def build_parser() -> Parser:
     presets = ", ".join(PRESETS)
     text = f"what the settings start from: {presets}, each faster than the one before (default: %(default)s)"
     add("--preset", group=method, default="Paper", help=text)
-    for f in fields(DemoFusionConfig):
-        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+    for f in METHOD:
+        text, kind = f.metadata["help"], dict(type=type(f.default))
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(f.default, str):
+            more, kind["metavar"] = TEXTS[f.name]
+            text = f"{text}{more}"
         else:
-            kind, text = dict(type=type(f.default)), f"{text} (default: {f.default})"
-        add(flag, group=method, default=f.default, help=text, **kind)
+            text = f"{text} (default: {f.default})"
+        add(option_of(f.name), group=method, dest=f.name, default=f.default, help=text, **kind)
     return parser
+
+
+def option_of(name: str) -> str:
+    """The option of one of the settings."""
+    return OPTIONS.get(name) or f"--{name.replace('_', '-')}"
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -150,11 +182,29 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[2]), int(match[1])
 
 
+def parse_lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT. The colon of a Windows drive is none before a weight."""
+    file, colon, weight = text.rpartition(":")
+    if not text or colon and not file:
+        raise argparse.ArgumentTypeError("the LoRA has no name")
+    if not colon or Path(text).is_file():
+        return Path(text), 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        if not file.lower().endswith(".safetensors"):
+            return Path(text), 1.0
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"the weight of {file} must be a number, got {weight or 'none'}")
+    return Path(file), number
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, with the preset's settings where none are given. Raises Refused, ValueError."""
     parser = build_parser()
     preset = DemoFusionConfig.preset(parser.parse_args(argv).preset)
-    parser.set_defaults(**{f.name: getattr(preset, f.name) for f in fields(preset)})
+    parser.set_defaults(**{f.name: getattr(preset, f.name) for f in METHOD})
     return parser.parse_args(argv)
 
 
@@ -162,11 +212,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 FREE_TO_CHANGE = ("output", "resume", "device", "view_batch_size", "save_phases", "compare", "plan")
 # The settings in the file, beside the method's; those of a job that begins with an image; and those that not all files have.
 SETTINGS = {
-    **dict.fromkeys(("prompt", "negative_prompt", "sampler", "dtype", "preset"), str),
+    **dict.fromkeys(("prompt", "negative_prompt", "sampler", "schedule", "dtype", "preset"), str),
     **dict.fromkeys(("width", "height", "steps", "seed", "batch_count", "mask_blur"), int),
     **dict.fromkeys(("size", "mask"), type(None)),
     **dict.fromkeys(("model", "image"), (str, type(None))),
-    **dict.fromkeys(CONTROL, list),
+    **dict.fromkeys((*CONTROL, *LORAS), list),
     "cfg_scale": (int, float),
 }
 SETTINGS_OF_AN_IMAGE = {
@@ -176,7 +226,7 @@ SETTINGS_OF_AN_IMAGE = {
     "mask": (str, type(None)),
 }
 YOUNG = {"preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps", "window"}
-YOUNG |= {"mask", "mask_blur", *CONTROL}
+YOUNG |= {"mask", "mask_blur", *CONTROL, "schedule", *LORAS, *TEXTS, "phase_cfg_scale", "most_phase_steps"}
 
 
 def resumed(args: argparse.Namespace, argv: list[str] | None):
@@ -190,7 +240,7 @@ def resumed(args: argparse.Namespace, argv: list[str] | None):
     parser, absent = build_parser(), object()
     parser.set_defaults(**dict.fromkeys(vars(args), absent))  # what is not absent was given
     given = [name for name, value in vars(parser.parse_args(argv)).items() if value is not absent]
-    fixed = [name.replace("_", " ") for name in given if name not in FREE_TO_CHANGE]
+    fixed = [option_of(name)[2:].replace("-", " ") for name in given if name not in FREE_TO_CHANGE]
     if fixed:
         raise Refused(f"--resume takes {', '.join(fixed)} from the file; leave that out")
     saved = read_saved(args.resume, "command")
@@ -201,6 +251,8 @@ def resumed(args: argparse.Namespace, argv: list[str] | None):
         for name in ("image", "mask"):
             settings[name] = settings[name] and Path(settings[name])
         settings["control_image"] = [Path(file) for file in settings["control_image"]]
+        for name in LORAS:
+            settings[name] = [(Path(file), weight) for file, weight in settings[name]]
     return argparse.Namespace(**settings), saved
 
 
@@ -223,7 +275,7 @@ def read_settings(text: str) -> dict:
         raise ValueError(f"its settings are no JSON: {first_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"its settings are no JSON object, but {type(settings).__name__}")
-    method = {f.name for f in fields(DemoFusionConfig)} - set(FREE_TO_CHANGE)
+    method = {f.name for f in METHOD} - set(FREE_TO_CHANGE)
     known = method | set(SETTINGS)
     if missing := sorted(known - set(settings) - YOUNG):
         raise ValueError(f"its settings lack {', '.join(missing)}")
@@ -239,6 +291,11 @@ def read_settings(text: str) -> dict:
         for value in settings.get(name, []):
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise ValueError(f"its {name.replace('_', ' ')} has {value!r}, of the wrong type")
+    for name in LORAS:
+        for value in settings.get(name, []):
+            file, weight = value if isinstance(value, list) and len(value) == 2 else (None, None)
+            if not isinstance(file, str) or isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise ValueError(f"its {name.replace('_', ' ')} has {value!r}, which is no file with a weight")
     if settings["batch_count"] != 1:
         raise ValueError(f"its batch count is {settings['batch_count']}, and a saved phase is of one image")
     if settings["dtype"] not in DTYPES:
@@ -297,8 +354,11 @@ def settings_to_resume(args: argparse.Namespace, config: DemoFusionConfig, pipe,
         settings.update(size=None, height=h, width=w)
     settings["control_image"] = [str(file.resolve()) for file in args.control_image]
     settings["controlnet"] = [str(Path(model).resolve()) if Path(model).exists() else model for model in args.controlnet]
-    if args.model and Path(args.model).exists():
-        settings["model"] = str(Path(args.model).resolve())
+    for name in LORAS:
+        settings[name] = [(str(file.resolve()), weight) for file, weight in getattr(args, name)]
+    for name in ("model", "phase_checkpoint", "upscaler"):
+        if settings[name] and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
     return json.dumps(settings)
 
 
@@ -318,7 +378,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.mask_blur != MASK_BLUR and not args.mask:
         raise Refused("--mask-blur is of a mask; give --mask too")
     check_control_arguments(args)
-    for name in ("prompt", "negative_prompt"):
+    for name in ("prompt", "negative_prompt", "phase_prompt", "phase_negative_prompt"):
         check_text(getattr(args, name), name.replace("_", " "))
     if args.model == "":
         raise Refused("the model has no name; leave --model out for the small embedded checkpoint")

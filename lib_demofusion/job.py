@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lib_demofusion import __version__
-from lib_demofusion.arguments import CONTROL_NUMBERS, of_each, settings_to_resume
+from lib_demofusion.arguments import CONTROL_NUMBERS, LORAS, of_each, settings_to_resume
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.files import reason, suffixed, write_somewhere
 from lib_demofusion.hosts.prompts import as_webui_prompt
-from lib_demofusion.pictures import comparison, model_name, parameters_text, save_png
+from lib_demofusion.pictures import comparison, lora_tags, model_name, parameters_text, save_png
 
 
 class Ended(Exception):
@@ -230,6 +230,18 @@ def control_parameters(args: argparse.Namespace) -> dict[str, str]:
     return parameters
 
 
+def webui_prompts(args: argparse.Namespace, config: DemoFusionConfig) -> tuple[str, DemoFusionConfig]:
+    """The prompt as the WebUI must be given it, with its LoRAs, and the settings with the phases' prompts as it must be.
+
+    There a phase prompt takes the place of the whole prompt, LoRAs included, unless it is LoRAs alone.
+    """
+    own, phases = (lora_tags(getattr(args, name)) for name in LORAS)
+    prompt = as_webui_prompt(config.phase_prompt)
+    texts = {"phase_prompt": " ".join([prompt, *own, *phases] if prompt else phases)}
+    texts["phase_negative_prompt"] = as_webui_prompt(config.phase_negative_prompt)
+    return " ".join(filter(None, [as_webui_prompt(args.prompt), *own])), replace(config, **texts)
+
+
 def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, seed: int) -> str:
     """The last phase's settings as the WebUI writes them.
 
@@ -248,13 +260,16 @@ def infotext(args: argparse.Namespace, config: DemoFusionConfig, result, seed: i
     values = {
         "Steps": args.steps,
         "Sampler": args.sampler,
+        **({"Schedule type": args.schedule} if args.schedule else {}),
         "CFG scale": f"{args.cfg_scale:.12g}",
         "Seed": seed,
         "Size": f"{w}x{h}",
         "Model": model_name(args.model),
         **control_parameters(args),
     }
+    prompt, config = webui_prompts(args, config)
     if phase.number > 1:
-        values.update(replace(config, scale=scale).to_infotext(), **start)
+        named = {name: model_name(text) for name in ("phase_checkpoint", "upscaler") if (text := getattr(config, name))}
+        values.update(replace(config, scale=scale, **named).to_infotext(), **start)
     values["Version"] = f"demofusion {__version__}"
-    return parameters_text(as_webui_prompt(args.prompt), as_webui_prompt(args.negative_prompt), values)
+    return parameters_text(prompt, as_webui_prompt(args.negative_prompt), values)

@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -31,7 +31,7 @@ UPRIGHT = {
 }
 ONE_PICTURE = ("MPO", "PSD")  # what else is in such a file are views or layers of the first
 MASK_BLUR = 4  # pixels, unless another is asked for
-CHECKPOINTS = (".safetensors", ".ckpt")
+CHECKPOINTS = (".safetensors", ".ckpt", ".pth")  # of a model, and of an upscaler
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,11 @@ def model_name(model: str | None) -> str:
         return "embedded"
     path = Path(os.path.abspath(model))  # "." has no name
     return path.stem if path.suffix.lower() in CHECKPOINTS and not path.is_dir() else path.name
+
+
+def lora_tags(loras: Iterable[tuple[str | Path, float]]) -> list[str]:
+    """LoRAs, files with their weights, as the WebUI has them in a prompt."""
+    return [f"<lora:{re.sub('[<>:]', '_', Path(file).stem)}:{weight:.12g}>" for file, weight in loras]
 
 
 def comparison(base: Any, result: Any) -> Any:

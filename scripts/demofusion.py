@@ -29,7 +29,7 @@ def cannot_load(error):
 try:
     from modules.ui_components import InputAccordion, ToolButton
 
-    from lib_demofusion.hosts.webui import a1111, checks, gallery, loop, neighbours, plot, readout, settings
+    from lib_demofusion.hosts.webui import a1111, checks, choices, gallery, loop, neighbours, plot, readout, settings
 
     problem = a1111.unsupported()
 except Exception as error:  # whatever it is, what is asked for from now on must be refused
@@ -72,7 +72,7 @@ class DemoFusionScript(scripts.Script):
         controls = {}
         with InputAccordion(False, label="DemoFusion", elem_id=self.elem_id("enable")) as controls["enabled"]:
             with controls["enabled"].extra():
-                table = json.dumps(readout.readout_table()).replace('"', "&quot;")
+                table = html.escape(json.dumps(readout.readout_table()))
                 gr.HTML(
                     f'<span class="demofusion-readout" data-tab="{self.tab}" data-id="{self.elem_id("")}" '
                     f'data-table="{table}"></span>',
@@ -94,22 +94,25 @@ class DemoFusionScript(scripts.Script):
                 controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
                 preset = gr.Radio(list(settings.PRESETS), value=settings.PRESET, label="Preset", elem_id=self.elem_id("preset"))
             gr.HTML('<span class="demofusion-preset-help"></span>', elem_id=self.elem_id("preset_help"))
+            with gr.Accordion("Second pass", open=False, elem_id=self.elem_id("second_pass")) as second_pass:
+                self.second_pass(controls)
             with gr.Accordion("Advanced", open=False, elem_id=self.elem_id("advanced")):
                 with gr.Row():
                     controls["phase_steps"] = self.slider("phase_steps", "Steps per phase", maximum=150, step=1)
+                    controls["most_phase_steps"] = self.slider("most_phase_steps", "Most steps per phase", maximum=150, step=1)
                     controls["denoising_strength"] = self.slider(
                         "denoising_strength", "Denoising strength", minimum=0.05, maximum=1, step=0.05
                     )
-                    controls["stride"] = self.slider("stride", "Stride", minimum=0.025, maximum=1, step=0.025)
                 with gr.Row():
+                    controls["stride"] = self.slider("stride", "Stride", minimum=0.025, maximum=1, step=0.025)
                     controls["alpha1"] = self.slider("alpha1", "Skip residual α1", maximum=10, step=0.1)
                     controls["hold_steps"] = self.slider("hold_steps", "Hold steps", maximum=150, step=1)
-                    controls["hold_flat"] = self.slider("hold_flat", "Hold flat areas", maximum=20, step=0.5)
                 with gr.Row():
+                    controls["hold_flat"] = self.slider("hold_flat", "Hold flat areas", maximum=20, step=0.5)
                     controls["alpha2"] = self.slider("alpha2", "Dilated sampling α2", maximum=10, step=0.1)
                     controls["alpha3"] = self.slider("alpha3", "Gaussian blur α3", maximum=10, step=0.1)
-                    controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
                 with gr.Row():
+                    controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
                     controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
                     controls["window"] = self.slider("window", "Window", maximum=2048, step=64, visible=self.is_img2img)
                 with gr.Row():
@@ -128,6 +131,7 @@ class DemoFusionScript(scripts.Script):
                     placeholder="the .safetensors beside a saved phase's image; first send that image here from PNG Info",
                     elem_id=self.elem_id("resume"),
                     max_lines=1,
+                    tooltip="the path of a saved phase, to go on from it instead of making it again",
                 )
 
         # Choosing a preset sets the controls, and the controls, whoever sets them, say which preset they are.
@@ -144,6 +148,7 @@ class DemoFusionScript(scripts.Script):
         for name in named:
             self.infotext_fields.append((controls[name], self.pasted(name)))
         self.infotext_fields.append((controls["resume"], lambda d: ""))
+        self.infotext_fields.append((second_pass, self.pasted_second_pass))
         if self.is_img2img:
             self.infotext_fields.append((controls["start_from"], settings.pasted_start))
 
@@ -158,6 +163,23 @@ class DemoFusionScript(scripts.Script):
             hidden.do_not_save_to_config = True
         self.infotext_fields.append((unread, self.pasted_unread))
         return [*(controls[name] for name in settings.ARGUMENTS), end, unread, self.asked]
+
+    def second_pass(self, controls):
+        """What Hires. fix has for its second pass, for the phases after the base."""
+        with gr.Row():
+            controls["upscaler"] = self.dropdown("upscaler", "Upscaler")
+            controls["resize_width"] = self.slider("resize_width", "Resize width to", maximum=8192, step=8)
+            controls["resize_height"] = self.slider("resize_height", "Resize height to", maximum=8192, step=8)
+        with gr.Row():
+            checkpoint = controls["phase_checkpoint"] = self.dropdown("phase_checkpoint", "Checkpoint")
+            self.refresh_button(checkpoint, choices.refresh_checkpoints, "phase_checkpoint")
+            controls["phase_cfg_scale"] = self.slider("phase_cfg_scale", "CFG scale", maximum=30, step=0.5)
+        with gr.Row():
+            controls["phase_sampler"] = self.dropdown("phase_sampler", "Sampler")
+            controls["phase_schedule"] = self.dropdown("phase_schedule", "Schedule type")
+        with gr.Row():
+            controls["phase_prompt"] = self.prompt("phase_prompt", "Prompt")
+            controls["phase_negative_prompt"] = self.prompt("phase_negative_prompt", "Negative prompt")
 
     @property
     def tab(self):
@@ -193,10 +215,28 @@ class DemoFusionScript(scripts.Script):
     def checkbox(self, name, label):
         return gr.Checkbox(**self.shared(name, label))
 
+    def dropdown(self, name, label):
+        """A choice of the host's. Another name can be written there, and is refused when it is asked for: gradio takes what
+        is no choice for none at all."""
+        return gr.Dropdown(choices.choices(name), allow_custom_value=True, **self.shared(name, label))
+
+    def prompt(self, name, label):
+        placeholder = f"{label} of the phases after the base.\nEmpty: as the base."
+        classes = ["prompt"]  # by which the host's keys for weights and order know it
+        return gr.Textbox(lines=3, placeholder=placeholder, elem_classes=classes, **self.shared(name, label))
+
+    def refresh_button(self, control, refresh, name):
+        """The host's, which looks for what has come to a list; none on a host that has no such button."""
+        try:
+            from modules.ui_common import create_refresh_button
+        except ImportError:
+            return
+        create_refresh_button(control, refresh, lambda: {"choices": choices.choices(name)}, self.elem_id(f"{name}_refresh"))
+
     def shared(self, name, label):
         """What every control of a setting has."""
-        help = settings.CONFIG_FIELDS[name].metadata["help"]
-        return dict(value=getattr(settings.FORM, name), label=label, elem_id=self.elem_id(name), tooltip=help)
+        value, help = settings.shown(name, getattr(settings.FORM, name)), settings.CONFIG_FIELDS[name].metadata["help"]
+        return dict(value=value, label=label, elem_id=self.elem_id(name), tooltip=help)
 
     def read_pasted(self, parameters):
         """The settings in pasted parameters, and what is none of them: each tab reads those of pictures that it makes."""
@@ -209,9 +249,15 @@ class DemoFusionScript(scripts.Script):
 
         def value(parameters):
             read, _ = self.read_pasted(parameters)
-            return None if read is None else read[name]
+            return None if read is None else settings.shown(name, read[name])
 
         return value
+
+    def pasted_second_pass(self, parameters):
+        """Its part of the form opens where pasted parameters set something in it."""
+        read, _ = self.read_pasted(parameters)
+        own = any(read[name] != settings.CONFIG_FIELDS[name].default for name in settings.SECOND_PASS) if read else False
+        return gr.update(open=True) if own else gr.update()
 
     def pasted_unread(self, parameters):
         _, unread = self.read_pasted(parameters)

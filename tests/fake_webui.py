@@ -8,9 +8,10 @@ host, name by name, in tests/webui/test_contract.py.
 import importlib.util
 import json
 import os
+import re
 import sys
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -103,6 +104,53 @@ class Options:
         self.sdxl_crop_top = self.sdxl_crop_left = 0
         self.eta_ancestral, self.eta_ddim, self.s_churn, self.uni_pc_order = 1.0, 0.0, 0.0, 3
         self.live_previews_enable, self.show_progress_every_n_steps, self.show_progress_type = True, 10, "Full"
+        self.sd_checkpoint_hash = None
+
+    @property
+    def data(self):
+        return vars(self)
+
+
+class Styles:
+    """Of the one style that there is, "snowy"."""
+
+    def apply_styles_to_prompt(self, prompt, styles):
+        return f"{prompt} on snow" if "snowy" in styles else prompt
+
+    def apply_negative_styles_to_prompt(self, prompt, styles):
+        return f"{prompt} grass" if "snowy" in styles else prompt
+
+
+# -------------------------------------------------------------------------------------------------------- modules.upscaler
+
+
+class Upscaler:
+    """Doubles the sides as often as it takes. model: an image -> a larger one; None: what fails to load."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def do_upscale(self, img, selected_model=None):
+        return img if self.model is None else self.model(img)
+
+    def upscale(self, img, scale, selected_model=None):
+        width, height = (int(side * scale) // 8 * 8 for side in img.size)
+        while img.width < width or img.height < height:
+            made = self.do_upscale(img, selected_model)
+            if made.size == img.size:
+                break
+            img = made
+        return img.resize((width, height), Image.Resampling.LANCZOS)
+
+
+class UpscalerData:
+    def __init__(self, name, path, upscaler=None):
+        self.name, self.data_path, self.scaler = name, path, upscaler
+
+
+def doubled(img):
+    """Each pixel four times, and less of it."""
+    return img.resize((2 * img.width, 2 * img.height), Image.Resampling.NEAREST).point(lambda value: value * 3 // 4)
 
 
 # ----------------------------------------------------------------------------------------- modules.devices, errors, images
@@ -149,6 +197,10 @@ def flatten(img, bgcolor):
 
 def resize_image(resize_mode, im, width, height, upscaler_name=None):
     """Every mode stretches here."""
+    scale = max(width / im.width, height / im.height)
+    if scale > 1 and upscaler_name not in (None, "None") and im.mode != "L":
+        upscaler = next(known for known in shared.sd_upscalers if known.name == upscaler_name)
+        im = upscaler.scaler.upscale(im, scale, upscaler.data_path)
     return im.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -184,13 +236,14 @@ class ToyUNet(nn.Module):
 
     def __init__(self, kernel=3, channels=CHANNELS, seed=0):
         super().__init__()
+        self.in_channels = channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.conv = nn.Conv2d(channels, CHANNELS, kernel, padding=kernel // 2)
             self.text = nn.Linear(WIDTH, CHANNELS)
 
     def forward(self, x, timesteps, context, y=None):
-        shift = self.text(context.mean(1)) + timesteps[:, None] / 1000
+        shift = self.text(context.mean(1)) + timesteps[:, None] / 1000 + networks.strength()
         if y is not None:
             shift = shift + y.mean(1, keepdim=True)
         return torch.tanh(self.conv(x) + shift[:, :, None, None])
@@ -212,7 +265,7 @@ class ToyModel(nn.Module):
 
     def __init__(self, name="main", kernel=3, seed=0, inpainting=False, sdxl=()):
         super().__init__()
-        self.sd_checkpoint_info = CheckpointInfo(name)
+        self.sd_checkpoint_info, self.applied_token_merged_ratio = CheckpointInfo(name), 0
         self.is_sdxl, self.is_sd3 = bool(sdxl), False
         self.cond_stage_key = "txt"
         self.parameterization = "eps"
@@ -238,7 +291,7 @@ class ToyModel(nn.Module):
 
         def tokens(prompt):
             generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-            return torch.randn(3, WIDTH, generator=generator)
+            return torch.randn(3, WIDTH, generator=generator) * (1 + networks.strength())
 
         text = torch.stack([tokens(prompt) for prompt in batch])
         if not self.is_sdxl:
@@ -277,15 +330,56 @@ class ToyModel(nn.Module):
 
 class CheckpointInfo:
     def __init__(self, filename):
-        self.filename = self.name = filename
+        self.filename, self.metadata, self.sha256 = filename, {}, f"sha256 of {filename}"
+        self.name = self.title = os.path.basename(filename)
+        self.name_for_extra = self.short_title = os.path.splitext(self.name)[0]
 
 
 _models = {}  # name -> ToyModel
+checkpoints_list = {}  # title -> CheckpointInfo
+
+
+def list_models():
+    pass
+
+
+def checkpoint_tiles(use_short=False):
+    return [info.short_title if use_short else info.title for info in checkpoints_list.values()]
+
+
+def get_closet_checkpoint_match(search_string):
+    return next((info for title, info in checkpoints_list.items() if search_string in (title, info.short_title)), None)
+
+
+def select_checkpoint():
+    return checkpoints_list[shared.opts.sd_model_checkpoint]
+
+
+class SkipWritingToConfig:
+    skip, previous = False, None
+
+    def __enter__(self):
+        self.previous, SkipWritingToConfig.skip = SkipWritingToConfig.skip, True
+
+    def __exit__(self, exc_type, exc_value, exc_traceback):
+        SkipWritingToConfig.skip = self.previous
 
 
 def reload_model_weights(sd_model=None, info=None, forced_reload=False):
-    shared.sd_model = model_data.sd_model = _models[info.name if info else shared.opts.sd_model_checkpoint]
+    """As the host does where it keeps several models; and a model that is built forgets all networks."""
+    info, before = info or select_checkpoint(), shared.sd_model
+    if before is not None and before.sd_checkpoint_info is info:
+        return before
+    loads.append(info.name)
+    shared.sd_model = model_data.sd_model = _models[info.name]
+    if not SkipWritingToConfig.skip:
+        shared.opts.sd_model_checkpoint = info.title
+    shared.opts.sd_checkpoint_hash = info.sha256
+    activate(SimpleNamespace(scripts=None), {})
     return shared.sd_model
+
+
+loads = []  # the names of what was loaded
 
 
 class SdModelData:
@@ -299,15 +393,114 @@ def apply_alpha_schedule_override(sd_model, p=None):
     pass
 
 
+def apply_token_merging(sd_model, token_merging_ratio):
+    sd_model.applied_token_merged_ratio = token_merging_ratio
+
+
+class ExtraNetworkParams:
+    def __init__(self, items=None):
+        self.items = self.positional = items or []
+        self.named = {}
+
+    def __eq__(self, other):
+        return self.items == other.items
+
+
+class Network:
+    """A LoRA's file; what is loaded of it is the same here."""
+
+    def __init__(self, name, alias=None, metadata=None):
+        self.name = self.mentioned_name = name
+        self.alias, self.metadata, self.network_on_disk = alias or name, metadata or {}, self
+        self.strength, self.fits = 1.0, True  # it can be loaded
+
+
+networks = ModuleType("networks")  # of the host's own extension Lora
+
+
+def _list_available_networks():
+    for known in (networks.available_networks, networks.available_network_aliases):
+        known.clear()
+    for network in networks.files:
+        networks.available_networks[network.name] = network
+        networks.available_network_aliases |= {network.name: network, network.alias: network}
+
+
+def _strength():
+    """What the active LoRAs add up to; that of each is told by its name."""
+    return sum(active.strength * (0.1 + zlib.crc32(active.name.encode()) % 1000 / 1000) for active in networks.loaded_networks)
+
+
+vars(networks).update(
+    files=[],  # those in the host's folder
+    available_networks={},
+    available_network_aliases={},
+    forbidden_network_aliases={},
+    loaded_networks=[],
+    list_available_networks=_list_available_networks,
+    strength=_strength,
+)
+
+
+class ExtraNetworkLora:
+    name = "lora"
+
+    def activate(self, p, params_list):
+        networks.loaded_networks.clear()
+        p.lora_hashes = {}
+        for params in params_list:
+            network = networks.available_network_aliases.get(params.positional[0])
+            if network is None or not network.fits:
+                model_hijack.comments.append(f"Lora not found: {params.positional[0]}")
+                continue
+            network.mentioned_name, network.strength = params.positional[0], float((*params.positional, 1)[1])
+            networks.loaded_networks.append(network)
+            p.lora_hashes[network.mentioned_name] = f"hash of {network.name}"
+        if p.lora_hashes:
+            hashes = ", ".join(f"{name}: {value}" for name, value in p.lora_hashes.items())
+            p.extra_generation_params["Lora hashes"] = hashes
+
+    def deactivate(self, p):
+        pass
+
+
+extra_network_registry = {"lora": ExtraNetworkLora()}
+activations = []  # the LoRAs that were made the active ones, each time
+
+
+def parse_prompt(prompt):
+    found = {}
+
+    def take(match):
+        found.setdefault(match[1], []).append(ExtraNetworkParams(match[2].split(":")))
+        return ""
+
+    return re.sub(r"<(\w+):([^>]+)>", take, prompt), found
+
+
+def parse_prompts(prompts):
+    parsed = [parse_prompt(prompt) for prompt in prompts]
+    return [text for text, _ in parsed], parsed[0][1] if parsed else None
+
+
 def activate(p, extra_network_data):
-    pass
+    activations.append([params.positional for params in extra_network_data.get("lora", [])])
+    extra_network_registry["lora"].activate(p, extra_network_data.get("lora", []))
+
+
+def deactivate(p, extra_network_data):
+    extra_network_registry["lora"].deactivate(p)
 
 
 class StableDiffusionModelHijack:
     circular_enabled = False
+    comments = []
 
     def apply_circular(self, enable):
         self.circular_enabled = enable
+
+    def clear_comments(self):
+        self.comments = []
 
 
 # ----------------------------------------------------------------------------------- modules.prompt_parser: "a AND b :0.5"
@@ -423,7 +616,8 @@ def apply_refiner(cfg_denoiser, sigma=None):
     due = info is not None and cfg_denoiser.step >= (p.refiner_switch_at or 0) * cfg_denoiser.total_steps
     if not due or shared.sd_model.sd_checkpoint_info is info:
         return False
-    reload_model_weights(info=info)
+    with SkipWritingToConfig():
+        reload_model_weights(info=info)
     p.setup_conds()
     cfg_denoiser.update_inner_model()
     return True
@@ -639,12 +833,19 @@ def ddim(model, x, timesteps, extra_args=None, callback=None):
 class KDiffusionSampler(Sampler):
     def __init__(self, funcname, sd_model):
         super().__init__(funcname)
-        self.func = {"sample_euler": _euler}[funcname]
+        self.func = {"sample_euler": _euler, "sample_lcm": _lcm}[funcname]
         self.model_wrap_cfg = CFGDenoiserKDiffusion(self)
         self.model_wrap = self.model_wrap_cfg.inner_model
 
     def get_sigmas(self, p, steps):
-        return self.model_wrap.get_sigmas(steps)
+        schedule = schedulers_map.get(p.scheduler or "Automatic") if p is not None else schedulers[0]
+        if schedule is schedulers[0]:
+            schedule = schedulers_map.get(self.config.options.get("scheduler"), schedule)
+        if schedule is schedulers[0]:
+            return self.model_wrap.get_sigmas(steps)
+        p.extra_generation_params["Schedule type"] = schedule.label
+        least, most = (self.model_wrap.sigmas[end].item() ** (1 / 7) for end in (0, -1))
+        return torch.cat([torch.linspace(most, least, steps) ** 7, torch.zeros(1)])
 
     def sample(self, p, x, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
         steps = steps or p.steps
@@ -681,10 +882,39 @@ class CompVisSampler(Sampler):
         return self._launch(p, x, timesteps[:last], conditioning, unconditional_conditioning, last + 1, image_conditioning)
 
 
+def _lcm(model, x, sigmas, extra_args, callback):
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        clean = model(x, sigma * x.new_ones(len(x)), **extra_args)
+        callback({"i": i, "x": x, "sigma": sigma, "denoised": clean})
+        x = clean + after * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) if after else clean
+    return x
+
+
 all_samplers = [
     SamplerData("Euler", lambda model: KDiffusionSampler("sample_euler", model), ["k_euler"], {}),
     SamplerData("DDIM", lambda model: CompVisSampler(ddim, model), ["ddim"], {}),
+    SamplerData("UniPC", lambda model: CompVisSampler(ddim, model), ["unipc"], {}),
+    SamplerData("DPM++ 2M", lambda model: KDiffusionSampler("sample_euler", model), ["k_dpmpp_2m"], {"scheduler": "karras"}),
+    SamplerData("LCM", lambda model: KDiffusionSampler("sample_lcm", model), ["k_lcm"], {}),
 ]
+samplers_map = {name.lower(): data.name for data in all_samplers for name in (data.name, *data.aliases)}
+
+
+def visible_sampler_names():
+    return [data.name for data in all_samplers]
+
+
+class Scheduler:
+    def __init__(self, name, label, aliases=None):
+        self.name, self.label, self.aliases = name, label, aliases
+
+
+schedulers = [
+    Scheduler("automatic", "Automatic"),
+    Scheduler("karras", "Karras"),
+    Scheduler("sgm_uniform", "SGM Uniform", ["SGMUniform"]),
+]
+schedulers_map = {name: scheduler for scheduler in schedulers for name in (scheduler.name, scheduler.label)}
 
 
 def find_sampler_config(name):
@@ -728,6 +958,8 @@ class StableDiffusionProcessing:
     refiner_checkpoint: str = None
     refiner_switch_at: float = None
     disable_extra_networks: bool = False
+    styles: list = None
+    token_merging_ratio: float = 0
     is_api: bool = field(default=False, init=False)
     scripts: Any = field(default=None, init=False)
     script_args: list = field(default=None, init=False)
@@ -736,8 +968,10 @@ class StableDiffusionProcessing:
         self.comments, self.extra_generation_params = {}, {}
         self.rng = self.sampler = self.c = self.uc = self.extra_network_data = self.refiner_checkpoint_info = None
         self.prompts = self.negative_prompts = self.seeds = self.subseeds = None
-        self.all_prompts = self.all_seeds = self.all_subseeds = None
+        self.all_prompts = self.all_negative_prompts = self.all_seeds = self.all_subseeds = None
         self.step_multiplier = 1
+        self.styles = self.styles or []
+        self.cached_c, self.cached_uc = StableDiffusionProcessing.cached_c, StableDiffusionProcessing.cached_uc
 
     @property
     def sd_model(self):
@@ -752,9 +986,21 @@ class StableDiffusionProcessing:
 
     def setup_conds(self):
         sizes = dict(width=self.width, height=self.height)
+        self.c = self._cached(get_multicond_learned_conditioning, SdConditioning(self.prompts, **sizes), self.cached_c)
+        self.uc = self._cached(get_learned_conditioning, SdConditioning(self.negative_prompts, **sizes), self.cached_uc)
+
+    def _cached(self, function, prompts, cache):
         model = shared.sd_model
-        self.c = get_multicond_learned_conditioning(model, SdConditioning(self.prompts, **sizes), self.steps)
-        self.uc = get_learned_conditioning(model, SdConditioning(self.negative_prompts, **sizes), self.steps)
+        key = (prompts, self.steps, model.sd_checkpoint_info, self.extra_network_data, self.width, self.height)
+        if cache[0] != key:
+            cache[:] = key, function(model, prompts, self.steps)
+        return cache[1]
+
+    def parse_extra_network_prompts(self):
+        self.prompts, self.extra_network_data = parse_prompts(self.prompts)
+
+    def get_token_merging_ratio(self, for_hr=False):
+        return self.token_merging_ratio
 
     def get_conds(self):
         return self.c, self.uc
@@ -855,6 +1101,9 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         return samples if self.mask is None else samples * self.nmask + self.init_latent * self.mask
 
 
+StableDiffusionProcessing.cached_c, StableDiffusionProcessing.cached_uc = [None, None], [None, None]
+
+
 def create_binary_mask(image, round=True):
     return image.convert("L")
 
@@ -886,20 +1135,29 @@ def decode_latent_batch(model, batch, target_device=None, check_for_nans=False):
 
 
 def create_infotext(p, all_prompts, all_seeds, all_subseeds, comments=None, *, index=0, all_negative_prompts=None):
-    given = {"Steps": p.steps, "Sampler": p.sampler_name, "CFG scale": p.cfg_scale, "Seed": all_seeds[index]}
+    given = {"Steps": p.steps, "Sampler": p.sampler_name, "Schedule type": p.scheduler, "CFG scale": p.cfg_scale}
+    given |= {"Seed": all_seeds[index], "Model": p.sd_model_name}
     pairs = {**given, "Size": f"{p.width}x{p.height}", **p.extra_generation_params}
     return f"{all_prompts[index]}\n" + ", ".join(f"{key}: {quote(value)}" for key, value in pairs.items())
 
 
 def process_images(p):
     p.scripts.before_process(p)
-    return process_images_inner(p)
+    reload_model_weights()
+    apply_token_merging(p.sd_model, p.get_token_merging_ratio())
+    try:
+        return process_images_inner(p)
+    finally:
+        apply_token_merging(p.sd_model, 0)
 
 
 def process_images_inner(p):
     state = shared.state
-    prompts = [p.prompt] * (p.batch_size * p.n_iter)
-    p.all_prompts = prompts
+    prompts = [shared.prompt_styles.apply_styles_to_prompt(p.prompt, p.styles)] * (p.batch_size * p.n_iter)
+    negative = shared.prompt_styles.apply_negative_styles_to_prompt(p.negative_prompt, p.styles)
+    p.all_prompts, p.all_negative_prompts = prompts, [negative] * len(prompts)
+    p.sd_model_name = shared.sd_model.sd_checkpoint_info.name
+    model_hijack.clear_comments()
     p.all_seeds, p.all_subseeds = ([first + i for i in range(len(prompts))] for first in (p.seed, p.subseed))
     p.refiner_checkpoint_info = _models[p.refiner_checkpoint].sd_checkpoint_info if p.refiner_checkpoint else None
     model_hijack.apply_circular(p.tiling)
@@ -915,13 +1173,18 @@ def process_images_inner(p):
             break
         reload_model_weights()
         own = range(n * p.batch_size, (n + 1) * p.batch_size)
-        p.prompts, p.negative_prompts = [prompts[i] for i in own], [p.negative_prompt for i in own]
+        p.prompts, p.negative_prompts = [prompts[i] for i in own], [p.all_negative_prompts[i] for i in own]
         p.seeds, p.subseeds = [p.seed + i for i in own], [p.subseed + i for i in own]
         p.rng = ImageRNG((CHANNELS, p.height // FACTOR, p.width // FACTOR), p.seeds)
         p.scripts.before_process_batch(p, batch_number=n, prompts=p.prompts, seeds=p.seeds, subseeds=p.subseeds)
         if len(p.prompts) == 0:
             break
+        p.parse_extra_network_prompts()
+        if not p.disable_extra_networks:
+            activate(p, p.extra_network_data)
         p.setup_conds()
+        for comment in model_hijack.comments:
+            p.comment(comment)
         with torch.no_grad():
             samples = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
             ps = PostSampleArgs(samples)
@@ -929,12 +1192,15 @@ def process_images_inner(p):
             if not getattr(ps.samples, "already_decoded", False):
                 ps.samples = decode_latent_batch(p.sd_model, ps.samples, cpu, check_for_nans=True)
         state.nextjob()
+        p.prompts, p.negative_prompts = [prompts[i] for i in own], [p.all_negative_prompts[i] for i in own]
         for i, sample in enumerate(ps.samples):
             p.batch_index = i
             images.append(_finished(p, sample, i))
             infotexts.append(create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i))
     if not infotexts:
         infotexts = [create_infotext(p, prompts or [p.prompt], [p.seed], [p.subseed])]
+    if not p.disable_extra_networks and p.extra_network_data:
+        deactivate(p, p.extra_network_data)
     processed = Processed(p, images, infotexts=infotexts)
     p.scripts.postprocess(p, processed)
     return processed
@@ -1098,11 +1364,11 @@ def parse_generation_parameters(x, skip_fields=None):
     rest, values = x.strip().splitlines()[-1], {}
     while rest:
         key, _, rest = rest.partition(": ")
-        if rest.startswith('"'):
-            values[key], end = json.JSONDecoder().raw_decode(rest)
-            rest = rest[end:].removeprefix(", ")
-        else:
-            values[key], _, rest = rest.partition(", ")
+        quoted = re.match(r'"(?:[^"\\]|\\.)+"(?=, |$)', rest := rest.lstrip())
+        values[key], _, rest = (quoted[0], "", rest[quoted.end() + 2 :]) if quoted else rest.partition(", ")
+        if values[key][:1] == values[key][-1:] == '"':
+            with suppress(ValueError):
+                values[key] = json.loads(values[key])
     if "Size" in values:
         values["Size-1"], values["Size-2"] = values["Size"].split("x")
     return {"Hires resize-1": 0, **values}
@@ -1168,11 +1434,17 @@ class Radio(_Control):
         Radio._made = self
 
 
+class Dropdown(_Control):
+    def __init__(self, choices=None, *, value=None, allow_custom_value=False, label=None, elem_id=None, **kwargs):
+        assert value in choices, label
+        given = dict(choices=choices, value=value, allow_custom_value=allow_custom_value, label=label, elem_id=elem_id)
+        super().__init__(**given, **kwargs)
+
+
 class Textbox(_Control):
-    def __init__(self, value="", *, label=None, placeholder=None, max_lines=20, elem_id=None, visible=True):
-        super().__init__(
-            value=value, label=label, placeholder=placeholder, max_lines=max_lines, elem_id=elem_id, visible=visible
-        )
+    def __init__(self, value="", *, lines=1, label=None, placeholder=None, max_lines=20, elem_id=None, visible=True, **kwargs):
+        given = dict(value=value, lines=lines, label=label, placeholder=placeholder, max_lines=max_lines, elem_id=elem_id)
+        super().__init__(**given, visible=visible, **kwargs)
 
 
 def update(**kwargs):
@@ -1195,6 +1467,18 @@ class InputAccordion(Checkbox):
         return Column()
 
 
+def create_refresh_button(refresh_component, refresh_method, refreshed_args, elem_id):
+    def refresh():
+        refresh_method()
+        vars(refresh_component).update(refreshed_args())
+
+    refresh_buttons[elem_id] = refresh
+    return ToolButton("refresh", elem_id=elem_id)
+
+
+refresh_buttons = {}  # what a click on them does, by their ids
+
+
 # ---------------------------------------------------------------------------------------------------------------- all of it
 
 model_hijack = StableDiffusionModelHijack()
@@ -1202,7 +1486,19 @@ model_hijack = StableDiffusionModelHijack()
 # Module -> its names and what they are; what starts with "_" here is the fake's own.
 MODULES = {
     "modules": dict(),
-    "modules.shared": dict(state=None, opts=None, total_tqdm=None, sd_model=None, parallel_processing_allowed=True),
+    "modules.shared": dict(
+        state=None,
+        opts=None,
+        total_tqdm=None,
+        sd_model=None,
+        parallel_processing_allowed=True,
+        prompt_styles=Styles(),
+        latent_upscale_modes={
+            "Latent": {"mode": "bilinear", "antialias": False},
+            "Latent (nearest-exact)": {"mode": "nearest-exact", "antialias": False},
+        },
+        sd_upscalers=[UpscalerData("None", None), UpscalerData("Doubled", "doubled.pth", Upscaler(doubled))],
+    ),
     "modules.devices": dict(
         cpu=cpu,
         device=cpu,
@@ -1220,13 +1516,29 @@ MODULES = {
     "modules.images": dict(get_font=get_font, save_image=save_image, flatten=flatten, resize_image=resize_image),
     "modules.masking": dict(fill=fill),
     "modules.rng": dict(ImageRNG=ImageRNG),
-    "modules.extra_networks": dict(activate=activate),
+    "modules.extra_networks": dict(
+        ExtraNetworkParams=ExtraNetworkParams,
+        extra_network_registry=extra_network_registry,
+        parse_prompt=parse_prompt,
+        parse_prompts=parse_prompts,
+        activate=activate,
+        deactivate=deactivate,
+    ),
+    "modules.upscaler": dict(Upscaler=Upscaler, UpscalerData=UpscalerData),
     "modules.sd_models": dict(
         CheckpointInfo=CheckpointInfo,
+        SkipWritingToConfig=SkipWritingToConfig,
         model_data=model_data,
+        checkpoints_list=checkpoints_list,
+        list_models=list_models,
+        checkpoint_tiles=checkpoint_tiles,
+        get_closet_checkpoint_match=get_closet_checkpoint_match,
+        select_checkpoint=select_checkpoint,
         reload_model_weights=reload_model_weights,
         apply_alpha_schedule_override=apply_alpha_schedule_override,
+        apply_token_merging=apply_token_merging,
     ),
+    "modules.sd_schedulers": dict(schedulers=schedulers, schedulers_map=schedulers_map),
     "modules.sd_hijack": dict(StableDiffusionModelHijack=StableDiffusionModelHijack, model_hijack=model_hijack),
     "modules.prompt_parser": dict(
         ScheduledPromptConditioning=ScheduledPromptConditioning,
@@ -1261,7 +1573,11 @@ MODULES = {
     "modules.sd_samplers_timesteps": dict(CFGDenoiserTimesteps=CFGDenoiserTimesteps, CompVisSampler=CompVisSampler),
     "modules.sd_samplers_timesteps_impl": dict(ddim=ddim),
     "modules.sd_samplers": dict(
-        all_samplers=all_samplers, find_sampler_config=find_sampler_config, create_sampler=create_sampler
+        all_samplers=all_samplers,
+        samplers_map=samplers_map,
+        visible_sampler_names=visible_sampler_names,
+        find_sampler_config=find_sampler_config,
+        create_sampler=create_sampler,
     ),
     "modules.processing": dict(
         StableDiffusionProcessing=StableDiffusionProcessing,
@@ -1290,12 +1606,14 @@ MODULES = {
         quote=quote, image_from_url_text=image_from_url_text, parse_generation_parameters=parse_generation_parameters
     ),
     "modules.ui_components": dict(InputAccordion=InputAccordion, ToolButton=ToolButton),
+    "modules.ui_common": dict(create_refresh_button=create_refresh_button),
     "gradio": dict(
         Row=Row,
         Column=Column,
         Accordion=Accordion,
         HTML=HTML,
         Checkbox=Checkbox,
+        Dropdown=Dropdown,
         Slider=Slider,
         Radio=Radio,
         Textbox=Textbox,
@@ -1321,8 +1639,13 @@ def build():
 
 def reset():
     """Forget all jobs and settings; the one model is the toy "main"."""
-    for kept in (decoded, saved, reports, _models):
+    for kept in (decoded, saved, reports, loads, activations, _models, checkpoints_list):
         kept.clear()
+    networks.files.clear()
+    networks.loaded_networks.clear()
+    networks.list_available_networks()
+    shared.sd_model = None
+    StableDiffusionProcessing.cached_c[:] = StableDiffusionProcessing.cached_uc[:] = None, None
     shared.state, shared.opts, shared.total_tqdm = State(), Options(), TotalTQDM()
     shared.parallel_processing_allowed = True
     model_hijack.apply_circular(False)
@@ -1331,9 +1654,18 @@ def reset():
 
 def add_model(model):
     """Make a model known under its name; the one named "main" is loaded."""
-    _models[model.sd_checkpoint_info.name] = model
+    info = model.sd_checkpoint_info
+    _models[info.name], checkpoints_list[info.title] = model, info
+    shared.sd_model = None
     reload_model_weights()
     return model
+
+
+def add_lora(name, alias=None, metadata=None):
+    """A LoRA in the host's folder, of which it knows."""
+    networks.files.append(Network(name, alias, metadata))
+    networks.list_available_networks()
+    return networks.files[-1]
 
 
 @dataclass

@@ -221,12 +221,12 @@ def test_a_phase_that_cannot_be_decoded_leaves_the_one_before(run, monkeypatch):
 STUCK = """
 import sys, time
 from lib_demofusion.__main__ import main
-from lib_demofusion.hosts import diffusers
-answer = diffusers._Run._model
+from lib_demofusion.hosts import diffusers_run
+answer = diffusers_run.Run._model
 def stuck(self, phase, *rest):
     time.sleep(600 if phase.number == 3 else 0)
     return answer(self, phase, *rest)
-diffusers._Run._model = stuck
+diffusers_run.Run._model = stuck
 main(sys.argv[1:])
 """
 

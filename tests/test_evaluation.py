@@ -156,6 +156,12 @@ def evaluate(checkpoint, folder, monkeypatch, *options):
     return out.read_text()
 
 
+def forget(picture):
+    """A picture of a build folder, and what it scored."""
+    for path in picture.parent.glob(f"{picture.stem}.*"):
+        path.unlink()
+
+
 def test_workers_find_what_they_are_to_do():
     """A process that is spawned knows no function of a package's __main__."""
     assert {draw.__module__, start.__module__} == {"evaluation.drawing"}
@@ -167,6 +173,8 @@ def test_the_report(checkpoint, tmp_path, monkeypatch):
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# Evaluation", "## Presets, 4x", "## Presets, 8x, 1:2"
     ]  # fmt: skip
+    heads = [line for line in text.splitlines() if line.startswith("| | ")]
+    assert sum(head.count("base object detail → 1") for head in heads) == 2
     rows = [line for line in text.splitlines() if line.startswith(("| DemoFusion", "| Fast", "| Turbo"))]
     assert len(rows) == 2 * 5 * 2, "each in two tables"
     assert rows[0].startswith(f"| DemoFusion | {2 * 2 * 13} | "), "evaluations besides the base's"
@@ -179,18 +187,19 @@ def test_the_report(checkpoint, tmp_path, monkeypatch):
     assert len(pictures) == 2 * 4 * 6
     assert {Image.open(path).size for path in pictures} == {(128, 128), (256, 256), (128, 64), (512, 256)}
     lost, before = pictures[0], {path: path.stat().st_mtime_ns for path in pictures}
-    lost.with_suffix(".json").unlink()
-    assert evaluate(checkpoint, tmp_path, monkeypatch, "--tables", "Presets").startswith("# Evaluation")
+    forget(lost)
+    options = ["--tables", "Presets", "--anew"]
+    assert evaluate(checkpoint, tmp_path, monkeypatch, *options).startswith("# Evaluation")
     assert [path for path in pictures if path.stat().st_mtime_ns != before[path]] == [lost], "only what was missing"
 
-    for path in (tmp_path / "build").rglob("0003/Turbo*.json"):
-        path.unlink()
-    text = evaluate(checkpoint, tmp_path, monkeypatch, "--no-draw")
+    for path in (tmp_path / "build").rglob("0003/Turbo*.png"):
+        forget(path)
+    text = evaluate(checkpoint, tmp_path, monkeypatch, "--no-draw", *options)
     complete = text.count(" 3 prompts, 2 steps, the UNet in float32.")
     assert text.count("\n## Presets, ") == complete == 3, "those that every method has a picture of"
 
 
-def test_the_report_on_given_pictures(checkpoint, tmp_path, monkeypatch):
+def test_the_report_on_given_pictures(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("evaluation.__main__.TRUE_RENDERS", 4)
     few = {name: PICTURES[name] for name in ("Lanczos", "tiles 0.35", "Fast")}
     monkeypatch.setitem(evaluation.__main__.TABLES, "Pictures", replace(evaluation.__main__.TABLES["Pictures"], methods=few))
@@ -213,7 +222,9 @@ def test_the_report_on_given_pictures(checkpoint, tmp_path, monkeypatch):
     captions.write_text("one red ring\ntwo blue stars\n")
     options = ["--captions", str(captions), "--real", str(tmp_path / "real"), "--clip", str(tmp_path / "clip")]
     options += ["--inception", str(tmp_path / "inception.pt"), "--tables", "Pictures"]
-    assert "## Pictures" not in evaluate(checkpoint, tmp_path, monkeypatch, *options), "captions have no true render"
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path, monkeypatch, *options)
+    assert "Pictures is of given pictures, which captions have none of" in capsys.readouterr().err
 
 
 def test_the_report_of_the_tile_controlnet(checkpoint, tmp_path, monkeypatch):

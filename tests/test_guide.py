@@ -16,15 +16,27 @@ WIDTH = 120
 
 
 @pytest.fixture(scope="module")
-def webui():
+def host():
     with fake_webui.installed() as host:
-        yield host.webui
+        yield host
+
+
+@pytest.fixture(scope="module")
+def webui(host):
+    return host.webui
+
+
+@pytest.fixture(scope="module")
+def form(host):
+    """The arguments' names by their labels."""
+    return {control.label: name for name, control in zip(host.webui.settings.ARGUMENTS, host.script.controls)}
 
 
 def rows(heading):
     """The cells of the first table below a heading, without its first two rows."""
     section = GUIDE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
+    first = re.search(r"^(\|.*\n)+", section, re.MULTILINE)[0]
+    lines = first.splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -70,14 +82,45 @@ def test_what_decoding_takes():
 def test_the_settings_table_has_the_papers_values(webui):
     paper = DemoFusionConfig()
     labels = {"steps per phase": "phase_steps", "skip residual α1": "alpha1", "dilated sampling α2": "alpha2"}
-    labels |= {"gaussian blur α3": "alpha3", "hold flat areas": "hold_flat"}
+    labels |= {"gaussian blur α3": "alpha3", "hold flat areas": "hold_flat", "most steps per phase": "most_phase_steps"}
+    labels |= {"resize width to": "resize_width", "resize height to": "resize_height", "schedule type": "phase_schedule"}
+    labels |= {name.replace("_", " "): f"phase_{name}" for name in ("checkpoint", "sampler", "prompt", "negative_prompt")}
+    labels["cfg scale"] = "phase_cfg_scale"
     found = {}
     for label, value, _ in rows("Settings"):
         name = labels.get(label.lower(), label.lower().replace(" ", "_"))
-        found[name] = {"on": True, "off": False}[value] if value in ("on", "off") else float(value or "nan")
+        words = {"on": True, "off": False, "as the base": "", webui.settings.SAME["upscaler"]: ""}
+        found[name] = words[value] if value in words else float(value or "nan")
     names = [name for name in webui.settings.ARGUMENTS if name in webui.settings.CONFIG_FIELDS]
     assert {name: found[name] for name in names} == {name: getattr(paper, name) for name in names}
     assert set(found) == {*names, "save_intermediate_phases", "resume_from", "start_from"}
+
+
+def test_the_second_passes_table_has_the_forms_controls(webui, form):
+    """Beside those of Hires. fix, which tests/webui/test_contract.py compares with the real host's."""
+    table = rows("A second pass of its own")
+    ours = [label for _, here, _ in table for label in re.findall(r"\*\*([^*]+)\*\*", here)]
+    assert len(ours) == len(set(ours))
+    assert set(ours) <= set(form)
+    assert {label for label, name in form.items() if name in webui.settings.SECOND_PASS} <= set(ours)
+    for theirs, here, what in table:
+        assert re.search(r"\*\*|none", here), theirs
+        assert what or "**" in here, f"{theirs}: where there is none, the reason"
+
+
+def test_few_steps_are_what_a_phase_runs():
+    [(strength, *steps)] = re.findall(r"at ([\d.]+), (\d+) of (\d+) and (\d+) of (\d+)\.", GUIDE)
+    assert float(strength) == DemoFusionConfig.preset("Fast").denoising_strength
+    for run, of in zip(steps[::2], steps[1::2]):
+        phase = make_plan((64, 64), int(of), DemoFusionConfig.preset("Fast", scale=2.0)).phases[-1]
+        assert int(run) == phase.steps - phase.skipped
+
+
+def test_the_presets_controls_are_said(webui, form):
+    """Of the second pass, those that a preset sets."""
+    [said] = re.findall(r"controls under \*Advanced\*, and (.+) under \*Second pass\*", GUIDE.replace("\n", " "))
+    names = [form[label] for label in re.findall(r"\*([^*]+)\*", said)]
+    assert names == [name for name in webui.settings.SECOND_PASS if name in webui.settings.PRESET_SETTINGS]
 
 
 def test_the_apis_examples(webui):

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from stand_ins import make_stand_ins
 
-from evaluation.judges import PhotoJudge, Set
+from evaluation.judges import Made, PhotoJudge
 from evaluation.readers import true_render
 
 CAPTIONS = ["one red ring"] * 8
 
 
 def test_borders_are_where_windows_begin_and_end():
-    made = Set([], [np.zeros((256, 512, 3), np.uint8)], [np.zeros((64, 128, 3), np.uint8)], stride=0.75, window=(64, 128))
+    image, base = np.zeros((256, 512, 3), np.uint8), np.zeros((64, 128, 3), np.uint8)
+    made = Made("", 0, image, base, stride=0.75, window=(64, 128))
     rows, columns = made.borders
     assert rows == [0, 48, 64, 96, 112, 144, 160, 192, 208, 256]
     assert columns == [0, 96, 128, 192, 224, 288, 320, 384, 416, 512]
@@ -34,13 +35,25 @@ def images():
     return [true_render(6, index)[1] for index in range(8)]
 
 
-def test_the_papers_metrics(judge, images):
-    index, bases = np.arange(8), [image[::4, ::4] for image in images]
-    good = judge(Set(CAPTIONS, images, bases, 0.5, (128, 128)))
+@pytest.fixture(scope="module")
+def real(judge):
+    return judge.of_true(0, (512, 512))
+
+
+def metrics_of(judge, real, images):
+    made = [Made(caption, i, x, x[::4, ::4], 0.5, (128, 128)) for i, (caption, x) in enumerate(zip(CAPTIONS, images))]
+    records = [judge.of_picture(own) for own in made]
+    stacked = {name: np.stack([record[name] for record in records]) for name in records[0]}
+    return judge.statistics(CAPTIONS, stacked, {}, real)
+
+
+def test_the_papers_metrics(judge, real, images):
+    index = np.arange(8)
+    good = metrics_of(judge, real, images)
     assert set(good) == {"FID", "IS", "crop FID", "crop IS", "CLIP"}
     assert all(np.isfinite(statistic(index)) for statistic in good.values())
-    tinted = judge(Set(CAPTIONS, [(image * (1, 0.1, 0.1)).astype(np.uint8) for image in images], bases, 0.5, (128, 128)))
-    same = judge(Set(CAPTIONS, [images[0]] * 8, bases, 0.5, (128, 128)))
+    tinted = metrics_of(judge, real, [(image * (1, 0.1, 0.1)).astype(np.uint8) for image in images])
+    same = metrics_of(judge, real, [images[0]] * 8)
     for prefix in ("", "crop "):
         assert tinted[f"{prefix}FID"](index) > 1.5 * good[f"{prefix}FID"](index)
         assert same[f"{prefix}IS"](index) < good[f"{prefix}IS"](index)
@@ -54,8 +67,12 @@ def test_crops_are_of_the_bases_size_side_by_side(judge):
     assert np.array_equal(crops[3], image[128:256, 128:256])
 
 
-def test_real_images_smaller_than_a_crop_are_enlarged(judge):
-    assert len(judge.close) == 12  # of 200 x 160, one crop each
+def test_real_images_smaller_than_a_crop_are_enlarged(networks, monkeypatch):
+    judge, seen = PhotoJudge(networks / "inception.pt", networks / "clip", networks / "real", (256, 300)), []
+    features = judge.features
+    monkeypatch.setattr(judge, "features", lambda images: seen.append([x.shape for x in images]) or features(images))
+    judge.of_true(0, (512, 600))
+    assert seen == [[(160, 200, 3)]] * 12 + [[(256, 300, 3)]] * 12
 
 
 def test_a_folder_without_images_is_refused(networks, tmp_path):

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from scipy import linalg
 
 from evaluation.metrics import (
     Estimate,
+    Normal,
     detail,
     difference_from_base,
     frechet_distance,
@@ -101,6 +103,24 @@ def test_a_copy_of_an_object_adds_detail_to_the_image_and_none_to_the_object():
         assert detail(background, scene) == 0
 
 
+def test_copies_away_from_the_bases_objects_do_not_count():
+    """A finer object beside the base's own, and one on its edge, that is still its place."""
+    scene, rng = Scene(1, "red", "plain", "square", "snow"), np.random.default_rng(0)
+    image = paste_copies(scene, np.full((512, 512, 3), 252, np.uint8), 160, [(180, 180)])
+    image[180:340, 180:340] -= rng.integers(0, 20, (160, 160, 1), np.uint8)
+    base = shrink(image.astype(np.float32), 4).round().astype(np.uint8)
+    copied = image.copy()
+    copied[20:100, 20:100] = COLOURS["red"] - rng.integers(0, 40, (80, 80, 1))
+    assert detail(copied, scene) > 1.2 * detail(image, scene)
+    assert detail(copied, scene, base) == detail(image, scene, base) == pytest.approx(detail(image, scene))
+    for pixels, counts in ((4, True), (5, False)):  # of the base, from its object to a strip, one wide
+        strip = image.copy()
+        begin = 340 + 4 * (pixels - 1)
+        strip[180:340, begin : begin + 4] = COLOURS["red"] - rng.integers(0, 40, (160, 4, 1))
+        assert (detail(strip, scene, base) > 1.02 * detail(image, scene, base)) == counts
+    assert detail(image, scene, np.full((128, 128, 3), 252, np.uint8)) == 0, "the base has none"
+
+
 def test_another_picture_differs_from_the_base():
     (_, one), (_, other) = true_image(0), true_image(1)
     assert difference_from_base(other, shrink(one.astype(np.float32), 4)) > 20
@@ -111,8 +131,18 @@ def test_frechet_distance_is_that_of_the_normal_distributions():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(200_000, 2)) * (2, 3) + (3, 0)
     b = rng.normal(size=(200_000, 2))
-    assert frechet_distance(a, b) == pytest.approx(14, abs=0.1)
-    assert frechet_distance(b, b) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, Normal.of(b)) == pytest.approx(14, abs=0.1)
+    assert frechet_distance(b, Normal.of(b)) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_where_the_covariances_have_other_axes():
+    """By the root of their product, as it is written."""
+    rng = np.random.default_rng(0)
+    own, real = (rng.normal(size=(80, 6)) @ rng.normal(size=(6, 6)) + shift for shift in (0, 1))
+    product = linalg.sqrtm(np.cov(own, rowvar=False) @ np.cov(real, rowvar=False)).real
+    traces = np.trace(np.cov(own, rowvar=False) + np.cov(real, rowvar=False) - 2 * product)
+    expected = np.square(own.mean(0) - real.mean(0)).sum() + traces
+    assert frechet_distance(own, Normal.of(real)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_inception_score_counts_the_classes():
@@ -133,7 +163,7 @@ def test_the_interval_of_a_distance_holds_its_value():
     own, real = rng.normal(size=(24, 12)), rng.normal(size=(500, 12))
 
     def distance(index):
-        return frechet_distance(own[index], real)
+        return frechet_distance(own[index], Normal.of(real))
 
     estimate = Estimate.of(distance, 24, 200)
     low, high = estimate.interval

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from evaluation.judges import SceneJudge, Set
+from evaluation.judges import Made, SceneJudge
 from evaluation.readers import CLASSES, CLOSE, WHOLE, Reader, close_up, labels, load, small, train, true_render
 from training.scenes import COUNTS, LAYOUTS, SHAPES, Scene, object_mask
 from training.train import to_unit
@@ -15,7 +15,12 @@ COUNT = 40
 
 @pytest.fixture(scope="module")
 def judge():
-    return SceneJudge(load(), (512, 512), real=COUNT)
+    return SceneJudge()
+
+
+@pytest.fixture(scope="module")
+def real(judge):
+    return judge.of_true(COUNT, (512, 512))
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +29,18 @@ def renders():
 
 
 @pytest.fixture(scope="module")
-def true(judge, renders):
-    return scores(judge, renders)
+def true(judge, real, renders):
+    return scores(judge, real, renders)
 
 
-def scores(judge, images):
-    images = [np.asarray(image) for image in images]
-    scenes = [true_render(11, index)[0] for index in range(COUNT)]
-    statistics = judge(Set(scenes, images, [small(image) for image in images], stride=0.5, window=(128, 128)))
-    return {name: statistic(np.arange(COUNT)) for name, statistic in statistics.items()}
+def scores(judge, real, images):
+    made, bases, scenes = [], [], [true_render(11, index)[0] for index in range(COUNT)]
+    for index, (scene, image) in enumerate(zip(scenes, map(np.asarray, images))):
+        base = small(image)
+        made.append(judge.of_picture(Made(scene, index, image, base, stride=0.5, window=(128, 128))))
+        bases.append(judge.of_base(scene, base, (512, 512)))
+    made, bases = ({name: np.stack([own[name] for own in records]) for name in records[0]} for records in (made, bases))
+    return {name: statistic(np.arange(COUNT)) for name, statistic in judge.statistics(scenes, made, bases, real).items()}
 
 
 def test_what_it_reads():
@@ -75,34 +83,36 @@ def test_true_renders_score_as_they_should(true):
     assert true["off the base"] < 0.5
     assert true["detail"] == pytest.approx(1, abs=0.3)
     assert true["object detail"] == pytest.approx(1, abs=0.1)
+    assert true["base object detail"] == pytest.approx(true["object detail"], abs=0.01)
     assert true["caption right"] > 0.98
     assert true["texture right"] > 0.95
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_scene_has_detail_to_compare_with_also_where_pictures_are_wide(layout):
-    judge = SceneJudge(load(), (256, 512), real=2, layout=layout)
+    judge = SceneJudge(layout)
     scenes = [Scene(count, "red", "plain", shape, "snow") for count in COUNTS for shape in SHAPES]
-    assert all(judge.object_detail(scene) > 0 for scene in scenes)
+    assert all(judge.object_detail(scene, (256, 512)) > 0 for scene in scenes)
 
 
-def test_pictures_of_other_captions_are_caught(judge, renders, true):
-    others = scores(judge, [*renders[1:], renders[0]])
+def test_pictures_of_other_captions_are_caught(judge, real, renders, true):
+    others = scores(judge, real, [*renders[1:], renders[0]])
     assert others["CLIP"] < true["CLIP"] - 0.2
     assert others["caption right"] < true["caption right"] - 0.2
     assert others["count right"] < 0.7
     assert others["FID"] == pytest.approx(true["FID"], abs=1e-3), "they are the same pictures"
 
 
-def test_blurred_pictures_are_caught(judge, renders, true):
-    blurred = scores(judge, [Image.fromarray(x).filter(ImageFilter.GaussianBlur(6)) for x in renders])
+def test_blurred_pictures_are_caught(judge, real, renders, true):
+    blurred = scores(judge, real, [Image.fromarray(x).filter(ImageFilter.GaussianBlur(6)) for x in renders])
     assert blurred["crop FID"] > 1.5 * true["crop FID"]
     assert blurred["detail"] < 0.2
     assert blurred["object detail"] < 0.2
+    assert blurred["base object detail"] < 0.2
     assert blurred["count right"] > 0.8, "blur hides no object"
 
 
-def test_one_picture_again_and_again_is_caught(judge, renders, true):
-    same = scores(judge, [renders[0]] * COUNT)
+def test_one_picture_again_and_again_is_caught(judge, real, renders, true):
+    same = scores(judge, real, [renders[0]] * COUNT)
     assert same["IS"] < 0.5 * true["IS"]
     assert same["FID"] > 2 * true["FID"]

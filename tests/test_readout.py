@@ -15,15 +15,50 @@ from lib_demofusion.decode import _features
 from lib_demofusion.memory import call_bytes, in_words
 from lib_demofusion.phases import clock_time
 
-COSTS = ("phase_steps", "denoising_strength", "stride", "doubling")  # the settings on which a plan's size depends
-PAPER = {"stride": 0.5, "phaseSteps": 0, "doubling": False, "strength": 1}
+# The settings that presets have and on which a plan's size depends, as the form and as the page call them.
+COSTS = {
+    "phase_steps": "phaseSteps",
+    "most_phase_steps": "mostPhaseSteps",
+    "denoising_strength": "strength",
+    "stride": "stride",
+    "doubling": "doubling",
+    "phase_sampler": "phaseSampler",
+    "phase_schedule": "phaseScheduler",
+    "phase_cfg_scale": "phaseCfg",
+}
+SAME = {"phaseSampler": "", "phaseScheduler": "", "phaseCfg": 0, "upscaler": "", "resize": [0, 0]}
+PAPER = {"stride": 0.5, "phaseSteps": 0, "mostPhaseSteps": 0, "doubling": False, "strength": 1, **SAME}
+FEW_STEP = {"phase_steps": 8, "denoising_strength": 0.5, "phase_sampler": "LCM", "phase_cfg_scale": 1.0}
+FEW_STEP |= {"phase_schedule": "DDIM"}
 pytestmark = pytest.mark.skipif(not NODE, reason="needs node, to run javascript/demofusion.js")
+
+
+SCHEDULES = ["Automatic", "Karras", "KL Optimal", "SGM Uniform", "DDIM"]
 
 
 @pytest.fixture(scope="module")
 def webui():
+    """With the real host's names."""
     with fake_webui.installed() as host:
+        names = host.webui.samplers.SAMPLERS
+        host.sd_samplers.all_samplers = [SimpleNamespace(name=name) for name in (*names, "Sampler of another extension")]
+        host.sd_samplers.samplers_map = {name.lower(): name for name in names} | {"k_lcm": "LCM", "other": "Other"}
+        names = [label.lower().replace(" ", "_") for label in SCHEDULES]
+        schedules = [SimpleNamespace(name=name, label=label, aliases=None) for name, label in zip(names, SCHEDULES)]
+        schedules[3].aliases = ["SGMUniform"]
+        host.sd_schedulers.schedulers = schedules
+        host.shared.latent_upscale_modes = {"Latent": {}}
+        host.shared.sd_upscalers = [SimpleNamespace(name=name) for name in ("None", "Lanczos")]
         yield host.webui
+
+
+def random_resize(rng, own):
+    """The sides [height, width] that a form names for what has such sides; most forms name none."""
+    kind, times = rng.choice(["", "", "height", "width", "both", "other"]), rng.uniform(0.9, 8.5)
+    fitting = [round(side * times / 8) * 8 for side in own]
+    if kind == "other":
+        return [8 * rng.randint(0, 256) for _ in own]
+    return [side if kind in (name, "both") else 0 for name, side in zip(("height", "width"), fitting)]
 
 
 def random_form(rng, webui, start=""):
@@ -34,8 +69,9 @@ def random_form(rng, webui, start=""):
         stride = rng.choice([0.5, rng.randint(1, 20) / 20])
         picture, native = [rng.randint(40, 3000) for _ in range(2)], rng.choice([16, 64, 96, 128])
         window = rng.choice([0, 0, 64 * rng.randint(1, 16)]) if start == "Picture" else 0
-        side = window / 8 or native
-        largest = scale if start != "Picture" else math.sqrt(math.prod(picture)) / 8 * scale / side
+        side, resize = window / 8 or native, random_resize(rng, picture if start == "Picture" else [h, w])
+        times = max(side / own for side, own in zip(resize, picture if start == "Picture" else [h, w])) or scale
+        largest = times if start != "Picture" else math.sqrt(math.prod(picture)) / 8 * times / side
         if ((largest - 1) / stride + 2) ** 2 < 3000:
             break
     return dict(
@@ -52,6 +88,12 @@ def random_form(rng, webui, start=""):
         strength=rng.choice([1, rng.randint(1, 20) / 20]),
         steps=rng.randint(1, 150),
         phaseSteps=rng.choice([0, rng.randint(1, 150)]),
+        mostPhaseSteps=rng.choice([0, rng.randint(1, 150)]),
+        phaseSampler=rng.choice(["", rng.choice(list(webui.samplers.SAMPLERS))]),
+        phaseScheduler=rng.choice(["", "Automatic", "Karras", "DDIM", "KL Optimal"]),
+        phaseCfg=rng.choice([0, 0, 1, 1.5, 7]),
+        upscaler="",
+        resize=resize,
         cfg=rng.choice([1, 1.5, 7]),
         sampler=rng.choice(list(webui.samplers.SAMPLERS)),
         scheduler=rng.choice(["Automatic", "Karras", "DDIM", "KL Optimal"]),
@@ -64,6 +106,25 @@ def random_form(rng, webui, start=""):
     )
 
 
+def job_of(form, webui):
+    """What the host makes of the form: its job, the settings with the host's names, and what it starts from."""
+    fields = ("width", "height", "steps", "scheduler")
+    p = SimpleNamespace(sampler_name=form["sampler"], cfg_scale=form["cfg"], **{name: form[name] for name in fields})
+    given, start = form["start"] == "Picture", None
+    if form["start"]:
+        p.denoising_strength = form["ownStrength"]
+        start = SimpleNamespace(from_picture=given, size=tuple(form["picture"]), window=None)
+        webui.a1111.shared.sd_model.image_size = form["facts"]["native"]
+        webui.a1111.shared.opts.img2img_fix_steps = form["fixSteps"]
+    settings = {name: form[own] for name, own in COSTS.items()}
+    height, width = form["resize"]
+    settings |= dict(scale=form["scale"], window=form["window"], upscaler=form["upscaler"])
+    settings |= dict(resize_height=height, resize_width=width, phase_cfg_scale=float(form["phaseCfg"]))
+    if given:
+        settings["denoising_strength"] = form["ownStrength"]
+    return p, webui.second_pass.resolved(webui.settings.DemoFusionConfig(**settings)), start
+
+
 def plan_of(form, webui):
     """The form's plan; None if it is refused."""
     return plan_or_refusal(form, webui)[0]
@@ -71,38 +132,23 @@ def plan_of(form, webui):
 
 def plan_or_refusal(form, webui):
     """The form's plan and None, or None and the line that refuses it."""
-    p = SimpleNamespace(
-        sampler_name=form["sampler"], **{name: form[name] for name in ("width", "height", "steps", "scheduler")}
-    )
-    given, start = form["start"] == "Picture", None
-    if form["start"]:
-        p.denoising_strength = form["ownStrength"]
-        start = SimpleNamespace(from_picture=given, size=tuple(form["picture"]), window=None)
-        webui.a1111.shared.sd_model.image_size = form["facts"]["native"]
-        webui.a1111.shared.opts.img2img_fix_steps = form["fixSteps"]
     try:
-        config = webui.settings.DemoFusionConfig(
-            scale=form["scale"],
-            stride=form["stride"],
-            phase_steps=form["phaseSteps"],
-            doubling=form["doubling"],
-            denoising_strength=form["ownStrength" if given else "strength"],
-            window=form["window"],
-        )
-        return webui.checks.plan_for(p, config, start), None
+        return webui.checks.plan_for(*job_of(form, webui)), None
     except ValueError as error:
         return None, str(error)
 
 
+def is_known(form, webui):
+    """Whether it is known how often the model is called: not by every sampler."""
+    _, config, start = job_of(form, webui)
+    samplers = {config.phase_sampler or form["sampler"], *([] if form["start"] == "Picture" else [form["sampler"]])}
+    return all(webui.samplers.SAMPLERS[name].counts != "unknown" for name in samplers)
+
+
 def expected(form, plan, webui):
-    """The line for a plan; the host always gives the base both prompts."""
+    """The line for a plan."""
     base, *phases = plan.phases
-    total = 2 * base.evaluations + (1 if form["cfg"] == 1 else 2) * sum(phase.evaluations for phase in phases)
-    calls = (
-        f"{total:,} model calls"
-        if webui.samplers.SAMPLERS[form["sampler"]].counts != "unknown"
-        else "as many model calls as it takes"
-    )
+    calls = f"{plan.evaluations:,} model calls" if is_known(form, webui) else "as many model calls as it takes"
     first, last = (f"{8 * phase.size[1]}x{8 * phase.size[0]}" for phase in (base, phases[-1]))
     if form["start"] != "Picture":
         return f"from {first} to {last}, {len(plan.phases)} phases, {calls}"
@@ -113,11 +159,15 @@ def expected(form, plan, webui):
 @pytest.mark.parametrize("start", ["", "Picture", "img2img result"])
 def test_the_readout_is_the_plan(webui, start):
     rng = random.Random(0)
-    forms = [random_form(rng, webui, start) for _ in range(600)]
+    forms = [random_form(rng, webui, start) for _ in range(900)]
     forms = [dict(form, fixSteps=bool(i % 3 == 0)) for i, form in enumerate(forms)]
     forms = [(form, plan) for form in forms if (plan := plan_of(form, webui))]
     assert len(forms) > 300
     assert {form["sampler"] for form, _ in forms} == set(webui.samplers.SAMPLERS)
+    assert {plan.phases[-1].branches for _, plan in forms} == {1, 2}
+    resized = [plan for form, plan in forms if any(form["resize"])]
+    assert len(resized) > 50
+    assert any(plan.phases[-1].size != plan.phases[0].size for plan in resized)
     lines = readouts([form for form, _ in forms])
     for (form, plan), line in zip(forms, lines, strict=True):
         assert line == expected(form, plan, webui), {key: value for key, value in form.items() if key != "table"}
@@ -186,12 +236,13 @@ def test_it_says_that_it_fits_or_what_the_refusal_will_say(webui, monkeypatch, k
         form = random_form(rng, webui, start)
         if (plan := plan_of(form, webui)) is None:
             continue
+        p, config, from_ = job_of(form, webui)
         last, of = plan.phases[-1], "picture" if start else "base"
         given = (torch.device(kind), 4, form["batchSize"], webui.a1111.FACTOR, webui.checks.PICTURES, of)
         has_free(webui, monkeypatch, *(int(10 ** rng.uniform(6, 11)) for _ in range(2)))
         forms.append(dict(form, facts={**form["facts"], "memory": webui.readout._memory(torch.device(kind))}))
         try:
-            webui.checks.check_fits(last.size, form["scale"], *given)
+            webui.checks.check_fits(last.size, webui.checks._scale_of(p, plan, config, from_), *given)
             lines.append(f"{expected(form, plan, webui)}, fits")
         except ValueError as error:
             lines.append(f"{expected(form, plan, webui)}, does not fit: {error}")
@@ -287,27 +338,27 @@ def test_what_the_server_said_before_its_restart_is_kept(webui):
         assert in_node("demofusionTold", now, {}, stored) == {"paces": {"64": 1.5}}
 
 
-def test_each_preset_says_what_it_is_what_it_costs_and_when_to_take_it(webui):
+def test_each_preset_says_what_it_is_what_it_costs_and_when_to_take_it(webui, monkeypatch):
+    monkeypatch.setitem(webui.settings.PRESETS, "Few-step", FEW_STEP)
+    monkeypatch.setitem(webui.settings.PRESET_HELP, "Few-step", ("what it is", "When to take it"))
     rng = random.Random(9)
     checked = 0
     while checked < 20:
         form = random_form(rng, webui)
         said = in_node("demofusionPresets", form)
         assert list(said) == ["", *webui.settings.PRESETS]
-        own = dict(stride=form["stride"], phase_steps=form["phaseSteps"], doubling=form["doubling"])
-        own["denoising_strength"] = form["strength"]
         for name, text in said.items():
-            settings = webui.readout._costs(webui.settings.DemoFusionConfig.preset(name)) if name else own
-            as_form = dict(zip(("phaseSteps", "strength", "stride", "doubling"), map(settings.get, COSTS)))
-            plan = plan_of({**form, **as_form}, webui)
+            costs = webui.readout._costs(webui.settings.DemoFusionConfig.preset(name)) if name else {}
+            chosen = {**form, **{COSTS[setting]: value for setting, value in costs.items()}}
+            assert not name or set(costs) == set(COSTS)
+            plan = plan_of(chosen, webui)
             what, when = webui.settings.PRESET_HELP.get(name, ("Your own settings", None))
             assert text.startswith(f"{name}: {what}" if name else what)
             assert text.endswith(f". {when}." if name else ".")
             cost = re.search(r"([\d.]+) times the base image's model calls", text)
-            assert bool(cost) == (plan is not None and webui.samplers.SAMPLERS[form["sampler"]].counts != "unknown")
+            assert bool(cost) == (plan is not None and is_known(chosen, webui))
             if cost:
-                base, *phases = (phase.evaluations for phase in plan.phases)
-                times = (2 * base + (1 if form["cfg"] == 1 else 2) * sum(phases)) / (2 * base)
+                times = plan.evaluations / (2 * plan.phases[0].evaluations)
                 assert float(cost[1]) == pytest.approx(times, abs=0.0501 if times < 10 else 0.5)
                 checked += 1
 
@@ -316,10 +367,7 @@ def test_the_presets_texts_say_the_presets_settings(webui):
     fast, turbo = (webui.settings.DemoFusionConfig.preset(name) for name in ("Fast", "Turbo"))
     assert f"the last {fast.denoising_strength:.0%}".replace("%", " %") in webui.settings.PRESET_HELP["Fast"][0]
     phase = webui.checks.make_plan((64, 64), 50, turbo).phases[-1]
-    assert (
-        webui.settings.PRESET_HELP["Turbo"][0]
-        == f"Fast with {phase.steps} steps a phase, of which {phase.steps - phase.skipped} are run"
-    )
+    assert webui.settings.PRESET_HELP["Turbo"][0] == f"Fast with at most {phase.steps} steps a phase"
     assert set(webui.settings.PRESET_HELP) == set(webui.settings.PRESETS)
 
 
@@ -336,11 +384,54 @@ def test_what_is_refused_is_said_in_the_words_of_the_refusal(webui):
     assert in_node("demofusionPresets", forms[0])["Turbo"].startswith("Turbo: "), "at a scale that adds nothing, without a cost"
 
 
+@pytest.mark.parametrize("start", ["", "Picture"])
+def test_sides_that_cannot_be_are_refused_in_the_words_of_the_refusal(webui, start):
+    rng = random.Random(10)
+    refused = []
+    while len(refused) < 300:
+        form = dict(random_form(rng, webui, start), sampler="Euler", steps=50, phaseSteps=0, phaseSampler="")
+        line = plan_or_refusal(form, webui)[1] if any(form["resize"]) else None
+        if line and "resize to" in line:
+            refused.append((form, line))
+    for part in ("has not the aspect of", "resize to more than once and at most 8 times that"):
+        assert any(part in line for _, line in refused)
+    for (_, line), said in zip(refused, readouts([form for form, _ in refused]), strict=True):
+        assert said == f"cannot run: {line}"
+
+
+def test_how_many_times_is_written_as_python_writes_it(webui):
+    times = [n / 1000 for n in range(8001, 9999, 7)] + [n / 16 for n in range(129, 3000)] + [0.0625, 0.5, 0.9375, 1.0, 999.4]
+    assert in_node("(...all) => all.map(demofusionThreeDigits)", *times) == [float(f"{x:.3g}") for x in times]
+
+
+NAMES = ["euler", " LCM", "k_lcm", "Other", "LCM SGMUniform", "DPM++ 2M karras", "dpm++ 2m kl_optimal"]
+NAMES += ["Karras", "Euler of tomorrow", "a 'b'", "a\n\"b'", "x\\y"]
+
+
+@pytest.mark.parametrize("schedule", ["", "karras", "kl_optimal", "Karras of tomorrow", "DDIM"])
+def test_names_are_read_as_the_host_reads_them(webui, schedule):
+    """From a picture's parameters, or from someone who types: by any name that they have, or refused."""
+    form = dict(random_form(random.Random(11), webui), width=64, height=64, scale=2.0, **PAPER)
+    form |= dict(sampler="Euler", steps=20, phaseScheduler=schedule)
+    forms = [dict(form, phaseSampler=name) for name in ["", *webui.samplers.SAMPLERS, *map(str.upper, NAMES), *NAMES]]
+    forms += [dict(form, upscaler=name) for name in ("lanczos", "sharp as never", "Latent")]
+    for form, line in zip(forms, readouts(forms), strict=True):
+        plan, refusal = plan_or_refusal(form, webui)
+        assert line == (f"cannot run: {refusal}" if refusal else expected(form, plan, webui))
+
+
+def test_guidance_that_cannot_be_is_refused_in_the_words_of_the_refusal(webui):
+    form = dict(random_form(random.Random(12), webui), phaseCfg=0.5)
+    refusal = plan_or_refusal(form, webui)[1]
+    assert readouts([form]) == [f"cannot run: {refusal}"]
+    assert "at least 1, got 0.5" in refusal
+
+
 def test_what_is_refused_whatever_the_plan(webui):
-    form = dict(random_form(random.Random(3), webui), width=512, height=768, scale=2.0)
+    form = dict(random_form(random.Random(3), webui), width=512, height=768, scale=2.0, **SAME)
     lines = readouts([dict(form, hires=True), dict(form, sampler="Euler"), dict(form, sampler="Euler of tomorrow")])
     both = SimpleNamespace(enable_hr=True, sampler_name="Euler", scripts=None, script_args=[])
-    unknown = SimpleNamespace(sampler_name="Euler of tomorrow", scripts=None, script_args=[])
+    unknown = SimpleNamespace(sampler_name="Euler of tomorrow", scheduler="Automatic", scripts=None, script_args=[])
     for line, refuse in (
         (lines[0], lambda: webui.checks.prepare(both, [True])),
         (lines[2], lambda: webui.checks.plan_for(unknown, webui.settings.FORM)),

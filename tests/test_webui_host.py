@@ -15,10 +15,10 @@ import pytest
 import torch
 from arguments import settings_of
 from readout import NODE, in_node
-from webui_fixtures import assert_as_before, refusal, said, snapshot, watch_calls
+from webui_fixtures import assert_as_before, assert_same, direct_run, refusal, said, snapshot, watch_calls
 
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.phases import flat_areas, fusion_for, make_plan, upscale
+from lib_demofusion.phases import flat_areas
 from lib_demofusion.saved import SavedPhase, read_saved
 
 STEPS = 4
@@ -114,51 +114,6 @@ def test_a_form_that_cannot_be_drawn_refuses(capsys):
 
 
 # --------------------------------------------------------------------------------------------------- the same as the core alone
-
-
-def direct_run(models, base, sampler, scale, steps, cfg, seeds, jitter=True):
-    """The phases by the core, with a sampler written here. models: the one to ask at each step."""
-    kept = models[0].alphas_cumprod.double()
-    text, negative = (models[0].get_learned_conditioning([prompt]) for prompt in ("a ring", "blue"))
-    if sampler == "Euler":
-        ts = torch.linspace(999, 0, steps).tolist()
-        noises = [math.sqrt((1 - kept[int(t)]) / kept[int(t)]) for t in ts] + [0.0]
-        signals = [1.0] * (steps + 1)
-    else:
-        ts = [min(t + 1, 999) for t in range(0, 1000, 1000 // steps)][::-1]
-        noises = [math.sqrt(1 - kept[t]) for t in ts]
-        signals = [math.sqrt(kept[t]) for t in ts]
-
-    def denoise(phase, reference, noise, held):
-        fusion = fusion_for(plan, phase, plan_config, reference, noise)
-        x = fusion.noised_reference(noises[0], signals[0])
-        for i, ((n, s), (n2, s2)) in enumerate(itertools.pairwise(zip(noises, signals))):
-            fusion.skip_residual_(x, ts[i], n, s)
-            scaled = 1 / math.sqrt(1 + n**2) if sampler == "Euler" else 1
-
-            def ask(prompt, i=i, scaled=scaled):
-                def answer(crops, views):
-                    unet = models[i].model.diffusion_model
-                    return unet(crops * scaled, torch.full((len(crops),), float(ts[i])), prompt.expand(len(crops), -1, -1))
-
-                return answer
-
-            with_prompt, without = (fusion.predict(x, ts[i], ask(prompt)) for prompt in (text, negative))
-            eps = without + cfg * (with_prompt - without)
-            x = s2 * (x - n * eps) / s + n2 * eps
-        return x
-
-    def noise(phase):
-        return torch.stack([torch.randn(4, *phase.size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-    plan_config = DemoFusionConfig(scale=float(scale), jitter=jitter)
-    plan = make_plan(tuple(base.shape[-2:]), steps, plan_config)
-    return [latents for _, latents in upscale(plan, base, noise, denoise)][-1]
-
-
-def assert_same(a, b, tolerance=1e-4):
-    assert a.shape == b.shape
-    assert ((a - b).abs().max() / b.std()).item() < tolerance
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
@@ -456,8 +411,8 @@ def test_tiling_rolls_the_plane_and_back(host, calls, monkeypatch):
 
     def wrapped(*args):
         """Whatever is asked for, so that what is compared differs in nothing else."""
-        asked.append(args[-1])
-        return enlarge(*args[:-1], True)
+        asked.append(args[6])
+        return enlarge(*args[:6], True, *args[7:])
 
     monkeypatch.setattr(host.webui.phases, "enlarge", wrapped)
     host.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

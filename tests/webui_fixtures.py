@@ -1,11 +1,15 @@
 """Fixtures, which conftest.py hands to pytest, and looks at the host, for the tests on the fake host of fake_webui.py."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import fake_webui
 import pytest
 import torch
+
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.phases import fusion_for, make_plan, upscale
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +95,48 @@ def said(host, reply, picture=0):
     """What a picture's parameters say of DemoFusion besides its settings."""
     parameters = host.infotext_utils.parse_generation_parameters(reply.infotexts[picture])
     return {key: value for key, value in parameters.items() if key.split()[1:] in (["incomplete"], ["note"], ["refused"])}
+
+
+def direct_run(models, base, sampler, scale, steps, cfg, seeds, jitter=True, prompts=("a ring", "blue")):
+    """The phases by the core, with a sampler written here. models: the one to ask at each step."""
+    kept = models[0].alphas_cumprod.double()
+    text, negative = (models[0].get_learned_conditioning([prompt]) for prompt in prompts)
+    if sampler == "Euler":
+        ts = torch.linspace(999, 0, steps).tolist()
+        noises = [math.sqrt((1 - kept[int(t)]) / kept[int(t)]) for t in ts] + [0.0]
+        signals = [1.0] * (steps + 1)
+    else:
+        ts = [min(t + 1, 999) for t in range(0, 1000, 1000 // steps)][::-1]
+        noises = [math.sqrt(1 - kept[t]) for t in ts]
+        signals = [math.sqrt(kept[t]) for t in ts]
+
+    def denoise(phase, reference, noise, held):
+        fusion = fusion_for(plan, phase, plan_config, reference, noise)
+        x = fusion.noised_reference(noises[0], signals[0])
+        for i, ((n, s), (n2, s2)) in enumerate(itertools.pairwise(zip(noises, signals))):
+            fusion.skip_residual_(x, ts[i], n, s)
+            scaled = 1 / math.sqrt(1 + n**2) if sampler == "Euler" else 1
+
+            def ask(prompt, i=i, scaled=scaled):
+                def answer(crops, views):
+                    unet = models[i].model.diffusion_model
+                    return unet(crops * scaled, torch.full((len(crops),), float(ts[i])), prompt.expand(len(crops), -1, -1))
+
+                return answer
+
+            with_prompt, without = (fusion.predict(x, ts[i], ask(prompt)) for prompt in (text, negative))
+            eps = without + cfg * (with_prompt - without)
+            x = s2 * (x - n * eps) / s + n2 * eps
+        return x
+
+    def noise(phase):
+        return torch.stack([torch.randn(4, *phase.size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    plan_config = DemoFusionConfig(scale=float(scale), jitter=jitter)
+    plan = make_plan(tuple(base.shape[-2:]), steps, plan_config)
+    return [latents for _, latents in upscale(plan, base, noise, denoise)][-1]
+
+
+def assert_same(a, b, tolerance=1e-4):
+    assert a.shape == b.shape
+    assert ((a - b).abs().max() / b.std()).item() < tolerance

@@ -1,11 +1,12 @@
 """Writes the embedded checkpoint as the WebUI reads one: a single .safetensors in LDM's names and a .yaml beside it.
 
-    python -m training.export_webui FOLDER [--controlnet FOLDER]
+    python -m training.export_webui FOLDER [--controlnet FOLDER] [--lora FOLDER]
 
 FOLDER is the WebUI's models/Stable-diffusion. Its extension must be installed there, since the .yaml names classes of
 it (lib_demofusion/hosts.webui.embedded.py). The tokenizer lies in a folder beside it. --controlnet writes the tile
 ControlNet, too, under the names of sd-webui-controlnet; that builds networks of Stable Diffusion's widths alone, so that
-who loads the file has to give it those of the embedded UNet.
+who loads the file has to give it those of the embedded UNet. --lora writes the LCM-LoRA as the WebUI's own Lora extension
+reads one; that is for its models/Lora.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ UNET_TOP = {
 }
 # Channels after each convolution of sd-webui-controlnet's embedding of the hint but the last; they are fixed there.
 HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)
+LORA_ABOUT = {
+    "format": "pt",
+    "modelspec.title": "LCM-LoRA of DemoFusion's embedded checkpoint",
+    "modelspec.description": "Few-step sampling. For the embedded checkpoint alone.",
+    "modelspec.usage_hint": "Strength 1, sampler LCM, 2 to 8 steps, CFG scale 1 to 2.",
+}
 
 
 def unet_name(name: str, layers: int) -> str:
@@ -129,6 +136,23 @@ def controlnet_state_dict() -> dict:
         weight = torch.ones if part == "norm" else torch.zeros
         out[f"control_model.middle_block.1.{part}.weight"] = weight(shape, dtype=torch.float16)
         out[f"control_model.middle_block.1.{part}.bias"] = torch.zeros(width, dtype=torch.float16)
+    return out
+
+
+def lora_state_dict() -> dict:
+    """The embedded LoRA in LDM's names, as kohya-ss writes them and the WebUI reads them, float16.
+
+    The names are those of the layers, with underscores. The WebUI would translate diffusers' names for two residual blocks a
+    level; the embedded UNet has one.
+    """
+    layers = json.loads((CHECKPOINT / "unet" / "config.json").read_text())["layers_per_block"]
+    out = {}
+    for name, value in load_file(CHECKPOINT / "lcm_lora.safetensors").items():
+        layer, part = re.match(r"unet\.(.*)\.lora_([AB])\.weight", name).groups()
+        layer = "lora_unet_" + unet_name(f"{layer}.weight", layers).removesuffix(".weight").replace(".", "_")
+        out[f"{layer}.lora_{'down' if part == 'A' else 'up'}.weight"] = value
+        if part == "A":
+            out[f"{layer}.alpha"] = torch.tensor(len(value), dtype=torch.float16)  # the rank, for a scale of 1
     return out
 
 
@@ -225,14 +249,25 @@ def export_controlnet(folder: Path) -> Path:
     return out
 
 
+def export_lora(folder: Path) -> Path:
+    """Write demofusion-embedded-lcm.safetensors; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "demofusion-embedded-lcm.safetensors"
+    save_file(lora_state_dict(), out, LORA_ABOUT)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--controlnet", type=Path, metavar="FOLDER", help="write the tile ControlNet there")
+    parser.add_argument("--lora", type=Path, metavar="FOLDER", help="write the LCM-LoRA there")
     args = parser.parse_args()
     print(export(args.folder))
     if args.controlnet:
         print(export_controlnet(args.controlnet))
+    if args.lora:
+        print(export_lora(args.lora))
 
 
 if __name__ == "__main__":

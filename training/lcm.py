@@ -101,6 +101,7 @@ def make_lora(build: Path, recipe: Recipe) -> None:
     pipe = load_pipeline()
     unet, text_encoder = pipe.unet.eval().requires_grad_(False), pipe.text_encoder.requires_grad_(False)
     signal = pipe.scheduler.alphas_cumprod
+    snr = signal / (1 - signal)
     model = adapted(unet, recipe.seed)
     rng = np.random.default_rng(recipe.seed + 1)
     latents = torch.load(build / "latents.pt")
@@ -134,7 +135,9 @@ def make_lora(build: Path, recipe: Recipe) -> None:
             further = guided_step(unet, noisy, t, before, text, empty, signal)
             target = consistency(ema, further, before, text, signal)
         error = consistency(model, noisy, t, text, signal) - target
-        loss = ((error.square() + HUBER**2).sqrt() - HUBER).mean()
+        huber = ((error.square() + HUBER**2).sqrt() - HUBER).mean((1, 2, 3))
+        # The picture's error is the noise's, divided by SNR's root; without a weight the highest noise would drown the rest.
+        loss = (huber * snr[t] ** 0.25).mean()
         descend(loss, model, optimizer, lr)
         follow(ema, model, step, 0.95)
         log(step, loss.detach())

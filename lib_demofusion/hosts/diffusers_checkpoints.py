@@ -338,6 +338,31 @@ def check_parts(pipe: Any) -> None:
     _check_conditions(pipe, [getattr(pipe, encoder) for encoder in encoders], xl)
 
 
+def check_pair(pipe: Any, phase_pipe: Any) -> None:
+    """Raises ValueError, one line, unless one pipeline can go on with the other's latents, where it computes."""
+
+    def told(pipe: Any) -> dict[str, Any]:
+        unet, vae = pipe.unet.config, pipe.vae.config
+        return {
+            "number of latent channels": unet.in_channels,
+            "number of pixels for a latent pixel": pipe.vae_scale_factor,
+            "scaling_factor of the latents": vae.scaling_factor,
+            "latents_mean": vae.get("latents_mean"),
+            "latents_std": vae.get("latents_std"),
+            "UNet's addition_embed_type": unet.addition_embed_type,
+        }
+
+    for (what, own), other in zip(told(pipe).items(), told(phase_pipe).values()):
+        if own != other:
+            raise ValueError(
+                f"the phases' checkpoint is of another kind than the base's: its {what} is {other} instead of {own}; "
+                "use one whose latents are the same (SD 1.x and 2.x, or XL)"
+            )
+    own, other = (device_of(each, each.unet) for each in (pipe, phase_pipe))
+    if (own.type, own.index or 0) != (other.type, other.index or 0):
+        raise ValueError(f"the phases' checkpoint lies on {other}, and the base's on {own}; move it there with its to()")
+
+
 def _check_unet(unet: Any, vae: Any) -> None:
     config = unet.config
     if config.in_channels != vae.config.latent_channels:

@@ -7,13 +7,15 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib_demofusion.config import first_line
+from lib_demofusion.config import DemoFusionConfig, first_line
+from lib_demofusion.hosts.diffusers_arguments import short, whole_number
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,69 @@ SAMPLERS = {
         "UniPCMultistepScheduler", variance_preserving=True, phase_settings={"disable_corrector": list(range(1000))}
     ),
 }
+# The WebUI's names for how the noise levels lie, "" being its Automatic: as the checkpoint's own scheduler says. What each
+# becomes, of T training timesteps and n steps:
+# Uniform, Normal: timesteps from T - 1 to 0, both among them (timestep_spacing "linspace").
+# SGM Uniform, Simple: the same without the last of n + 1 (timestep_spacing "trailing"), the latter rounded down.
+# Karras, Exponential, Beta: diffusers' noise levels of that name, between those of T - 1 and of 0.
+SCHEDULES: Mapping[str, Mapping[str, Any]] = {
+    "": {},
+    "Uniform": {"timestep_spacing": "linspace"},
+    "Karras": {"timestep_spacing": "linspace", "use_karras_sigmas": True},
+    "Exponential": {"timestep_spacing": "linspace", "use_exponential_sigmas": True},
+    "SGM Uniform": {"timestep_spacing": "trailing"},
+    "Simple": {"timestep_spacing": "trailing"},
+    "Normal": {"timestep_spacing": "linspace"},
+    "Beta": {"timestep_spacing": "linspace", "use_beta_sigmas": True},
+}
+AUTOMATIC = "Automatic"
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+# These are given the timesteps themselves: their own "linspace" is another, or they have no spacings.
+GIVEN_TIMESTEPS = ("DPMSolverMultistepScheduler", "LCMScheduler")
 # Settings of a scheduler that say how much noise the model was trained with; they hold for every sampler.
 TRAINED_WITH = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the base or the phases after it are sampled: sampler in SAMPLERS, schedule in SCHEDULES, steps of the schedule."""
+
+    sampler: str
+    schedule: str
+    steps: int
+    cfg_scale: float
+
+    @property
+    def branches(self) -> int:
+        """Of guidance: without it the model is asked once."""
+        return 2 if self.cfg_scale > 1 else 1
+
+    @property
+    def kind(self) -> Sampler:
+        return SAMPLERS[self.sampler]
+
+
+def samplings(config: DemoFusionConfig, steps: Any, cfg_scale: Any, sampler: Any, schedule: Any) -> tuple[Sampling, Sampling]:
+    """How the base is sampled and how the phases after it, which take from it what config leaves open.
+
+    Raises ValueError, one line, for what is no number of steps, CFG scale, sampler or schedule.
+    """
+    steps = whole_number(steps, "steps", 1)
+    if isinstance(cfg_scale, bool) or not isinstance(cfg_scale, Real) or not math.isfinite(cfg_scale):
+        raise ValueError(f"CFG scale must be a number, got {short(cfg_scale)}")
+    if cfg_scale < 1:
+        raise ValueError(f"CFG scale must be at least 1, got {cfg_scale:g}")
+    base = Sampling(sampler_named(sampler), schedule_named(schedule), steps, float(cfg_scale))
+    phases = Sampling(
+        sampler_named(config.phase_sampler) if config.phase_sampler else base.sampler,
+        schedule_named(config.phase_schedule) if config.phase_schedule else base.schedule,
+        config.phase_steps_of(steps),
+        float(config.phase_cfg_scale or cfg_scale),
+    )
+    for sampling in (base, phases):
+        check_schedule(sampling.sampler, sampling.schedule)
+    return base, phases
 
 
 class InfiniteNoise(ValueError):
@@ -61,6 +123,54 @@ def sampler_named(name: str) -> str:
         if name in (label, sampler.scheduler):
             return label
     raise ValueError(f"no sampler called {name!r}; there are: {', '.join(SAMPLERS)}")
+
+
+def schedule_named(name: str) -> str:
+    """The key in SCHEDULES of a schedule by the WebUI's name, whatever its case; "" for Automatic.
+
+    Raises ValueError, one line, if there is none.
+    """
+    there = ", ".join([AUTOMATIC, *filter(None, SCHEDULES)])
+    if not isinstance(name, str):
+        raise ValueError(f"the schedule must be a name, got a {type(name).__name__}; there are: {there}")
+    if name.lower() == AUTOMATIC.lower():
+        return ""
+    for known in SCHEDULES:
+        if name.lower() == known.lower():
+            return known
+    raise ValueError(f"no schedule called {name!r}; there are: {there}")
+
+
+def check_schedule(label: str, schedule: str) -> None:
+    """Raises ValueError, one line, if a sampler, as this diffusers has it, cannot have a schedule. Both by their keys."""
+    if _has(SAMPLERS[label], schedule):
+        return
+    import diffusers
+
+    there = ", ".join([AUTOMATIC, *(name for name in SCHEDULES if name and _has(SAMPLERS[label], name))])
+    raise ValueError(f"{label} of diffusers {diffusers.__version__} has no schedule {schedule}; it has: {there}")
+
+
+def _has(sampler: Sampler, schedule: str) -> bool:
+    known = inspect.signature(_scheduler_of(sampler).__init__).parameters
+    if SCHEDULES[schedule] == {"timestep_spacing": "linspace"} and sampler is SAMPLERS["UniPC"]:
+        return False  # whose "linspace" leaves out the last one
+    return all(name in known for name in SCHEDULES[schedule])
+
+
+def _scheduler_of(sampler: Sampler) -> type:
+    import diffusers
+
+    return getattr(diffusers, sampler.scheduler)
+
+
+def _timesteps(schedule: str, trained: int, steps: int) -> list[int]:
+    """A schedule of timestep_spacing as whole timesteps, from high to low."""
+    if schedule == "Simple":
+        return [trained - 1 - step * trained // steps for step in range(steps)]
+    whole = SCHEDULES[schedule]["timestep_spacing"] == "linspace"
+    gaps = max(steps - 1, 1) if whole else steps
+    return [round((trained - 1) * (1 - step / gaps)) for step in range(steps)]
 
 
 def prediction_type(scheduler: Any) -> str:
@@ -105,32 +215,45 @@ def make_schedule(
     steps: int,
     more: Mapping[str, Any] = MappingProxyType({}),
     device: torch.device | str = "cpu",
+    schedule: str = "",
 ) -> Any:
-    """A scheduler for so many steps of a sampler, from the checkpoint's own; more: settings on top.
+    """A scheduler for so many steps of a sampler, from the checkpoint's own.
+
+    more: settings on top. schedule: in SCHEDULES, one that check_schedule lets pass.
 
     Raises ValueError, one line, if the checkpoint's noise levels and the sampler do not go together; whatever the scheduler
     raises if it cannot make so many steps.
     """
-    import diffusers
-
-    kind = getattr(diffusers, sampler.scheduler)
+    kind, given = _scheduler_of(sampler), bool(schedule) and sampler.scheduler in GIVEN_TIMESTEPS
+    given = given and not any(name in SIGMAS for name in SCHEDULES[schedule])
+    spaced = {**dict.fromkeys(SIGMAS, False), **SCHEDULES[schedule]} if schedule else {}
+    trained = scheduler.config.num_train_timesteps
+    if steps == 1 and "timestep_spacing" in spaced:
+        spaced["timestep_spacing"] = "trailing"  # at all the noise; "linspace" would put it at none
+    if given:
+        spaced["original_inference_steps"] = trained  # LCM's own would be fewer, and it warns of others than these
+    known = inspect.signature(kind.__init__).parameters
+    settings = {**settings_for(kind, scheduler), **{name: v for name, v in spaced.items() if name in known}, **more}
     # The fused prediction is noise whatever the model predicts, since the dilated views see another x.
     try:
-        schedule = kind.from_config({**settings_for(kind, scheduler), **more}, prediction_type="epsilon")
+        made = kind.from_config(settings, prediction_type="epsilon")
     except Exception as error:  # a setting that this class does not know, or a package that it needs
         raise ValueError(f"{kind.__name__} cannot be made from this checkpoint's scheduler: {first_line(error)}") from error
     levels = scheduler.alphas_cumprod
-    if schedule.alphas_cumprod.shape != levels.shape or not torch.allclose(
-        schedule.alphas_cumprod.cpu().float(), levels.cpu().float(), atol=1e-6
+    if made.alphas_cumprod.shape != levels.shape or not torch.allclose(
+        made.alphas_cumprod.cpu().float(), levels.cpu().float(), atol=1e-6
     ):
         way_out = "checkpoint" if sampler is SAMPLERS["Euler"] else "sampler, Euler for one"
         own = type(scheduler).__name__
         raise ValueError(f"{kind.__name__} cannot take over the noise levels of this checkpoint's {own}; use another {way_out}")
-    schedule.set_timesteps(steps, device=device)
-    if sigma_at(schedule, 0) > 1e4:  # zero terminal SNR; schedulers that can take it stop at 4096
+    if given:
+        made.set_timesteps(timesteps=_timesteps(schedule, trained, steps), device=device)
+    else:
+        made.set_timesteps(steps, device=device)
+    if sigma_at(made, 0) > 1e4:  # zero terminal SNR; schedulers that can take it stop at 4096
         way_out = "another checkpoint" if sampler is SAMPLERS["Euler"] else "Euler"
         raise InfiniteNoise(f"this checkpoint starts at infinite noise, which this sampler divides by; use {way_out}")
-    return schedule
+    return made
 
 
 def check_steps(
@@ -140,32 +263,36 @@ def check_steps(
     name: str = "steps",
     more: Mapping[str, Any] = MappingProxyType({}),
     skipped: int = 0,
+    schedule: str = "",
 ) -> None:
     """Raises ValueError, one line with a number that works, if a sampler cannot make so many steps, or take them to the end.
 
-    label: in SAMPLERS. more: settings as in make_schedule. skipped: of the steps, which are not taken.
+    label: in SAMPLERS. more, schedule: as in make_schedule. skipped: of the steps, which are not taken.
     """
-    sampler = SAMPLERS[label]
-    make_schedule(scheduler, sampler, 1, more)
-    why = _why_not(scheduler, sampler, steps, more, skipped)
+    sampler, made = SAMPLERS[label], dict(more=more, schedule=schedule)
+    make_schedule(scheduler, sampler, 1, **made)
+    why = _why_not(scheduler, sampler, steps, skipped, made)
     if why is None:
         return
     low, high = 1, min(steps, scheduler.config.num_train_timesteps + 1)  # low works, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _why_not(scheduler, sampler, middle, more, None) else (middle, high)
-    while low > 1 and _why_not(scheduler, sampler, low, more, 0):
+        low, high = (low, middle) if _why_not(scheduler, sampler, middle, None, made) else (middle, high)
+    while low > 1 and _why_not(scheduler, sampler, low, 0, made):
         low -= 1
     raise ValueError(f"{label} cannot make {steps} {name} with this checkpoint ({why}); {low} works")
 
 
-def _why_not(scheduler: Any, sampler: Sampler, steps: int, more: Mapping[str, Any], skipped: int | None) -> str | None:
-    """Why a sampler cannot make so many steps; None if it can. skipped: of the steps that are tried; None: none is."""
+def _why_not(scheduler: Any, sampler: Sampler, steps: int, skipped: int | None, made: Mapping[str, Any]) -> str | None:
+    """Why a sampler cannot make so many steps; None if it can.
+
+    skipped: of the steps that are tried; None: none is. made: how the schedule is, make_schedule's arguments.
+    """
     most = scheduler.config.num_train_timesteps
     if steps > most:
         return f"it was trained with {most}"
     try:
-        schedule = make_schedule(scheduler, sampler, steps, more)
+        schedule = make_schedule(scheduler, sampler, steps, **made)
         levels = [sigma_at(schedule, index) for index in range(len(schedule.timesteps))]
         falling = all(before >= after for before, after in zip(levels, levels[1:]))
         if len(levels) != sampler.calls(steps, 0) or len(set(levels)) != steps or not falling:

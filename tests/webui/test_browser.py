@@ -19,8 +19,49 @@ import pytest
 from PIL import Image
 from webui_host import ROOT, WEBUI_DIR, arguments
 
+from lib_demofusion.config import PRESETS, DemoFusionConfig
+from lib_demofusion.phases import make_plan
+
 FORM = "script_demofusion"  # what the ids of its elements begin with
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+# An extension that counts what the host's UNet sees, and writes it down when a job is over.
+COUNTER = """
+from pathlib import Path
+
+from modules import script_callbacks, scripts
+
+FILE = Path(__file__).resolve().parent / "rows"
+seen = 0
+
+
+def count(module, args):
+    global seen
+    seen += len(args[0])
+
+
+def watch(model):
+    model.model.diffusion_model.register_forward_pre_hook(count)
+
+
+class Counter(scripts.Script):
+    def title(self):
+        return "Counter"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def process(self, p):
+        global seen
+        seen = 0
+
+    def postprocess(self, p, processed):
+        FILE.write_text(str(seen))
+
+
+script_callbacks.on_model_loaded(watch)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +111,25 @@ def server(checkpoints, tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("a new user's data"), checkpoints)
     # For the pictures: what the host otherwise makes its previews with knows the colours of Stable Diffusion's latents alone.
     (server.data / "config.json").write_text(json.dumps({"show_progress_type": "Full"}))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def ready(checkpoints, tmp_path_factory):
+    """A WebUI with the extension as it is here, which counts model calls, and whose form has been used before."""
+    server = Server(tmp_path_factory.mktemp("a user's data"), checkpoints)
+    extensions = server.data / "extensions"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "build", "out", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, extensions / "demofusion", ignore=ignored)
+    (extensions / "counter" / "scripts").mkdir(parents=True)
+    (extensions / "counter" / "scripts" / "counter.py").write_text(COUNTER)
+    kept = {"txt2img/Checkpoint/value": "one that is gone", "txt2img/Upscaler/value": None, "img2img/Sampler/value": "LCM"}
+    kept = {f"customscript/demofusion.py/{path}": value for path, value in kept.items()}
+    (server.data / "ui-config.json").write_text(json.dumps(kept))
+    settings = {"show_progress_type": "Full", "sd_model_checkpoint": "demofusion-embedded.safetensors"}
+    (server.data / "config.json").write_text(json.dumps(settings))
     server.start()
     yield server
     server.stop()
@@ -208,8 +268,9 @@ def test_a_new_user(page, server, tmp_path_factory):
     assert preset(page) is None, "late, and otherwise the paper's"
     assert preset_help(page) == "Your own settings: 6.2 times the base image's model calls."
     choose_preset(page, "Turbo")
-    assert page.locator(f"#{FORM}_phase_steps input[type=number]").input_value() == "18"
-    number(page, f"{FORM}_phase_steps", 0)
+    most = page.locator(f"#{FORM}_most_phase_steps input[type=number]")
+    assert most.input_value() == str(PRESETS["Turbo"]["most_phase_steps"])
+    number(page, f"{FORM}_most_phase_steps", 0)
     page.wait_for_function(f"document.querySelector('#{FORM}_preset input:checked')?.value === 'Fast'")
     choose_preset(page, "Paper")
     says(page, "560 model calls")
@@ -348,3 +409,171 @@ def from_pictures(page, data, large):
     page.click("#img2img_send_to_inpaint")
     page.wait_for_timeout(2000)
     assert not page.locator(f"#{form}_enable-visible-checkbox").is_checked(), "it would be enlarged once more"
+
+
+# ------------------------------------------------------------------------------------------------------------ the second pass
+
+
+def shown(page, name, form=FORM):
+    """What a control of the form shows: a list, a number or a text."""
+    return page.locator(f"#{form}_{name}").locator("input[type=number], input:not([type]), textarea").first.input_value()
+
+
+def choose(page, name, choice, form=FORM):
+    page.locator(f"#{form}_{name} input").first.click()
+    page.locator(f'#{form}_{name} .options li[data-value="{choice}"]').click()
+
+
+def hint_at(page, element):
+    """What the browser shows when the pointer rests on the middle of an element: the innermost title there."""
+    element.scroll_into_view_if_needed()
+    element.hover(force=True)
+    page.wait_for_timeout(50)
+    return element.evaluate(
+        """element => {
+            const box = element.getBoundingClientRect();
+            const at = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+            if (!at || !(element.contains(at) || at.contains(element))) return "something else is there";
+            return at.closest("[title]")?.title ?? "";
+        }"""
+    )
+
+
+def test_every_hint_is_ours(page, ready):
+    """The host has hints for texts, whosever they are, such as "Denoising strength"; and puts them there after a while."""
+    open_form(page, ready)
+    help = {name: field.metadata["help"] for name, field in DemoFusionConfig.__dataclass_fields__.items()}
+    for name, form in (("txt2img", FORM), ("img2img", f"{FORM}_img2img")):
+        tab(page, name)
+        for part in ("enable", "second_pass", "advanced"):
+            page.locator(f"#{form}_{part} > .label-wrap").click()
+            page.wait_for_timeout(500)
+        if name == "img2img":
+            page.locator(f"#{form}_start_from label", has_text="img2img result").click()
+        choose(page, "upscaler", "None", form)  # of which the host has a hint, too
+        page.wait_for_timeout(2500)
+        config = "gradio_config.components.map(({props}) => [props.elem_id ?? '', props.webui_tooltip ?? ''])"
+        ours = {id: text for id, text in page.evaluate(config) if id.startswith(f"{FORM}_")}
+        checked = []
+        for id, text in ours.items():
+            control = page.locator(f"#{id}")
+            if not text or not id.startswith(f"{form}_") or not control.count() or not control.is_visible():
+                continue
+            setting = id.removeprefix(f"{form}_")
+            assert help.get(setting, text) == text
+            for where in ("label span", "input", "textarea", "button"):
+                for part in control.locator(where).all():
+                    if part.is_visible():
+                        assert hint_at(page, part) == text, (id, where)
+            checked.append(setting)
+        absent = {"blur_sigma_end", *(["window"] if name == "txt2img" else [])}
+        assert set(help) - set(checked) == absent
+        theirs = page.evaluate(
+            """form => [...document.querySelectorAll(`#${form}_enable [title]`)]
+                .filter(element => !element.closest(".options") && Object.values(titles).includes(element.title))
+                .map(element => element.outerHTML)""",
+            form,
+        )
+        assert theirs == []
+        unhinted = page.evaluate(
+            """form => [...document.querySelectorAll(`#${form}_enable [id^=${form}]`)].map(element => element.id)
+                .filter(id => gradio_config.components.some(({type, props}) => props.elem_id === id && props.visible &&
+                    ["slider", "dropdown", "textbox", "checkbox", "radio"].includes(type) && !props.webui_tooltip))""",
+            form,
+        )
+        assert unhinted == [f"{form}_preset"], "each of the presets has a hint of its own"
+
+
+def calls(ready):
+    """What the UNet saw in the last job."""
+    file = ready.data / "extensions" / "counter" / "scripts" / "rows"
+    seen = int(file.read_text())
+    file.unlink()
+    return seen
+
+
+def test_a_second_pass_of_its_own(page, ready):
+    data = ready.data
+    open_form(page, ready)
+    page.locator("#txt2img_prompt textarea").fill("two purple striped discs on snow")
+    for element, value in [("txt2img_width", 128), ("txt2img_height", 64), ("txt2img_steps", 20), ("txt2img_seed", 1)]:
+        number(page, element, value)
+    page.locator(f"#{FORM}_enable > .label-wrap").click()
+    page.locator(f"#{FORM}_second_pass > .label-wrap").click()
+    first = {"phase_checkpoint": "Use same checkpoint", "phase_sampler": "Use same sampler", "upscaler": "Bicubic"}
+    first |= {"phase_schedule": "Use same scheduler", "phase_cfg_scale": "0", "phase_prompt": "", "resize_width": "0"}
+    assert {name: shown(page, name) for name in first} == first, "whatever is gone since the form was used"
+    assert shown(page, "phase_sampler", f"{FORM}_img2img") == "LCM", "as it was kept"
+
+    # A checkpoint comes, and is found.
+    for kind in (".safetensors", ".yaml"):
+        shutil.copy(ready.checkpoints / f"demofusion-embedded{kind}", ready.checkpoints / f"just come, 2{kind}")
+    page.locator(f"#{FORM}_phase_checkpoint input").first.click()
+    assert not page.locator(f"#{FORM}_phase_checkpoint .options li", has_text="just come").count()
+    page.keyboard.press("Escape")
+    page.click(f"#{FORM}_phase_checkpoint_refresh")
+    page.wait_for_timeout(2000)
+
+    chosen = {"phase_sampler": "LCM", "phase_schedule": "Karras", "upscaler": "Lanczos"}
+    for name, choice in chosen.items():
+        choose(page, name, choice)
+    number(page, f"{FORM}_phase_cfg_scale", 1)
+    page.locator(f"#{FORM}_phase_prompt textarea").fill("<lora:lcm-lora:1>")
+    says(page, "144 model calls")  # 40 of the base, and 8 steps of 9 + 4 views without guidance
+    page.locator(f"#{FORM}_enable").scroll_into_view_if_needed()
+    shot(page, "second-pass")
+    chosen["phase_checkpoint"] = "just come, 2"
+    choose(page, "phase_checkpoint", "just come, 2")
+    typed = {"phase_prompt": 'two "purple" discs,\nstriped: sharp', "phase_negative_prompt": "blur, rings"}
+    for name, text in typed.items():
+        page.locator(f"#{FORM}_{name} textarea").fill(text)
+    number(page, f"{FORM}_resize_width", 384)
+    assert preset(page) is None, "its sampler and its guidance are not Fast's"
+    fast = DemoFusionConfig.preset("Fast")
+    plan = make_plan((8, 16), 20, fast, branches=(2, 1), final=(24, 48))
+    says(page, f"from 128x64 to 384x192, {len(plan.phases)} phases, {plan.evaluations} model calls")
+    number(page, f"{FORM}_resize_height", 384)
+    says(page, "cannot run: 384x384 has not the aspect of 128x64; resize to 768x384 or 384x192, or change the aspect first")
+    number(page, f"{FORM}_resize_height", 0)
+    says(page, f"{plan.evaluations} model calls")
+
+    made = generate(page, data)
+    assert calls(ready) == plan.evaluations
+    with Image.open(made) as image:
+        assert image.size == (384, 192)
+        parameters = image.info["parameters"]
+    assert "Sampler: DPM++ 2M," in parameters, "the base's"
+
+    # PNG Info brings it back.
+    page.reload()
+    page.wait_for_selector("#txt2img_generate", state="visible")
+    tab(page, "PNG Info")
+    page.locator("#pnginfo_image input[type=file]").set_input_files(made)
+    page.wait_for_function("document.querySelector('#tab_pnginfo').innerText.includes('DemoFusion scale')")
+    page.locator("#tab_pnginfo button", has_text="txt2img").click()
+    page.wait_for_function(f"document.querySelector('#{FORM}_enable-visible-checkbox').checked")
+    says(page, f"from 128x64 to 384x192, {len(plan.phases)} phases, {plan.evaluations} model calls")
+    assert page.locator(f"#{FORM}_phase_sampler").is_visible(), "its part of the form is open"
+    expected = {**chosen, **typed, "phase_cfg_scale": "1", "resize_width": "384", "resize_height": "0"}
+    assert {name: shown(page, name) for name in expected} == expected
+    again = generate(page, data)
+    with Image.open(made) as a, Image.open(again) as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+        assert a.info == b.info
+
+    # What is not there is shown, and refused by its name; and without the setting the form is as it was.
+    page.locator("#txt2img_prompt textarea").fill(parameters.replace("phase sampler: LCM", "phase sampler: Euler of tomorrow"))
+    page.click("#paste")
+    says(page, "cannot run: there is no sampler 'Euler of tomorrow'; there are: ")
+    assert shown(page, "phase_sampler") == "Euler of tomorrow"
+    page.locator(f"#{FORM}_phase_sampler input").first.click()
+    page.keyboard.press("Tab")
+    assert shown(page, "phase_sampler") == "Euler of tomorrow"
+    page.click("#txt2img_generate")
+    page.wait_for_function("document.querySelector('#txt2img_results').innerText.includes('there is no sampler')")
+    line = readout(page).removeprefix("cannot run: ")
+    assert f"DemoFusion: {line}" in page.locator("#txt2img_results").inner_text().splitlines()
+    page.locator("#txt2img_prompt textarea").fill("a disc\nSteps: 20, Seed: 1, Size: 128x64, DemoFusion scale: 2")
+    page.click("#paste")
+    page.wait_for_function(f"document.querySelector('#{FORM}_phase_sampler input').value === 'Use same sampler'")
+    assert {name: shown(page, name) for name in first} == first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,14 @@ def untiled(p: Any) -> Iterator[None]:
         model_hijack.apply_circular(p.tiling)
 
 
+def wrap_around(enable: bool) -> None:
+    """Whether the loaded model's convolutions wrap around. The host knows the layers of the model that it has built last."""
+    model_hijack.apply_circular(enable)
+    for layer in shared.sd_model.modules():
+        if type(layer) is torch.nn.Conv2d:
+            layer.padding_mode = "circular" if enable else "zeros"
+
+
 def native_side() -> float:
     """The side of the square images that the loaded checkpoint was made for, latent pixels."""
     model = shared.sd_model
@@ -94,19 +102,31 @@ def log_alphas() -> np.ndarray:
     return shared.sd_model.alphas_cumprod.double().cpu().log().numpy()
 
 
-def set_up_model(p: Any, phase: Phase) -> bool:
-    """The first model again if the refiner has taken its place, and prompts on the phase's own steps.
+def activate(p: Any, networks: Any) -> None:
+    """Make a prompt's extra networks (the host's, by kind) the active ones, and no others."""
+    if p.disable_extra_networks:
+        return
+    prompts, told = p.all_prompts, len(model_hijack.comments)
+    with devices.autocast():
+        extra_networks.activate(p, networks)
+    p.all_prompts = prompts  # to which the host adds the network of its settings each time
+    for comment in model_hijack.comments[told:]:
+        p.comment(comment)
 
-    Returns whether p's conditions have been set up anew.
+
+def set_up_model(p: Any, phase: Phase, checkpoint: Any = None) -> bool:
+    """The phases' model again if the refiner has taken its place, and prompts on the phase's own steps.
+
+    checkpoint: the phases' own (the host's CheckpointInfo), which is loaded already. Returns whether p's conditions have been
+    set up anew, as they are where p has none.
     """
     refined = p.refiner_checkpoint_info is not None
     if refined:
-        sd_models.reload_model_weights()
+        with sd_models.SkipWritingToConfig() if checkpoint else nullcontext():
+            sd_models.reload_model_weights(info=checkpoint)
         sd_models.apply_alpha_schedule_override(p.sd_model, p)
-        if not p.disable_extra_networks:
-            with devices.autocast():
-                extra_networks.activate(p, p.extra_network_data)
-    anew = refined or p.steps != phase.steps
+        activate(p, p.extra_network_data)
+    anew = refined or p.c is None or p.steps != phase.steps
     if anew:
         p.steps = phase.steps
         p.setup_conds()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,43 +11,67 @@ from typing import Any
 from modules import devices, shared
 
 from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig
-from lib_demofusion.hosts.webui import a1111, neighbours, units
+from lib_demofusion.hosts.webui import a1111, neighbours, second_pass, units
 from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui.checkpoints import another
 from lib_demofusion.hosts.webui.gallery import Selected
 from lib_demofusion.hosts.webui.picture import LATENT_RESIZE, Start
 from lib_demofusion.hosts.webui.samplers import SAMPLERS, least_calls, model_calls
-from lib_demofusion.hosts.webui.settings import NAME, PICTURE, RESULT, Settings, describe, read_settings, say
+from lib_demofusion.hosts.webui.second_pass import resolved
+from lib_demofusion.hosts.webui.settings import CONFIG_FIELDS, NAME, PICTURE, RESULT, Settings, describe, read_settings, say
 from lib_demofusion.memory import check_fits
-from lib_demofusion.phases import Phase, Plan, make_plan, plan_from_picture
+from lib_demofusion.phases import Phase, Plan, make_plan, plan_from_picture, resize_target
 from lib_demofusion.saved import SavedPhase, read_saved
+from lib_demofusion.views import Size
 
 PICTURES = 4  # how often the host has each finished picture in main memory, in single precision
 
 
 def plan_for(p: Any, config: DemoFusionConfig, start: Start | None = None) -> Plan:
-    """The plan of one image of the host's processing p. Raises ValueError, one line, if it cannot work."""
-    if p.sampler_name not in SAMPLERS:
-        raise ValueError(f"the sampler {p.sampler_name} is not one that it knows; Euler works")
+    """The plan of one image of the host's processing p, whose fields are the base's. Raises ValueError, one line, if it cannot
+    work.
+
+    The host itself asks the model for both branches of guidance in the base, whatever the CFG scale is.
+    """
+    calls = _calls_of(config.phase_sampler or p.sampler_name, config.phase_schedule or p.scheduler)
+    more = dict(branches=(2, 1 if (config.phase_cfg_scale or p.cfg_scale) == 1 else 2), calls=calls)
+    more["final"] = resize_target(_own_size(p, start), config, FACTOR)
+    if start is not None and start.from_picture:
+        if start.window is None or config.window:
+            return plan_from_picture(start.size, a1111.native_side(), p.steps, config, factor=FACTOR, **more)
+        h, w = (side // FACTOR for side in start.window)
+        return make_plan((h, w), p.steps, config, from_image=True, **more)
+    if config.window:
+        raise ValueError("a window is for a picture that is given; here it is the base's size, so set window to 0")
+    more["base_calls"] = _calls_of(p.sampler_name, p.scheduler)
+    base = None if start is None else a1111.base_steps(p)
+    return make_plan((p.height // FACTOR, p.width // FACTOR), p.steps, config, base=base, **more)
+
+
+def _own_size(p: Any, start: Start | None) -> Size:
+    """(height, width) in pixels of what is enlarged."""
+    return start.size if start is not None and start.from_picture else (p.height, p.width)
+
+
+def _calls_of(sampler: str, schedule: str) -> Callable[[int, int], int]:
+    """How many predictions a sampler asks for in so many steps, of which so many are skipped.
+
+    Raises ValueError, one line, for a sampler that is not known, and when it is asked, for steps that are too few.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"the sampler {sampler} is not one that it knows; Euler works")
 
     def calls(steps: int, skipped: int) -> int:
         run = steps - skipped
-        known = model_calls(p.sampler_name, p.scheduler, steps, skipped)
-        made, least = run if known is None else known, least_calls(p.sampler_name, p.scheduler, skipped)
+        known = model_calls(sampler, schedule, steps, skipped)
+        made, least = run if known is None else known, least_calls(sampler, schedule, skipped)
         if made < least:
             of = f"the {run} of {steps} steps that the denoising strength leaves" if skipped else f"{run} step{'s'[: run > 1]}"
             needed = run + least - made
-            raise ValueError(f"{p.sampler_name} cannot do with {of}; it needs {needed} at least")
+            raise ValueError(f"{sampler} cannot do with {of}; it needs {needed} at least")
         return made
 
-    if start is not None and start.from_picture:
-        if start.window is None or config.window:
-            return plan_from_picture(start.size, a1111.native_side(), p.steps, config, calls=calls, factor=FACTOR)
-        h, w = (side // FACTOR for side in start.window)
-        return make_plan((h, w), p.steps, config, calls=calls, from_image=True)
-    if config.window:
-        raise ValueError("a window is for a picture that is given; here it is the base's size, so set window to 0")
-    base = None if start is None else a1111.base_steps(p)
-    return make_plan((p.height // FACTOR, p.width // FACTOR), p.steps, config, calls=calls, base=base)
+    return calls
 
 
 def settings_for(p: Any, args: Sequence[Any], start: Start | None) -> Settings | None:
@@ -58,6 +82,7 @@ def settings_for(p: Any, args: Sequence[Any], start: Start | None) -> Settings |
     settings = read_settings(args)
     if settings is None or enlarges_a_finished_picture(p) or neighbours.stands_aside_for(p):
         return None
+    settings = replace(settings, config=resolved(settings.config))
     if start is not None and start.from_picture and hasattr(p, "init_images"):
         if p.denoising_strength <= 0:
             raise ValueError("at denoising strength 0 nothing would be drawn; raise it")
@@ -82,15 +107,17 @@ def prepare(p: Any, args: Sequence[Any], selected: Selected | None = None) -> St
     _refuse_hires_fix(p)
     a1111.check_model()
     neighbours.check(p, NAME)
-    units.check(p)
+    settings = replace(settings, config=resolved(settings.config))
+    units.check(p, bool(another(settings.config.phase_checkpoint)))
+    second_pass.check(settings.config)
     start = _start(p, settings, selected)
     settings = settings_for(p, args, start)
     plan = plan_for(p, settings.config, start)
-    _check_fits(p, settings.config, plan)
+    _check_fits(p, plan, settings.config, start)
     last = plan.phases[-1]
     if settings.resume:
         _check_resume(p, read_resumed(settings.resume), plan)
-    describe(p, settings.config, *reached(plan, last, settings.config, start))
+    describe(p, *reached(p, plan, last, settings.config, start))
     _warn_of_small_jpegs(p, last)
     if start is not None and start.from_picture:
         start.set(width=plan.window[1] * FACTOR, height=plan.window[0] * FACTOR)
@@ -107,7 +134,7 @@ def _start(p: Any, settings: Settings, selected: Selected | None) -> Start | Non
     if hasattr(p, "init_images"):
         neighbours.check_chosen(p, NAME)
     if selected is not None:
-        return Start(p, [selected.image], PICTURE, selected.drawn_at_once)
+        return Start(p, [selected.image], PICTURE, selected.drawn_at_once, settings.config.upscaler)
     if not hasattr(p, "init_images"):
         if settings.start_from:
             raise ValueError(f"there is no picture in txt2img to start from, as {settings.start_from!r} wants; img2img has one")
@@ -121,7 +148,7 @@ def _start(p: Any, settings: Settings, selected: Selected | None) -> Start | Non
         )
     if all(picture is given[0] for picture in given):
         given = given[:1]
-    start = Start(p, given, settings.start_from or PICTURE)
+    start = Start(p, given, settings.start_from or PICTURE, upscaler=settings.config.upscaler)
     if start.from_picture and len({picture.size for picture in given}) > 1:
         raise ValueError("the pictures of the batch are of different sizes; send each by itself, or those of one size together")
     if start.from_picture and p.resize_mode == LATENT_RESIZE:
@@ -133,15 +160,31 @@ def _start(p: Any, settings: Settings, selected: Selected | None) -> Start | Non
     return start
 
 
-def reached(plan: Plan, phase: Phase, config: DemoFusionConfig, start: Start | None) -> tuple[float, str]:
-    """What the infotext says of a picture that got as far as `phase`: its scale, of what it started from, and what that is."""
+def reached(
+    p: Any, plan: Plan, phase: Phase, config: DemoFusionConfig, start: Start | None
+) -> tuple[DemoFusionConfig, float, str]:
+    """What the infotext says of a picture that got as far as `phase`: `describe`'s arguments.
+
+    The settings; its scale, of what it started from; and what that is. A size that was asked for is claimed of that size alone.
+    """
+    last = phase is plan.phases[-1]
+    scale = _scale_of(p, plan, config, start) if last else phase.scale
+    if not last:
+        config = replace(config, resize_width=0, resize_height=0)
     if start is None or not start.from_picture:
-        return phase.scale, RESULT if start is not None else ""
+        return config, scale, RESULT if start is not None else ""
     height, width = start.size
-    scale = config.scale
-    if phase is not plan.phases[-1]:
+    if not last:
         scale = FACTOR * math.sqrt(math.prod(phase.size) / (height * width)) if phase.number > 1 else 1.0
-    return scale, f"{PICTURE} {width}x{height}"
+    return config, scale, f"{PICTURE} {width}x{height}"
+
+
+def _scale_of(p: Any, plan: Plan, config: DemoFusionConfig, start: Start | None) -> float:
+    """How many times larger the sides of what is enlarged become."""
+    if not (config.resize_width or config.resize_height):
+        return config.scale
+    times = [FACTOR * side / own for side, own in zip(plan.phases[-1].size, _own_size(p, start))]
+    return min(round(max(times), 4), CONFIG_FIELDS["scale"].metadata["high"])
 
 
 def enlarges_a_finished_picture(p: Any) -> bool:
@@ -172,13 +215,12 @@ def before_batch(p: Any, args: Sequence[Any], start: Start | None = None) -> Non
     note = neighbours.note_on(p.sd_model)
     if note:
         say(p, "note", note)
-    _check_fits(p, settings.config, plan_for(p, settings.config, start))
+    _check_fits(p, plan_for(p, settings.config, start), settings.config, start)
 
 
-def _check_fits(p: Any, config: DemoFusionConfig, plan: Plan) -> None:
-    last = plan.phases[-1]
-    start = "picture" if plan.from_picture else "base"
-    check_fits(last.size, config.scale, devices.device, a1111.latent_channels(), p.batch_size, FACTOR, PICTURES, start)
+def _check_fits(p: Any, plan: Plan, config: DemoFusionConfig, start: Start | None) -> None:
+    size, scale, what = plan.phases[-1].size, _scale_of(p, plan, config, start), "picture" if plan.from_picture else "base"
+    check_fits(size, scale, devices.device, a1111.latent_channels(), p.batch_size, FACTOR, PICTURES, what)
 
 
 def _refuse_hires_fix(p: Any) -> None:

@@ -69,7 +69,7 @@ def _in_tiles(model: Any, base: Size, kind: str, tiled: Callable) -> Iterator[No
 
     latents, shared.state.current_latent = shared.state.current_latent, None  # nor does the host begin a preview now
     try:
-        with _shadowed(model, name, code if may_use_tiles(model, kind) else whole):
+        with shadowed(model, name, code if may_use_tiles(model, kind) else whole):
             yield
     finally:
         shared.state.current_latent = latents
@@ -88,12 +88,12 @@ def in_turns(model: Any) -> Iterator[None]:
         with _coding:
             return whole(*args, **kwargs)
 
-    with _shadowed(model, "decode_first_stage", decode):
+    with shadowed(model, "decode_first_stage", decode):
         yield
 
 
 @contextmanager
-def _shadowed(thing: Any, name: str, value: Any) -> Iterator[None]:
+def shadowed(thing: Any, name: str, value: Any) -> Iterator[None]:
     """thing.name is value, on this one object; then it is as before."""
     before = vars(thing).get(name)
     setattr(thing, name, value)

@@ -16,10 +16,11 @@ from lib_demofusion.fusion import Cancelled
 from lib_demofusion.hosts.webui import a1111, controlnet, neighbours
 from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.checks import plan_for, reached, read_resumed, settings_for
-from lib_demofusion.hosts.webui.decoding import decode, in_turns, may_use_tiles
+from lib_demofusion.hosts.webui.decoding import decode, may_use_tiles
 from lib_demofusion.hosts.webui.phases import Phases, stopped
 from lib_demofusion.hosts.webui.picture import Start
 from lib_demofusion.hosts.webui.progress import BaseHooks, Progress
+from lib_demofusion.hosts.webui.second_pass import SecondPass
 from lib_demofusion.hosts.webui.settings import NAME, Settings, describe, say, write_down
 from lib_demofusion.hosts.webui.step import PhaseHooks
 from lib_demofusion.memory import OutOfMemory, is_out_of_memory
@@ -107,29 +108,28 @@ class _Job:
         self.progress = progress
         self.plan = progress.plan
         self.from_picture = start is not None and start.from_picture
+        self.second = SecondPass(p, self.config)
+        self.own_checkpoint = self.second.checkpoint.info is not None
         self.finished: list[tuple[Phase, Tensor]] = []  # with its latents; of a given picture the base's stand for itself
 
     def run(self) -> None:
-        p, plan, settings = self.p, self.plan, self.settings
+        try:
+            self._run()
+            self._hand_over()
+        finally:
+            self.second.put_back()
+        if not self.own_checkpoint:
+            self.progress.remember()
+
+    def _run(self) -> None:
+        p, plan = self.p, self.plan
         self.progress.pause(1)
-        base, trouble = self.ps.samples, None
-        self.finished.append((plan.phases[0], base))
-        with _restored(p), in_turns(p.sd_model):
-            phases = Phases(p, plan, self.config, self.progress, self.start)
+        trouble = None
+        self.finished.append((plan.phases[0], self.ps.samples))
+        with _restored(p), self.second.running():
+            phases = Phases(p, plan, self.config, self.progress, self.start, self.second)
             try:
-                done = None
-                if self.start is not None:
-                    base = self.start.base(base)
-                if settings.resume is not None:
-                    base, done = phases.take_up(read_resumed(settings.resume), base)
-                    self.finished.append((plan.phases[done[0] - 1], done[1]))
-                elif settings.save_phases and not self.from_picture:
-                    self._save(plan.phases[0], base, base)
-                original = None if self.start is None else self.start.original(self.config)
-                for phase, latents in upscale(plan, base, phases.noise, phases.denoise, done, phases.enlarge, original):
-                    self.finished.append((phase, latents))
-                    if settings.save_phases and phase is not plan.phases[-1]:
-                        self._save(phase, latents, base)
+                self._sample(phases)
             except Cancelled:
                 trouble = "stopped"
             except Exception as error:  # whatever it is, what is finished must not be lost
@@ -147,11 +147,30 @@ class _Job:
             write_down(p, "incomplete", f"{kept}, because the next {_verb(trouble)}")
             _keep_what_is_finished()
             devices.torch_gc()
-        self._hand_over()
-        self.progress.remember()
+
+    def _sample(self, phases: Phases) -> None:
+        """The phases after the base, as far as they get; each is kept in `finished`."""
+        plan, settings, base, done = self.plan, self.settings, self.ps.samples, None
+        self.second.begin()
+        if self.from_picture:
+            self.second.load()
+        if self.start is not None:
+            base = self.start.base(base, another=self.own_checkpoint)
+        if settings.resume is not None:
+            base, done = phases.take_up(read_resumed(settings.resume), base)
+            self.finished.append((plan.phases[done[0] - 1], done[1]))
+            if done[0] > 1:
+                self.second.load()
+        elif settings.save_phases and not self.from_picture:
+            self._save(plan.phases[0], base, base)
+        original = None if self.start is None else self.start.original(self.config)
+        for phase, latents in upscale(plan, base, phases.noise, phases.denoise, done, phases.enlarge, original):
+            self.finished.append((phase, latents))
+            if settings.save_phases and phase is not plan.phases[-1]:
+                self._save(phase, latents, base)
 
     def _hand_over(self) -> None:
-        """Give the host the last of the finished phases that can be decoded, decoded already if that takes our tiles."""
+        """Give the host the last of the finished phases that can be decoded, decoded already if the host cannot do that."""
         p, ps = self.p, self.ps
         while True:
             phase, latents = self.finished.pop()
@@ -161,7 +180,14 @@ class _Job:
                 return
             if self.start is not None:
                 self.start.reached = tuple(side * FACTOR for side in phase.size)
-            if not self.finished or not may_use_tiles(p.sd_model):
+            theirs = self.own_checkpoint and phase.number > 1
+            if theirs:
+                a1111.wrap_around(bool(p.tiling))
+                if shared.opts.sd_vae_decode_method != "Full":
+                    p.extra_generation_params["VAE Decoder"] = shared.opts.sd_vae_decode_method  # as the host says it
+            else:
+                self.second.put_back()
+            if not theirs and (not self.finished or not may_use_tiles(p.sd_model)):
                 ps.samples = latents
                 return
             try:
@@ -183,7 +209,8 @@ class _Job:
 
     def describe(self, phase: Phase) -> None:
         """Let the infotext say the scale that was reached."""
-        describe(self.p, self.config, *reached(self.plan, phase, self.config, self.start))
+        describe(self.p, *reached(self.p, self.plan, phase, self.config, self.start))
+        self.second.describe(phase.number)
 
     def _save(self, phase: Phase, latents: Tensor, base: Tensor) -> None:
         """Write a phase's images, and beside each the file from which it can be resumed. What fails here ends no phase."""
@@ -191,7 +218,8 @@ class _Job:
             return
         self.describe(phase)
         try:
-            _write(self.p, self.plan, phase, latents, base)
+            with self.second.aside():
+                _write(self.p, self.plan, phase, latents, base)
         except Exception as error:  # a full disk, or no memory to decode
             errors.report(f"{NAME}: phase {phase.number} was not saved", exc_info=True)
             say(self.p, "note", f"phase {phase.number} was not saved: {first_line(error)}")
@@ -221,8 +249,8 @@ def _verb(trouble: str) -> str:
 
 @contextmanager
 def _restored(p: Any) -> Iterator[None]:
-    """Put back what the phases change on p and in the host's state."""
-    names = ("rng", "sampler", "steps", "c", "uc", "step_multiplier", "mask", "nmask")
+    """Put back what any phase changes on p and in the host's state."""
+    names = ("rng", "sampler", "mask", "nmask")
     before = {name: getattr(p, name) for name in names if hasattr(p, name)}
     job, textinfo = shared.state.job, shared.state.textinfo
     try:

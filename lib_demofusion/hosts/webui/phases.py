@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from modules import devices, rng, shared
@@ -15,10 +16,12 @@ from lib_demofusion.hosts.webui.decoding import decode, encode
 from lib_demofusion.hosts.webui.picture import Start
 from lib_demofusion.hosts.webui.progress import Progress
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
+from lib_demofusion.hosts.webui.second_pass import SecondPass
 from lib_demofusion.hosts.webui.settings import NAME
 from lib_demofusion.hosts.webui.step import PhaseHooks
+from lib_demofusion.hosts.webui.upscalers import upscaler_for
 from lib_demofusion.memory import ViewBatch
-from lib_demofusion.phases import Phase, Plan, clock_time, enlarge, fusion_for
+from lib_demofusion.phases import Phase, Plan, Upscaler, clock_time, enlarge, fusion_for
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size
 
@@ -30,12 +33,22 @@ def stopped() -> bool:
 class Phases:
     """The host's side of `upscale`, for the images of one batch."""
 
-    def __init__(self, p: Any, plan: Plan, config: DemoFusionConfig, progress: Progress, start: Start | None):
+    def __init__(
+        self,
+        p: Any,
+        plan: Plan,
+        config: DemoFusionConfig,
+        progress: Progress,
+        start: Start | None,
+        second: SecondPass,
+    ):
         self.p = p
         self.start = start
         self.plan = plan
         self.config = config
         self.progress = progress
+        self.second = second
+        self.upscaler = upscaler_for(config.upscaler)
         self.preprocessed: dict[int, controlnet.Preprocessed] = {}
         self.view_batch = ViewBatch(config.view_batch_size, devices.device, "window" if plan.from_picture else "base image")
 
@@ -61,16 +74,40 @@ class Phases:
         return p.rng.next()
 
     def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
-        model = self.p.sd_model
+        """A phase's reference; before the first, the base's images are decoded, and then the phases' checkpoint is loaded."""
+        images = iter(self._decoded(latents, size) if self.second.checkpoint.waits else ())
+        if stopped():
+            raise Cancelled
+        self.second.load()
 
         def as_image(z: Tensor) -> Tensor:
-            return decode(model, z, self.plan.window)[0].float()[None]
+            image = next(images, None)
+            return self._image(z) if image is None else image
 
         def as_latents(image: Tensor) -> Tensor:
-            return encode(model, image, self.plan.window)
+            return encode(self.p.sd_model, image, self.plan.window)
 
         with a1111.autocast():
-            return enlarge(latents, size, self.config, as_image, as_latents, FACTOR, self.p.tiling)
+            return enlarge(latents, size, self.config, as_image, as_latents, FACTOR, self.p.tiling, self.upscaler)
+
+    def _image(self, z: Tensor) -> Tensor:
+        return decode(self.p.sd_model, z, self.plan.window)[0].float()[None]
+
+    def _decoded(self, latents: Tensor, size: Size) -> list[Tensor]:
+        """The images by which a phase is enlarged, one after the other; none where it is enlarged as latents."""
+        made: list[Tensor] = []
+
+        def as_image(z: Tensor) -> Tensor:
+            made.append(self._image(z))
+            return made[-1]
+
+        upscaler = self.upscaler
+        if self.config.hold_flat or (upscaler.images if upscaler else self.config.pixel_upsampling):
+            none = Upscaler(images=lambda image, size: image[..., :1, :1].clone())
+            with a1111.autocast():
+                config = replace(self.config, hold_flat=0.0)
+                enlarge(latents, size, config, as_image, lambda image: latents[:1], FACTOR, self.p.tiling, none)
+        return made
 
     def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
         """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
@@ -80,7 +117,7 @@ class Phases:
         if seconds is not None and SAMPLERS[p.sampler_name].counts != "unknown":
             shared.state.textinfo += f" (about {clock_time(seconds)})"
         shared.state.current_image_sampling_step = 0  # the steps count from 0 again, and previews with them
-        if a1111.set_up_model(p, phase):
+        if a1111.set_up_model(p, phase, self.second.checkpoint.info):
             controlnet.mark(p)
         p.sampler = sampler = a1111.create_sampler(p)
         neighbours.check_sampler(sampler)

@@ -17,8 +17,9 @@ from lib_demofusion.hosts.webui import a1111
 from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.decoding import encode, encoding
 from lib_demofusion.hosts.webui.settings import PICTURE
+from lib_demofusion.hosts.webui.upscalers import is_latent, pixels_of, resized, upscaler_for
 from lib_demofusion.original import Original
-from lib_demofusion.phases import flat_areas
+from lib_demofusion.phases import enlarge, flat_areas
 from lib_demofusion.views import Size
 
 WRAPPED = 64  # pixels by which a picture that tiles is grown on each side before it is encoded
@@ -31,13 +32,16 @@ class Start:
 
     pictures: PIL images, one or as many as the batch has. start_from: one of settings.STARTS. window: the base's (height,
     width) in pixels, if the picture is one that the model has drawn at once; else it follows from the model's own size.
+    upscaler: the host's name of what enlarges the pictures; "": what its settings choose for img2img.
     """
 
-    def __init__(self, p: Any, pictures: list, start_from: str, window: Size | None = None):
+    def __init__(self, p: Any, pictures: list, start_from: str, window: Size | None = None, upscaler: str = ""):
         self.p = p
         self.pictures = [images.flatten(picture, shared.opts.img2img_background_color) for picture in pictures]
         self.start_from = start_from
         self.window = window
+        self.upscaler = upscaler
+        self._enlarged: dict[int, Any] = {}  # by that upscaler, by their place in the batch, at the size asked for last
         self.resize_mode = getattr(p, "resize_mode", 0)
         self.mask = _mask_of(p)
         self.reached: Size | None = None  # (height, width) in pixels of what the job made; None until then
@@ -77,12 +81,13 @@ class Start:
 
         setattr(sampler, name, as_it_is)
 
-    def base(self, made: Tensor) -> Tensor:
+    def base(self, made: Tensor, another: bool = False) -> Tensor:
         """The base latents, whose moments the phases keep: as the host made them, or of the picture alone.
 
-        img2img encodes with the noise of all programs, and puts other things under a mask. In txt2img they are `skip_base`'s.
+        img2img encodes with the noise of all programs, and puts other things under a mask. In txt2img they are `skip_base`'s,
+        unless another checkpoint has been loaded since.
         """
-        again = self.from_picture and hasattr(self.p, "init_images")
+        again = self.from_picture and (another or hasattr(self.p, "init_images"))
         return self._encoded(tuple(made.shape[-2:])).to(made) if again else made
 
     def original(self, config: DemoFusionConfig) -> Original | None:
@@ -91,7 +96,7 @@ class Start:
             return None
         flat = None
         if self.from_picture and config.hold_flat:
-            flat = torch.cat([flat_areas(_pixels(picture), config.hold_flat, FACTOR) for picture in self.pictures])
+            flat = torch.cat([flat_areas(pixels_of(picture), config.hold_flat, FACTOR) for picture in self.pictures])
             flat = flat.to(devices.device)
         return Original(
             self._encoded,
@@ -108,7 +113,7 @@ class Start:
         mask = None if self.mask is None else self._resized(self.mask, height, width)
         seen = []
         for i in range(len(self.pictures)):  # tiles take one image at a time
-            source = _pixels(self._drawn(i, height, width)).to(latents.device)
+            source = pixels_of(self._drawn(i, height, width)).to(latents.device)
             with encoding(self.p.sd_model, base):
                 seen.append(self.p.img2img_image_conditioning(source, latents[i : i + 1], mask, self.p.mask_round))
         return torch.cat(seen).expand(len(latents), *seen[0].shape[1:])
@@ -150,9 +155,16 @@ class Start:
         """As the host resizes it, by the mode and the upscaler that are chosen; nothing where it has that size."""
         if image.size == (width, height):
             return image
-        return images.resize_image(self.resize_mode if self.resize_mode != LATENT_RESIZE else 0, image, width, height).convert(
-            image.mode
-        )
+        mode = self.resize_mode if self.resize_mode != LATENT_RESIZE else 0
+        place = next((i for i, own in enumerate(self.pictures) if own is image), None)
+        if place is None or not self.upscaler or is_latent(self.upscaler):
+            return images.resize_image(mode, image, width, height).convert(image.mode)
+        known = self._enlarged.get(place)
+        if known is None or known.size != (width, height):
+            known = resized(image, width, height, self.upscaler, mode)
+            if not (shared.state.interrupted or shared.state.skipped):  # when the upscaler may have stopped halfway
+                self._enlarged[place] = known
+        return known
 
     def _drawn(self, i: int, height: int, width: int) -> Any:
         """What the base and the phases begin with: a picture, where "Masked content" says so with its masked area filled."""
@@ -163,17 +175,21 @@ class Start:
 
     def _encoded(self, size: Size) -> Tensor:
         """The picture at (H, W) latent pixels, [B, C, H, W]."""
+        own = tuple(max(round(side / FACTOR), 1) for side in self.size)
+        if is_latent(self.upscaler) and math.prod(size) > math.prod(own):
+            how = upscaler_for(self.upscaler)
+            return enlarge(self._encoded(own), size, DemoFusionConfig(), None, None, FACTOR, self.p.tiling, how)[0]
         height, width = (side * FACTOR for side in size)
         base = (self.p.height // FACTOR, self.p.width // FACTOR)
         encoded = []
         with a1111.autocast():
             for i in range(len(self.pictures)):
                 if self.p.tiling:
-                    z = encode(self.p.sd_model, _pixels(self._wrapped(i, height, width)), base)
+                    z = encode(self.p.sd_model, pixels_of(self._wrapped(i, height, width)), base)
                     margin = WRAPPED // FACTOR
                     encoded.append(z[..., margin:-margin, margin:-margin])
                 else:
-                    encoded.append(encode(self.p.sd_model, _pixels(self._drawn(i, height, width)), base))
+                    encoded.append(encode(self.p.sd_model, pixels_of(self._drawn(i, height, width)), base))
         return torch.cat(encoded).expand(len(self.p.seeds), -1, -1, -1)
 
     def _wrapped(self, i: int, height: int, width: int) -> Any:
@@ -194,11 +210,6 @@ class Start:
         if self.p.inpainting_fill == LATENT_NOISE:
             return rng.ImageRNG(tuple(latents.shape[1:]), self.p.seeds).next().to(latents)
         return torch.zeros_like(latents) if self.p.inpainting_fill == LATENT_NOTHING else latents
-
-
-def _pixels(image: Any) -> Tensor:
-    """A PIL image, RGB, as numbers in -1..1, [1, 3, H, W]."""
-    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None].div_(127.5).sub_(1)
 
 
 def _mask_of(p: Any) -> Any:

@@ -6,7 +6,10 @@ import functools
 from typing import Any
 
 from lib_demofusion.config import PRESETS, DemoFusionConfig
-from lib_demofusion.hosts.webui.settings import ARGUMENTS, CONFIG_FIELDS, NAME, PRESET_SETTINGS, STARTS
+from lib_demofusion.hosts.webui.choices import choices
+from lib_demofusion.hosts.webui.settings import ARGUMENTS, CONFIG_FIELDS, NAME, PRESET_SETTINGS, SAME, STARTS
+
+FLAGS = {"True": True, "False": False}  # as the host's own axes have them
 
 
 def add_plot_axes(script: type) -> None:
@@ -27,21 +30,29 @@ def add_plot_axes(script: type) -> None:
             data.module.AxisOptionImg2Img(f"[{NAME}] start from", str, start, choices=lambda: list(STARTS))
         )
         for name in filter(CONFIG_FIELDS.get, ARGUMENTS):
-            field = CONFIG_FIELDS[name]
+            field, offered = CONFIG_FIELDS[name], None
             flag = isinstance(field.default, bool)
+            if flag:
+                offered = functools.partial(list, FLAGS)
+            elif name in SAME:
+                offered = functools.partial(choices, name)
             data.module.axis_options.append(
                 axis(
                     f"[{NAME}] {field.metadata['label']}",
                     str if flag else type(field.default),
-                    functools.partial(_set_argument, script, name),
-                    choices=(lambda: ["True", "False"]) if flag else None,
+                    functools.partial(_set_flag if flag else _set_argument, script, name),
+                    choices=offered,
                 )
             )
         return
 
 
+def _set_flag(script: type, name: str, p: Any, value: str, values: Any) -> None:
+    _set_argument(script, name, p, FLAGS.get(value, value), values)
+
+
 def _set_argument(script: type, name: str, p: Any, value: Any, values: Any) -> None:
-    _set_arguments(script, p, {name: {"True": True, "False": False}.get(value, value)})
+    _set_arguments(script, p, {name: value})
 
 
 def _set_preset(script: type, p: Any, value: str, values: Any) -> None:

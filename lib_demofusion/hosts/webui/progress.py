@@ -20,7 +20,8 @@ PREVIEW_STEPS = 10  # after how many steps the host shows what it has, unless se
 
 
 class Progress:
-    """The host's one bar, over the phases of one batch and all batches, weighted by the views that the model sees.
+    """The host's one bar, over the phases of one batch and all batches, weighted by what the model sees of them: views, and
+    for each the branches of guidance. The console's bar counts the views.
 
     The host shows (job_no + sampling_step / sampling_steps) / job_count and moves the two latter itself, sampler by
     sampler; job_no is set so that the sum is the share that is done.
@@ -34,16 +35,17 @@ class Progress:
         self.checkpoint = shared.opts.sd_model_checkpoint
         self.batch = math.ceil(shared.state.job_no)  # which of state.job_count this is
         self.ends: dict[int, int] = {}  # phase number -> what is done when it ends
-        total = 0
+        self.total = done = 0
         for phase in plan.phases:
-            total += phase.steps - phase.skipped if phase.number == 1 else phase.evaluations
-            self.ends[phase.number] = total
-        self.total = total
+            views = phase.steps - phase.skipped if phase.number == 1 else phase.evaluations
+            self.total += views
+            done += views * phase.branches
+            self.ends[phase.number] = done
 
     def show(self, done: float) -> None:
         state = shared.state
         own = state.sampling_step / state.sampling_steps if state.sampling_steps else 0
-        state.job_no = self.batch + min(done / self.total, 1) - own
+        state.job_no = self.batch + min(done / self.ends[len(self.ends)], 1) - own
 
     def pause(self, number: int) -> None:
         """Phase `number` is finished; the host's own step stands at 0 until the next sampler goes on from there."""
@@ -123,7 +125,7 @@ class BaseHooks:
         self.called = False
 
     def on_step(self, params: Any) -> None:
-        self.progress.show(shared.state.sampling_step)
+        self.progress.show(shared.state.sampling_step * self.progress.plan.phases[0].branches)
         if self.called:  # the callback comes before the model's call
             self.progress.pace.count(1, 1)
         self.called = True

@@ -5,35 +5,56 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modules import devices, sd_models, shared
+from modules import devices, sd_models, sd_samplers, sd_schedulers, shared
 
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import PRESETS, DemoFusionConfig
 from lib_demofusion.hosts.webui import a1111
 from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.checks import PICTURES
+from lib_demofusion.hosts.webui.choices import choices
 from lib_demofusion.hosts.webui.decoding import may_use_tiles
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
-from lib_demofusion.hosts.webui.settings import PRESET_HELP
+from lib_demofusion.hosts.webui.settings import CONFIG_FIELDS, PRESET_HELP, SAME
 from lib_demofusion.memory import free_memory, latents_bytes, picture_bytes
 from lib_demofusion.phases import FITTING, LARGEST, WORTH
 
 
 def readout_table() -> dict[str, Any]:
     """What the readout in the browser computes with: how each sampler's model calls count (`model_calls`, `least_calls`), the
-    presets, and how a given picture's windows are chosen (`phases.plan_from_picture`).
+    presets, how a given picture's windows are chosen (`phases.plan_from_picture`), and what names stand for
+    (`second_pass.resolved`).
 
-    A preset: what it is and when to take it, and those of its settings on which the number of model calls depends.
+    A preset: what it is and when to take it, and those of its settings on which the number of model calls depends. same:
+    what the form shows for "as the base". scales: a result's sides are more than the first times those of what it is made
+    from, and at most the second. schedules: by their labels the names that they have, in small letters.
     """
+    scale = CONFIG_FIELDS["scale"].metadata
     return {
+        "same": SAME,
+        "scales": [scale["low"], scale["high"]],
         "windows": {"largest": LARGEST, "fitting": FITTING, "worth": WORTH},
         "samplers": {name: [known.counts, known.levels, int(known.discards), known.least] for name, known in SAMPLERS.items()},
+        "names": {
+            "samplers": [data.name for data in sd_samplers.all_samplers if data.name in SAMPLERS],
+            "aliases": sd_samplers.samplers_map,
+            "schedules": {own.label: _lower(own.label, own.name, *(own.aliases or [])) for own in sd_schedulers.schedulers},
+            "upscalers": choices("upscaler")[1:],
+        },
         "presets": {name: {"help": PRESET_HELP[name], **_costs(DemoFusionConfig.preset(name))} for name in PRESETS},
     }
 
 
+def _lower(*names: str) -> list[str]:
+    return [name.lower() for name in names]
+
+
+COSTS = ("phase_steps", "most_phase_steps", "denoising_strength", "stride", "doubling")
+COSTS += ("phase_sampler", "phase_schedule", "phase_cfg_scale")  # what presets have of which the model calls depend
+
+
 def _costs(config: DemoFusionConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("phase_steps", "denoising_strength", "stride", "doubling")}
+    return {name: getattr(config, name) for name in COSTS}
 
 
 # Seconds that a model call took in the last job of a checkpoint: its title -> latent pixels of the base -> seconds, all

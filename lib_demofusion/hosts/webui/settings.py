@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from modules import infotext_utils
 
 from lib_demofusion.config import INFOTEXT_PREFIX, PRESETS, DemoFusionConfig, first_line, infotext_label, unwritten_settings
 
@@ -53,8 +56,10 @@ SAME = {
     "phase_checkpoint": "Use same checkpoint",
     "upscaler": "Bicubic",
 }
+SECOND_PASS = ARGUMENTS[ARGUMENTS.index("phase_sampler") :]  # what the form has under that name
 END = "end of the arguments"
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
+TEXTS = tuple(name for name, field in CONFIG_FIELDS.items() if isinstance(field.default, str))
 NO_PRESETS = ("scale", "view_batch_size", "window", "phase_prompt", "phase_negative_prompt", "phase_checkpoint")
 NO_PRESETS += ("upscaler", "resize_width", "resize_height")
 PRESET_SETTINGS = [name for name in ARGUMENTS if name in CONFIG_FIELDS and name not in NO_PRESETS]
@@ -62,10 +67,11 @@ PICTURE, RESULT = STARTS = ("Picture", "img2img result")  # what a job of img2im
 START_KEY = f"{INFOTEXT_PREFIX} start"  # in the infotext of what was made from a picture
 PRESET = "Fast"
 FORM = DemoFusionConfig.preset(PRESET, scale=2.0)  # what the form shows at first, and the API's values for what is left out
+_MOST = DemoFusionConfig.preset("Turbo").most_phase_steps
 PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the rest of the form
     "Paper": ("DemoFusion as published", "Where the others add too little detail, and time does not matter"),
     "Fast": ("the last 40 % of each phase's steps, in fewer phases and windows", "For most pictures"),
-    "Turbo": ("Fast with 18 steps a phase, of which 7 are run", "While you look for a prompt, and on slow machines"),
+    "Turbo": (f"Fast with at most {_MOST} steps a phase", "While you look for a prompt, and on slow machines"),
 }
 
 
@@ -112,8 +118,8 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
     for name, value in values.items():  # a slider's 20.0 is the whole number 20
         if type(CONFIG_FIELDS[name].default) is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
-        if value == SAME.get(name, ""):
-            values[name] = CONFIG_FIELDS[name].default
+        if isinstance(value, str) and (not value.strip() or value == SAME.get(name)) and name in TEXTS:
+            values[name] = ""
     path = resume.strip().strip('"')  # as file managers copy a path
     return Settings(replace(FORM, **values), save_phases, Path(path) if path else None, start_from)
 
@@ -152,10 +158,15 @@ def pasted_start(parameters: Mapping[str, Any]) -> str | None:
     return next((start for start in STARTS if said.startswith(start)), None)
 
 
+def shown(name: str, value: Any) -> Any:
+    """What the form's control for a setting shows of its value."""
+    return SAME[name] if name in SAME and value == "" else value
+
+
 def presets_table() -> dict[str, list]:
     """What the form's controls for PRESET_SETTINGS show under each preset."""
     configs = {name: DemoFusionConfig.preset(name) for name in PRESETS}
-    return {name: [getattr(config, setting) for setting in PRESET_SETTINGS] for name, config in configs.items()}
+    return {name: [shown(own, getattr(config, own)) for own in PRESET_SETTINGS] for name, config in configs.items()}
 
 
 def say(p: Any, kind: str, line: str) -> None:
@@ -181,6 +192,13 @@ def describe(p: Any, config: DemoFusionConfig, scale: float, start: str = "") ->
     for label in (*map(infotext_label, CONFIG_FIELDS.values()), START_KEY):
         p.extra_generation_params.pop(label, None)
     if scale > 1:
-        p.extra_generation_params.update(replace(config, scale=scale).to_infotext())
+        written = replace(config, scale=scale).to_infotext()
+        p.extra_generation_params.update({label: _as_read_back(text) for label, text in written.items()})
         if start:
             p.extra_generation_params[START_KEY] = start
+
+
+def _as_read_back(text: str) -> str:
+    """A text such that the host's parameters give it back: it quotes those with a comma, a colon or a newline, and no other."""
+    stripped = text != text.strip() or text[:1] == text[-1:] == '"'
+    return json.dumps(text, ensure_ascii=False) if stripped and infotext_utils.quote(text) == text else text

@@ -49,8 +49,11 @@ def _asked(args: Sequence[Any]) -> list[Any]:
     return [unit for unit in units if said(unit, "enabled") in (True, 1)]
 
 
-def check(p: Any) -> None:
-    """Before any script has had its turn. Raises ValueError, one line, for what cannot work, as far as it is asked for."""
+def check(p: Any, own_checkpoint: bool = False) -> None:
+    """Before any script has had its turn. Raises ValueError, one line, for what cannot work, as far as it is asked for.
+
+    own_checkpoint: whether the phases after the base have another one.
+    """
     script, args = script_of(p)
     state = getattr(script, "ui_batch_option_state", None)
     if isinstance(state, (list, tuple)) and len(state) > 1 and state[1] is True:  # needs no unit, and is no argument
@@ -61,6 +64,10 @@ def check(p: Any) -> None:
     asked = _asked(args)
     if asked and getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none"):
         raise ValueError("ControlNet hangs on one checkpoint, and the refiner is another; untick one of the two")
+    if asked and own_checkpoint:
+        raise ValueError(
+            "ControlNet hangs on one checkpoint, and the phases have another; choose none for them, or switch the unit off"
+        )
     for unit in asked:
         name = str(said(unit, "module") or "none").lower()
         if name == "inpaint_only" and getattr(p, "image_mask", None) is not None:

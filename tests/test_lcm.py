@@ -1,0 +1,172 @@
+"""The embedded LCM-LoRA: small, read by diffusers, consistent; the same under LDM's names; and its training."""
+
+import copy
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lib_demofusion.hosts.diffusers import load_pipeline
+from training import export_webui, train
+from training.lcm import LORA, consistency, guided_step, make_lora
+from training.scenes import Scene, crops, render
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def layers(unet):
+    """All that a LoRA can change, by name."""
+    return {name: x for name, x in unet.named_modules() if isinstance(x, (torch.nn.Linear, torch.nn.Conv2d))}
+
+
+def delta(down, up):
+    """What is added to a weight: [out, into] or, of a convolution, [out, into, height, width]."""
+    return (up.flatten(1).float() @ down.flatten(1).float()).view(len(up), *down.shape[1:])
+
+
+@pytest.fixture(scope="module")
+def deltas():
+    """What the file adds to the layers' weights, by their name in diffusers."""
+    kept = load_file(LORA)
+    names = [name.removeprefix("unet.").removesuffix(".lora_A.weight") for name in kept if name.endswith("lora_A.weight")]
+    return {name: delta(*(kept[f"unet.{name}.lora_{part}.weight"] for part in "AB")) for name in names}
+
+
+@pytest.fixture(scope="module")
+def few_step_unet(pipe, deltas):
+    """The UNet with the LoRA in its weights."""
+    unet = copy.deepcopy(pipe.unet)
+    for name, layer in layers(unet).items():
+        layer.weight.data += deltas[name]
+    return unet
+
+
+def encode(pipe, texts):
+    ids = pipe.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return pipe.text_encoder(ids).last_hidden_state
+
+
+def inputs(pipe, t=(259, 699)):
+    """Latents, timesteps, texts and the empty text."""
+    latents = torch.randn(len(t), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    texts = ["two blue dotted stars on sand", "one red plain disc on snow"]
+    return latents, torch.tensor(t), encode(pipe, texts), encode(pipe, ["", ""])
+
+
+def test_it_is_at_most_2_mb_of_half_precision_for_every_layer_of_the_unet(pipe):
+    assert LORA.stat().st_size <= 2_000_000
+    want = {f"unet.{name}.lora_{part}.weight" for name in layers(pipe.unet) for part in "AB"}
+    with safe_open(LORA, "pt") as file:
+        assert set(file.keys()) == want
+        assert all(file.get_tensor(key).dtype == torch.float16 for key in want)
+
+
+@torch.inference_mode()
+def test_diffusers_reads_it(few_step_unet):
+    pytest.importorskip("peft", reason="diffusers needs the package peft for LoRAs")
+    pipe = load_pipeline()
+    pipe.load_lora_weights(LORA.parent, weight_name=LORA.name)
+    latents, t, text, _ = inputs(pipe)
+    want, got = few_step_unet(latents, t, text).sample, pipe.unet(latents, t, text).sample
+    assert (got - want).abs().max() < 1e-4 * want.std()
+
+
+@torch.inference_mode()
+def test_the_training_steps_are_the_samplers(pipe):
+    """The teacher's is DDIM's of 50 steps, the student's picture LCM's."""
+    latents, _, text, empty = inputs(pipe)
+    signal = pipe.scheduler.alphas_cumprod
+    ddim, lcm = (kind(**train.SCHEDULE, clip_sample=False) for kind in (DDIMScheduler, LCMScheduler))
+    ddim.set_timesteps(50)
+    for t in (40, 700):
+        both = torch.full([2], t)
+        given, without = (pipe.unet(latents, t, x).sample for x in (text, empty))
+        want = ddim.step(without + 7.5 * (given - without), t, latents).prev_sample
+        got = guided_step(pipe.unet, latents, both, both - 20, text, empty, signal)
+        assert (got - want).abs().max() < 1e-4 * want.std()
+    lcm.set_timesteps(4)
+    for t in lcm.timesteps[:3]:
+        want = lcm.step(pipe.unet(latents, t, text).sample, t, latents).denoised
+        got = consistency(pipe.unet, latents, t.expand(2), text, signal)
+        assert (got - want).abs().max() < 1e-4 * want.std()
+    assert torch.equal(consistency(pipe.unet, latents, torch.zeros(2).long(), text, signal), latents)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("t", [199, 399])
+def test_one_step_is_nearer_to_the_end_of_the_guided_models_path_than_without_it(pipe, few_step_unet, t):
+    """From noisy wholes and close-ups that nothing was trained on."""
+    pictures, captions = [], []
+    for index in range(4):
+        rng = np.random.default_rng([21, index])
+        scene = Scene.draw(rng)
+        pictures.extend(crops(render(scene, rng), rng)[[0, 3]])
+        captions.extend([scene.caption] * 2)
+    signal = pipe.scheduler.alphas_cumprod
+    latents = pipe.vae.encode(train.to_unit(np.stack(pictures))).latent_dist.mode() * pipe.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    path = noisy = signal[t].sqrt() * latents + (1 - signal[t]).sqrt() * noise
+    text, empty = encode(pipe, captions), encode(pipe, [""] * len(captions))
+    all_at = [torch.full([len(captions)], x) for x in (*range(t, 0, -20), 0)]
+    for here, before in zip(all_at, all_at[1:]):
+        path = guided_step(pipe.unet, path, here, before, text, empty, signal)
+    with_it, without = (consistency(x, noisy, all_at[0], text, signal) for x in (few_step_unet, pipe.unet))
+    errors = [(x - path).square().mean() for x in (with_it, without)]
+    print("ERR", t, errors, errors[0] / errors[1])
+    assert errors[0] < 0.9 * errors[1]
+
+
+@torch.inference_mode()
+def test_webui_reads_the_same_changes_of_the_same_layers(pipe, deltas, tmp_path):
+    """Layers are told by their weights in the checkpoint as the WebUI reads it, not by our names for them."""
+    path = export_webui.export_lora(tmp_path)
+    weights = load_file(path)
+    names = {name.split(".")[0] for name in weights}
+    assert weights.keys() == {f"{name}.{part}" for name in names for part in ("lora_down.weight", "lora_up.weight", "alpha")}
+    translated = r"lora_unet_(conv|time_embedding|(down|up|mid)_block)"  # by the WebUI, for another number of layers
+    assert not [name for name in names if re.match(translated, name)]
+    base, prefix = export_webui.state_dict(), "model.diffusion_model."
+    base = {
+        "lora_unet_" + name.removeprefix(prefix).removesuffix(".weight").replace(".", "_"): value.float()
+        for name, value in base.items()
+        if name.startswith(prefix) and name.endswith(".weight") and value.ndim > 1
+    }
+    assert names == base.keys()
+    for name, layer in layers(pipe.unet).items():
+        (there,) = [k for k, value in base.items() if value.shape == layer.weight.shape and torch.equal(value, layer.weight)]
+        down, up, alpha = (weights[f"{there}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+        assert torch.equal(float(alpha) / len(down) * delta(down, up), deltas[name]), name
+    with safe_open(path, "pt") as file:
+        assert "embedded checkpoint" in file.metadata()["modelspec.description"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Four scenes of noise, and two stages of two steps."""
+    latents = torch.randn(4, 4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for build in ("whole", "parts"):
+        (tmp_path / build).mkdir()
+        torch.save(latents.half(), tmp_path / build / "latents.pt")
+    return train.Recipe(5, "anywhere", (64, 96, 88), 3, ((2, 1e-3, 1, False), (2, 1e-3, 1, True)), scenes=4)
+
+
+def test_training_is_seeded_and_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(recipe, tmp_path):
+    make_lora(tmp_path / "whole", recipe)
+    make_lora(tmp_path / "parts", dataclasses.replace(recipe, stages=recipe.stages[:1]))
+    half = load_file(tmp_path / "parts" / "lora.safetensors")
+    torch.manual_seed(99)
+    make_lora(tmp_path / "parts", recipe)
+    whole, parts = (load_file(tmp_path / build / "lora.safetensors") for build in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert not all(torch.equal(value, half[name]) for name, value in whole.items())
