@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from evaluation import report
 from evaluation.drawing import SIZES, TABLES, Task, draw, judge_drawn, label, methods_at, read, start
-from evaluation.judges import PhotoJudge, SceneJudge
-from evaluation.scores import BASE, Scores
+from evaluation.judges import PhotoJudge, SceneJudge, real_images
+from evaluation.scores import BASE, Refused, Scores
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
 from training.scenes import LAYOUTS, Scene
 
@@ -85,7 +85,7 @@ class Run:
     """What is asked for, what of it is there, and the drawing, scoring and reporting of it."""
 
     def __init__(self, args: argparse.Namespace, out: Path):
-        """ValueError where there are scores beside the report that pictures as are asked for do not add to."""
+        """Refused where there are scores beside the report that pictures as are asked for do not add to."""
         self.args, self.out, self.prompts = args, out, args.prompts or range(12 if args.quick else 200)
         steps = args.steps or (12 if args.quick else 50)
         self.titles = args.tables or [title for title, table in TABLES.items() if not (args.model and table.embedded)]
@@ -94,27 +94,32 @@ class Run:
             self.titles, sizes = args.tables or ["Methods", "Presets"], args.sizes or ["16x"]
         self.subjects: Sequence[Scene | str] = scenes(self.prompts.stop)
         if args.captions:
+            for path in (args.inception, args.clip, args.captions):
+                if not path.exists():
+                    raise Refused(f"there is no {path}")
+            real_images(args.real)
             self.subjects = args.captions.read_text().splitlines()[: self.prompts.stop]
             sizes = [size for size in sizes if not SIZES[size].given]  # of what there is no true render
         if len(self.subjects) <= self.prompts.start:
-            raise ValueError(f"there are {len(self.subjects)} captions in {args.captions}, and --prompts begins after them")
+            raise Refused(f"there are {len(self.subjects)} captions in {args.captions}, and --prompts begins after them")
         self.prompts = self.prompts[: len(self.subjects) - self.prompts.start]
         self.methods = {size: names for size in sizes if (names := methods_at(size, self.titles))}
         if not self.methods:
             why = "of given pictures, which captions have none of" if args.captions else f"not of {' or '.join(sizes)}"
-            raise ValueError(f"there is nothing to draw: {', '.join(self.titles)} is {why}")
+            raise Refused(f"there is nothing to draw: {', '.join(self.titles)} is {why}")
 
         self.model = args.model or str(EMBEDDED_CHECKPOINT)
         name = f"{Path(self.model).name}-{zlib.crc32(self.model.encode()):08x}" if args.model else "embedded"
         suffix = "-openvino" if args.openvino else "" if args.dtype == "float32" else f"-{args.dtype}"
         self.kept = args.build / f"{name}-{steps}{suffix}"
         self.judge = None if args.inception else SceneJudge(args.layout)
-        self.scores = self._scores(steps)
+        self.scores = self._none_yet(steps)
+        self.add_those_there()
         self.tasks = {size: [self.task(size, index, steps) for index in self.prompts] for size in self.methods}
 
-    def _scores(self, steps: int) -> dict[str, Scores]:
-        """Those that there are beside the report, and none at the other sizes that are asked for."""
-        args, folder = self.args, self.out.with_suffix("")
+    def _none_yet(self, steps: int) -> dict[str, Scores]:
+        """At each size, what all pictures are to have in common."""
+        args = self.args
         arithmetic = "bfloat16, by OpenVINO" if args.openvino else args.dtype
         drawn = {"checkpoint": fingerprint(self.model), "steps": steps, "arithmetic": arithmetic}
         scores = {}
@@ -124,12 +129,15 @@ class Run:
                 few = args.quick or SIZES[size].given  # where there is no FID
                 about |= {**self.judge.about, "true renders": min(TRUE_RENDERS, 200) if few else TRUE_RENDERS}
             scores[size] = Scores(about, model=Path(args.model).name if args.model else "")
-        if self.judge:
-            leave = self.methods if args.anew else ()
-            for size, before in read_scores(folder, leave).items():
-                scores.setdefault(size, Scores(before.about)).add(before, scores_file(folder, size))
-        report.one_checkpoint(scores)
         return scores
+
+    def add_those_there(self) -> None:
+        """The scores that are beside the report, where they are to be added to."""
+        folder = self.out.with_suffix("")
+        if self.judge:
+            for size, there in read_scores(folder, self.methods if self.args.anew else ()).items():
+                self.scores.setdefault(size, Scores(there.about)).add(there, scores_file(folder, size))
+        report.one_checkpoint(self.scores)
 
     def task(self, size: str, index: int, steps: int) -> Task:
         names, there = self.methods[size], self.scores[size].records
@@ -140,7 +148,9 @@ class Run:
     def draw(self) -> None:
         """And score, in worker processes; with --no-draw only score."""
         args, row_by_row = self.args, [task for row in zip(*self.tasks.values()) for task in row]
-        here = sum(len(task.here()) for task in row_by_row)
+        known, here = (sum(map(len, own)) for own in zip(*((task.known, task.here()) for task in row_by_row)))
+        if known:
+            print(f"{known} pictures' scores are beside the report: they are not drawn (--anew leaves these scores aside)")
         if here:
             print(f"{here} pictures are there that this version's judge has not scored: they are scored, not drawn again")
         todo = [task for task in row_by_row if (task.here() if args.no_draw else task.missing())]
@@ -161,6 +171,8 @@ class Run:
         return judge
 
     def report(self) -> None:
+        """Also on what others have added beside it meanwhile."""
+        self.add_those_there()
         judges = {}
         for size, tasks in self.tasks.items():
             if any(task.drawn(BASE) for task in tasks) and not self.judge:
@@ -171,7 +183,7 @@ class Run:
             self.scores[size].add(found, self.kept / size)
         scores = {size: own for size, own in self.scores.items() if own.records}
         if not scores:
-            raise ValueError(f"there are no pictures in {self.kept}, and no scores beside {self.out}")
+            raise Refused(f"there are no pictures in {self.kept}, and no scores beside {self.out}")
         for size, own in scores.items():
             if not own.real:
                 pictures = next(record["size"] for (name, _), record in own.records.items() if name == BASE)
@@ -200,14 +212,14 @@ def scores_file(folder: Path, size: str) -> Path:
 
 
 def read_scores(folder: Path, leave: Collection[str] = ()) -> dict[str, Scores]:
-    """Of each size that there are any of, but for some. ValueError where others than this version's judge scored them."""
+    """Of each size that there are any of, but for some. Refused where others than this version's judge scored them."""
     files = {size: file for size in SIZES if size not in leave and (file := scores_file(folder, size)).exists()}
     found = {size: Scores.read(file) for size, file in files.items()}
     for size, scores in found.items():
         own = SceneJudge(scores.about["layout"]).about
         for name in ("judge", "reader"):
             if scores.about[name] != own[name]:
-                raise ValueError(
+                raise Refused(
                     f"{files[size]} is by {name} {scores.about[name]}, this version's is {own[name]}: score the pictures "
                     "again with --anew and the options that they were drawn with, or remove the file"
                 )
@@ -228,18 +240,18 @@ def write_report(scores: dict[str, Scores], out: Path, sheet: report.Sheet) -> N
 
 
 def from_scores(folders: Sequence[Path], out: Path, anew: bool) -> None:
-    """The report of the scores beside it and of those in these folders, added up. ValueError where they do not."""
+    """The report of the scores beside it and of those in these folders, added up. Refused where they do not."""
     own = out.with_suffix("")
     parts = {folder: read_scores(folder) for folder in folders}
     if empty := [folder for folder, scores in parts.items() if not scores]:
-        raise ValueError(f"there are no scores in {empty[0]}: scores-16x.npz and the like lie beside a report's plots")
+        raise Refused(f"there are no scores in {empty[0]}: scores-16x.npz and the like lie beside a report's plots")
     parts = {own: read_scores(own, {size for part in parts.values() for size in part} if anew else ()), **parts}
     scores: dict[str, Scores] = {}
     for folder, part in parts.items():
         for size, found in part.items():
             scores.setdefault(size, Scores(found.about)).add(found, scores_file(folder, size))
     if not scores:
-        raise ValueError(f"there are no scores in {own}: draw pictures first, without --from-scores")
+        raise Refused(f"there are no scores in {own}: draw pictures first, without --from-scores")
 
     def sheet(title: str, size: str, prompts: list[int], file: Path) -> None:
         """That of the folder with scores of these prompts."""
@@ -294,7 +306,7 @@ def main() -> None:
             run = Run(args, out)
             run.draw()
             run.report()
-    except ValueError as error:
+    except Refused as error:
         asked.exit(2, f"evaluation: {error}\n")
     print(out)
 

@@ -166,7 +166,7 @@ class Task:
 
     def records(self) -> dict[tuple[str, int], Record]:
         """What is known here of what they scored."""
-        scored = [name for name in (BASE, *self.methods) if self.score(name).exists()]
+        scored = [name for name in (BASE, *self.methods) if self.judge and self.score(name).exists()]
         return {(label(name), self.index): kept(self.score(name)) for name in scored}
 
 

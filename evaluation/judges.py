@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from evaluation import metrics, readers
 from evaluation.metrics import Normal, Statistic, mean_of
-from evaluation.scores import Record
+from evaluation.scores import Record, Refused
 from lib_demofusion.views import Size, window_starts
 from training.scenes import SIZE, Scene, render
 from training.train import to_unit
 
 REAL_SEED = 4243
-VERSION = 1  # of what SceneJudge scores: one more with each change of it, so that scores are not mixed
+VERSION = 1  # of what the judges score: one more with each change of it, so that scores are not mixed
 FEATURE = 1 / 32  # in steps of which features are kept; FID moves by less than a thousandth of itself
 
 
@@ -173,8 +173,10 @@ def _score(chances: list[np.ndarray]) -> Statistic:
 class PhotoJudge:
     """The metrics of the paper's table 1, by the networks that it uses: for a real checkpoint and any captions.
 
-    inception: Inception v3 in TorchScript, as StyleGAN 2 and 3 publish it (inception-2015-12-05.pt): takes uint8
-    [N, 3, H, W]; with return_features=True gives features [N, 2048], with no_output_bias=True class chances [N, 1008].
+    inception: Inception v3 in TorchScript, as StyleGAN 2 and 3 publish it (inception-2015-12-05.pt): takes [N, 3, H, W] in
+    0..255; with return_features=True gives features [N, 2048], with no_output_bias=True class chances [N, 1008]. It is shown
+    pictures as clean-fid shows them (arXiv 2104.11222), at 299 x 299 by an antialiased bicubic filter, and would itself
+    leave out most of a large picture's pixels. FID is clean-fid's; IS is of all pictures together, not of ten parts.
     clip: a folder that transformers reads. real: a folder of real images. Crops: all that fit side by side, of the
     base's size (the paper says the size, and neither where nor how many).
     """
@@ -187,18 +189,16 @@ class PhotoJudge:
         self.device, self.base = device, base
         self.inception = torch.jit.load(str(inception), map_location=device).eval()
         self.clip, self.processor = CLIPModel.from_pretrained(clip).eval().to(device), CLIPProcessor.from_pretrained(clip)
-        self.real = sorted(path for path in real.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not self.real:
-            raise ValueError(f"no real images in {real}")
+        self.real = real_images(real)
         weights = [inception, *sorted(path for path in clip.rglob("*") if path.is_file())]
         crc = 0
         for path in weights:
             crc = zlib.crc32(path.read_bytes(), crc)
-        self.about = {"networks": f"{crc:08x}"}
+        self.about = {"judge": VERSION, "networks": f"{crc:08x}"}
 
     @property
     def tag(self) -> str:
-        return self.about["networks"]
+        return "-".join(map(str, self.about.values()))
 
     def crops(self, image: np.ndarray) -> list[np.ndarray]:
         (h, w), (height, width) = self.base, image.shape[:2]
@@ -206,7 +206,7 @@ class PhotoJudge:
 
     @torch.no_grad()
     def _ask(self, images: list[np.ndarray], **what: bool) -> np.ndarray:
-        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
+        x = torch.from_numpy(np.stack([for_inception(image) for image in images])).permute(0, 3, 1, 2).to(self.device)
         return self.inception(x, **what).float().cpu().numpy()
 
     def features(self, images: list[np.ndarray]) -> np.ndarray:
@@ -254,6 +254,22 @@ class PhotoJudge:
             "crop IS": lambda index: metrics.inception_score(near_chances[index].reshape(-1, near_chances.shape[-1])),
             "CLIP": mean_of(made["CLIP"]),
         }
+
+
+def real_images(folder: Path) -> list[Path]:
+    """Its images' files. Refused where there are none."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    if not found:
+        raise Refused(f"there are no real images in {folder}")
+    return found
+
+
+def for_inception(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> float32 [299, 299, 3] in 0..255, not rounded, as clean-fid has it."""
+    channels = [Image.fromarray(channel) for channel in image.transpose(2, 0, 1).astype(np.float32)]
+    small = [np.asarray(channel.resize((299, 299), Image.Resampling.BICUBIC)) for channel in channels]
+    return np.clip(np.stack(small, -1), 0, 255)
 
 
 def _no_smaller(image: np.ndarray, size: Size) -> np.ndarray:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from evaluation.drawing import TABLES, label
 from evaluation.judges import PhotoJudge, SceneJudge
 from evaluation.metrics import Estimate
-from evaluation.scores import BASE, Scores
+from evaluation.scores import BASE, Refused, Scores
 from training.scenes import Scene
 
 INTRODUCTION = """# Evaluation
@@ -71,7 +71,7 @@ def write(
 ) -> None:
     """The report of what pictures scored at each size, and its plots and sheets in a folder beside it.
 
-    subjects: what each prompt is to show. ValueError where the scores are not of one checkpoint.
+    subjects: what each prompt is to show. Refused where the scores are not of one checkpoint.
     """
     one_checkpoint(scores)
     titles = [title for title in TABLES if any(title in own.tables for own in scores.values())]
@@ -99,12 +99,12 @@ def write(
 
 
 def one_checkpoint(scores: dict[str, Scores]) -> None:
-    """ValueError where a report would be of several, or of several judges."""
+    """Refused where a report would be of several, or of several judges."""
     for name in ("checkpoint", "layout", "judge", "reader", "networks"):
         found = {own.about.get(name): size for size, own in scores.items()}
         if len(found) > 1:
             told = " and ".join(f"{value} ({size})" for value, size in found.items())
-            raise ValueError(f"the scores of one report are of one {name}, these of {told}: name another report with -o")
+            raise Refused(f"the scores of one report are of one {name}, these of {told}: name another report with -o")
 
 
 def _complete(title: str, size: str, scores: Scores) -> list[int]:

@@ -22,6 +22,10 @@ TIMES = ("seconds", "base seconds")  # what another run of the same measures oth
 ANEW = "name another report with -o, or leave those scores aside with --anew"
 
 
+class Refused(ValueError):
+    """What is asked for does not go together: the line that says what and what to do instead."""
+
+
 def keep(record: Record, file: Path) -> None:
     """A picture's record, all of it or, where this is cut short, nothing."""
     kinds = [(name, value.dtype, value.shape) for name, value in record.items()]
@@ -66,14 +70,14 @@ class Scores:
         return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
     def refuse(self, about: dict[str, str | int], where: Path) -> None:
-        """If these scores are not of pictures that were drawn and judged so; where: theirs."""
+        """Raise it where these scores are not of pictures that were drawn and judged so. where: theirs."""
         for name in dict.fromkeys((*about, *self.about)):
             own, other = self.about.get(name, "unknown"), about.get(name, "unknown")
             if own != other:
-                raise ValueError(f"{where} holds scores with {name} {own}, not {other}: {ANEW}")
+                raise Refused(f"{where} holds scores with {name} {own}, not {other}: {ANEW}")
 
     def add(self, other: Scores, where: Path) -> None:
-        """Another's records. Of what both have, the own ones stay: ValueError if they differ in more than time."""
+        """Another's records. Of what both have, the own ones stay: Refused if they differ in more than time."""
         other.refuse(self.about, where)
         for (label, prompt), record in other.records.items():
             own = self.records.setdefault((label, prompt), record)
@@ -81,7 +85,7 @@ class Scores:
                 np.array_equal(own[name], record[name]) for name in own if name not in TIMES
             )
             if not same:
-                raise ValueError(f"{where} holds other scores of {label}, prompt {prompt}, by other code or machines: {ANEW}")
+                raise Refused(f"{where} holds other scores of {label}, prompt {prompt}, by other code or machines: {ANEW}")
         self.tables += [title for title in other.tables if title not in self.tables]
         self.real = self.real or other.real
         self.model = self.model or other.model

@@ -93,7 +93,7 @@ class Plan:
 class Pace:
     """How long phases take, foreseen from what a view has taken so far in the phase that runs or ran last.
 
-    A phase's first call is not timed: it may have to warm something up.
+    A phase's first call is not timed: it may have to warm something up. A view in two branches takes twice its time in one.
     """
 
     def __init__(self, plan: Plan, now: Callable[[], float] = time.monotonic):
@@ -105,17 +105,18 @@ class Pace:
         self._per_view: float | None = None
 
     def count(self, number: int, views: int) -> None:
-        """So many views of phase `number` have just been looked at, by the whole batch and in all branches."""
+        """So many views of phase `number` have just been looked at, by the whole batch and in all its branches."""
         now = self._now()
         if number != self._number:
             self._number, self._began, self._views = number, now, 0
             return
-        self._views += views
+        self._views += views * self.plan.phases[number - 1].branches
         self._per_view = (now - self._began) / self._views
 
     def seconds(self, number: int) -> float | None:
         """For the whole of phase `number`; None as long as there is nothing to tell it from."""
-        return None if self._per_view is None else self._per_view * self.plan.phases[number - 1].evaluations
+        phase = self.plan.phases[number - 1]
+        return None if self._per_view is None else self._per_view * phase.branches * phase.evaluations
 
     def to_come(self, number: int) -> str | None:
         """The times of the phases after `number`, in one line; None as long as there is nothing to tell them from."""

@@ -372,6 +372,9 @@ def reload_model_weights(sd_model=None, info=None, forced_reload=False):
         return before
     loads.append(info.name)
     shared.sd_model = model_data.sd_model = _models[info.name]
+    if shared.sd_model not in _built:
+        _built.append(shared.sd_model)
+        model_hijack.layers = list(shared.sd_model.modules())
     if not SkipWritingToConfig.skip:
         shared.opts.sd_model_checkpoint = info.title
     shared.opts.sd_checkpoint_hash = info.sha256
@@ -380,6 +383,7 @@ def reload_model_weights(sd_model=None, info=None, forced_reload=False):
 
 
 loads = []  # the names of what was loaded
+_built = []  # the models that are there already
 
 
 class SdModelData:
@@ -495,9 +499,15 @@ def deactivate(p, extra_network_data):
 class StableDiffusionModelHijack:
     circular_enabled = False
     comments = []
+    layers = []  # of the model that was built last
 
     def apply_circular(self, enable):
+        if self.circular_enabled == enable:
+            return
         self.circular_enabled = enable
+        for layer in self.layers:
+            if type(layer) is nn.Conv2d:
+                layer.padding_mode = "circular" if enable else "zeros"
 
     def clear_comments(self):
         self.comments = []
@@ -1639,7 +1649,8 @@ def build():
 
 def reset():
     """Forget all jobs and settings; the one model is the toy "main"."""
-    for kept in (decoded, saved, reports, loads, activations, _models, checkpoints_list):
+    model_hijack.apply_circular(False)
+    for kept in (decoded, saved, reports, loads, activations, _built, _models, checkpoints_list):
         kept.clear()
     networks.files.clear()
     networks.loaded_networks.clear()
@@ -1648,7 +1659,6 @@ def reset():
     StableDiffusionProcessing.cached_c[:] = StableDiffusionProcessing.cached_uc[:] = None, None
     shared.state, shared.opts, shared.total_tqdm = State(), Options(), TotalTQDM()
     shared.parallel_processing_allowed = True
-    model_hijack.apply_circular(False)
     add_model(ToyModel())
 
 

@@ -1,5 +1,6 @@
 """Stand-ins for the networks and images of the paper's own metrics, in the formats that these have."""
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -9,15 +10,34 @@ from evaluation.readers import true_render
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT
 
 
+class Layers(nn.Module):
+    """[N, 3, 299, 299] in -1..1 -> 20 features: colours in four quarters, and how much of eight patterns there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        patterns = np.random.default_rng(0).normal(0, 0.3, (8, 3, 3, 3)).astype(np.float32)
+        self.patterns = nn.Parameter(torch.from_numpy(patterns - patterns.mean((1, 2, 3), keepdims=True)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = 4 * nn.functional.conv2d(x, self.patterns).abs().mean((2, 3))
+        return torch.cat([nn.functional.adaptive_avg_pool2d(x, 2).flatten(1), found], 1)
+
+
 class Inception(nn.Module):
-    """Answers as the published TorchScript file does, from colours alone."""
+    """Answers as the published TorchScript file does, and enlarges or shrinks pictures to 299 x 299 as that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
 
     def forward(self, x: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
-        assert x.dtype == torch.uint8
-        coarse = nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
+        whole = torch.eye(2, 3).unsqueeze(0).repeat(x.shape[0], 1, 1)
+        grid = nn.functional.affine_grid(whole, [x.shape[0], 3, 299, 299], align_corners=False)
+        small = nn.functional.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+        features = self.layers((small - 128) / 128)
         if return_features:
-            return coarse
-        return (20 * coarse[:, :3]).softmax(-1)
+            return features
+        return (10 * features[:, :3]).softmax(-1)
 
 
 def make_stand_ins(folder):

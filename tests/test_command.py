@@ -23,7 +23,7 @@ from tiny import tiny_controlnet, tiny_pipeline
 import lib_demofusion
 from lib_demofusion import __version__, job
 from lib_demofusion.__main__ import main
-from lib_demofusion.arguments import parse, resumed
+from lib_demofusion.arguments import METHOD, parse, resumed
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.files import suffixed
 from lib_demofusion.fusion import Fusion
@@ -455,7 +455,8 @@ def settings(**changed):
     own.update(mask=None, mask_blur=4)
     own.update({f"control_{name}": [] for name in ("image", "type", "scale", "start", "end")}, controlnet=[])
     own.update(steps=3, cfg_scale=7.5, sampler="Euler", seed=0, batch_count=1, dtype="float32", preset="Paper", scale=3.0)
-    method = {f.name: f.default for f in dataclasses.fields(DemoFusionConfig) if f.name not in ("scale", "view_batch_size")}
+    own.update(schedule="", lora=[], phase_lora=[])
+    method = {f.name: f.default for f in METHOD if f.name not in ("scale", "view_batch_size")}
     made = {**own, **method, **changed}
     return {name: value for name, value in made.items() if value is not LEFT_OUT}
 
@@ -500,8 +501,24 @@ def saved_phase(path, text, latents=(1, 4, 16, 16), base=(1, 4, 8, 8), number=2)
                 ("batch_count", 1.5),
                 ("controlnet", "canny"),
                 ("control_image", None),
+                ("schedule", None),
+                ("lora", "x.safetensors"),
+                ("phase_lora", None),
             ]
         ),
+        (dict(lora=["x.safetensors"]), "its lora has 'x.safetensors', which is no file with a weight"),
+        (dict(phase_lora=[["x.safetensors", "1"]]), r"its phase lora has \['x.safetensors', '1'\], which is no file with a weight"),
+        (dict(lora=[["x.safetensors", True]]), "its lora has .*, which is no file with a weight"),
+        (dict(lora=[["/nowhere/x.safetensors", 1]]), "no such LoRA: /nowhere/x.safetensors"),
+        (dict(resize_width=64), "its settings have resize_width, which this version does not know"),
+        (dict(phase_prompt=3), "phase prompt must be a text, got 3"),
+        (dict(phase_cfg_scale="1"), "phase CFG scale must be a number, got '1'"),
+        (dict(phase_sampler="Euler b"), "no sampler called 'Euler b'"),
+        (dict(schedule="Cosine"), "no schedule called 'Cosine'"),
+        (dict(phase_schedule="Cosine"), "no schedule called 'Cosine'"),
+        (dict(upscaler="ESRGAN"), "no upscaler called 'ESRGAN'"),
+        (dict(phase_prompt="a\0"), "the phase prompt has a control character"),
+        (dict(phase_negative_prompt="<lora:x:1>"), "the phase negative prompt has '<lora:x:1>'"),
         (dict(controlnet=[3]), "its controlnet has 3, of the wrong type"),
         (dict(controlnet=["a/b"], control_image=[None]), "its control image has None, of the wrong type"),
         (dict(controlnet=["a/b"], control_scale=["1"]), "its control scale has '1', of the wrong type"),
@@ -592,10 +609,13 @@ def test_latents_that_the_settings_do_not_make_are_refused(tmp_path, capsys, mod
 def test_files_of_older_versions_are_resumed(tmp_path):
     young = ("preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps")
     young += ("window", "mask", "mask_blur", *(name for name in settings() if name.startswith("control")))
+    young += ("schedule", "lora", "phase_lora", "most_phase_steps", "phase_sampler", "phase_schedule", "phase_cfg_scale")
+    young += ("phase_prompt", "phase_negative_prompt", "phase_checkpoint", "upscaler")
     text = json.dumps(settings(**dict.fromkeys(young, LEFT_OUT), stride=0, alpha1=2))
     argv = ["--resume", str(saved_phase(tmp_path / "x.safetensors", text)), "--view-batch-size", "3"]
     args, saved = resumed(parse(argv), argv)
-    config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DemoFusionConfig)})
+    config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in METHOD})
+    assert (args.schedule, args.lora, args.phase_lora) == ("", [], [])
     assert config == DemoFusionConfig(scale=3.0, alpha1=2, view_batch_size=3, hold_steps=0)
     assert (saved.number, args.prompt, args.seed, args.model) == (2, "one red ring", 0, "/nowhere/model")
 

@@ -1,4 +1,4 @@
-"""The phases after the base with settings of their own, on the diffusers host: sampler, schedule, guidance, prompts, pipeline."""
+"""The phases after the base with settings of their own, on the diffusers host: sampler, schedule, guidance, prompts, model."""
 
 import copy
 import math
@@ -115,7 +115,9 @@ def test_which_schedules_a_sampler_has(sampler):
     there = {schedule for schedule in SCHEDULES if possible(sampler, schedule)}
     assert {"", "SGM Uniform", "Simple"} <= there
     assert ({"Uniform", "Normal"} <= there) == (sampler != "UniPC")
-    assert ("Karras" in there) == (sampler in ("Euler", "DPM++ 2M", "Heun", "UniPC") or sampler == "Euler a" and "Karras" in there)
+    assert ("Karras" in there) == (
+        sampler in ("Euler", "DPM++ 2M", "Heun", "UniPC") or sampler == "Euler a" and "Karras" in there
+    )
 
 
 def test_what_a_checkpoint_says_of_its_own_noise_levels_is_for_automatic_alone(sd15):
@@ -139,7 +141,9 @@ def test_lcms_few_steps_are_spread_over_all_noise_levels_and_start_late(sd15, sc
     gap = 999 / (steps - 1 if schedule == "Uniform" else steps)
     assert max(abs(t - (999 - step * gap)) for step, t in enumerate(times)) <= (21 if schedule == "" else 1)
     assert not caplog.records, "as LCMScheduler warns of timesteps that are none of its own"
-    config = DemoFusionConfig(scale=2.0, denoising_strength=0.4, phase_sampler="LCM", phase_schedule=schedule, phase_steps=steps)
+    config = DemoFusionConfig(
+        scale=2.0, denoising_strength=0.4, phase_sampler="LCM", phase_schedule=schedule, phase_steps=steps
+    )
     seen, forward = [], sd15.unet.forward
     sd15.unet.forward = lambda x, t, **more: seen.append(float(t)) or forward(x, t, **more)
     try:
@@ -167,7 +171,10 @@ def test_schedules_go_by_the_webuis_names_whatever_their_case(name, known):
         (dict(schedule=None), "the schedule must be a name, got a NoneType; there are: Automatic"),
         (dict(config=DemoFusionConfig(phase_schedule="Cosine")), "no schedule called 'Cosine'"),
         (dict(config=DemoFusionConfig(phase_sampler="Euler b")), "no sampler called 'Euler b'; there are: Euler"),
-        (dict(sampler="LCM", schedule="Karras"), r"LCM of diffusers [\d.]+ has no schedule Karras; it has: Automatic, Uniform, SGM"),
+        (
+            dict(sampler="LCM", schedule="Karras"),
+            r"LCM of diffusers [\d.]+ has no schedule Karras; it has: Automatic, Uniform",
+        ),
         (dict(schedule="Karras", config=DemoFusionConfig(phase_sampler="LCM")), "LCM of diffusers .* has no schedule Karras"),
         (dict(config=DemoFusionConfig(phase_sampler="UniPC", phase_schedule="Uniform")), "UniPC .* has no schedule Uniform"),
         (dict(config=DemoFusionConfig(phase_sampler="LCM"), steps=60), "LCM cannot make 60 steps .*; 50 works"),
@@ -179,7 +186,10 @@ def test_schedules_go_by_the_webuis_names_whatever_their_case(name, known):
         (dict(config=DemoFusionConfig(upscaler="ESRGAN")), "no upscaler called 'ESRGAN'; there are: Latent, "),
         (dict(config=DemoFusionConfig(upscaler="/nowhere/x.pth")), "no such upscaler: /nowhere/x.pth"),
         (dict(config=DemoFusionConfig(resize_width=64, resize_height=100)), "64x100 has not the aspect of 64x64"),
-        (dict(config=DemoFusionConfig(resize_width=400), image=photo(), size=(272, 400)), "give size, or resize width and height"),
+        (
+            dict(config=DemoFusionConfig(resize_width=400), image=photo(), size=(272, 400)),
+            "give size, or resize width and",
+        ),
         (dict(phase_pipe="xl"), "the phases' checkpoint: str has no UNet"),
     ],
 )
@@ -267,7 +277,9 @@ def test_the_plan_counts_each_samplers_own_calls(sd15, base, phases):
 def test_the_phases_can_be_automatic_where_the_base_is_not(sd15):
     made = dict(steps=4, seed=1, sampler="Heun", schedule="Karras")
     _, saved = saved_base(sd15, "red", config=TWICE, **made)
-    results = [generate(sd15, "red", config=DemoFusionConfig(scale=2.0, phase_schedule=name), **made) for name in ("", "Automatic")]
+    results = [
+        generate(sd15, "red", config=DemoFusionConfig(scale=2.0, phase_schedule=name), **made) for name in ("", "Automatic")
+    ]
     expected = [generate(sd15, "red", config=TWICE, resume=saved, **{**made, "schedule": name}) for name in ("Karras", "")]
     assert [same_phases(a, b) for a, b in zip(results, expected)] == [[True, True]] * 2
     assert same_phases(*results) == [True, False]
@@ -310,8 +322,8 @@ def test_each_preset_asks_the_model_no_more_often_than_the_one_before(pipes, ste
             for name in ("Turbo", "Fast", "Paper")
         ]
     except ValueError as error:
-        assert "cannot make" in str(error)
-        assume(False)
+        assume("cannot make" not in str(error))
+        raise
     assert calls == sorted(calls)
     assert {"Turbo", "Fast", "Paper"} <= set(PRESETS)
 
@@ -418,7 +430,9 @@ def test_phases_without_guidance_need_less_where_they_are_all_there_is(sd15):
 
 def test_stopped_between_two_pipelines_what_is_finished_is_decoded_by_its_own(sd15):
     other, calls = other_pipeline(sd15), []
-    job = dict(config=DemoFusionConfig(scale=3.0), steps=2, phase_pipe=other, progress=lambda phase, _: calls.append(phase.number))
+    job = dict(
+        config=DemoFusionConfig(scale=3.0), steps=2, phase_pipe=other, progress=lambda phase, _: calls.append(phase.number)
+    )
     whole = generate(sd15, "red", **job)
     for number in (2, 3):
         calls.clear()

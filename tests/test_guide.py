@@ -35,8 +35,7 @@ def form(host):
 def rows(heading):
     """The cells of the first table below a heading, without its first two rows."""
     section = GUIDE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    first = re.search(r"^(\|.*\n)+", section, re.MULTILINE)[0]
-    lines = first.splitlines()
+    lines = re.search(r"^(\|.*\n)+", section, re.MULTILINE)[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 

@@ -89,8 +89,8 @@ def test_only_the_hosts_the_command_and_saved_phases_know_other_packages():
 
 
 # The files of the WebUI's package, each of which may import those before it. A second host of the family replaces A1111.
-WEBUI = ["embedded", "neighbours", "units", "settings", "samplers", "a1111", "decoding", "picture", "gallery", "controlnet"]
-WEBUI += ["checks", "readout", "progress", "step", "phases", "loop"]
+WEBUI = ["embedded", "neighbours", "units", "settings", "choices", "samplers", "a1111", "decoding", "upscalers", "picture"]
+WEBUI += ["gallery", "controlnet", "checkpoints", "second_pass", "checks", "readout", "progress", "step", "phases", "loop"]
 SIDEWAYS = ["plot"]  # nothing imports these
 
 

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from stand_ins import make_stand_ins
 
-from evaluation.judges import Made, PhotoJudge
+from evaluation.judges import Made, PhotoJudge, for_inception
 from evaluation.readers import true_render
-
-CAPTIONS = ["one red ring"] * 8
 
 
 def test_borders_are_where_windows_begin_and_end():
@@ -41,10 +40,11 @@ def real(judge):
 
 
 def metrics_of(judge, real, images):
-    made = [Made(caption, i, x, x[::4, ::4], 0.5, (128, 128)) for i, (caption, x) in enumerate(zip(CAPTIONS, images))]
+    captions = ["one red ring"] * len(images)
+    made = [Made(captions[i], i, image, image[::4, ::4], 0.5, (128, 128)) for i, image in enumerate(images)]
     records = [judge.of_picture(own) for own in made]
     stacked = {name: np.stack([record[name] for record in records]) for name in records[0]}
-    return judge.statistics(CAPTIONS, stacked, {}, real)
+    return judge.statistics(captions, stacked, {}, real)
 
 
 def test_the_papers_metrics(judge, real, images):
@@ -58,6 +58,22 @@ def test_the_papers_metrics(judge, real, images):
         assert tinted[f"{prefix}FID"](index) > 1.5 * good[f"{prefix}FID"](index)
         assert same[f"{prefix}IS"](index) < good[f"{prefix}IS"](index)
     assert same["IS"](index) == pytest.approx(1, abs=1e-6)
+
+
+def test_they_are_those_of_clean_fid_and_torch_fidelity(networks, tmp_path):
+    """clean-fid 0.1.35 in its mode "clean", torch-fidelity 0.4.0 with isc_splits=1, of the same pictures and network."""
+    (tmp_path / "real").mkdir()
+    for index in range(40):
+        Image.fromarray(true_render(5, index)[1]).save(tmp_path / "real" / f"{index:03}.png")
+    rng = np.random.default_rng(0)
+    noise = [rng.normal(0, 25, (512, 512, 1)) for _ in range(24)]
+    images = [np.clip(true_render(6, index)[1] + own, 0, 255).astype(np.uint8) for index, own in enumerate(noise)]
+    judge = PhotoJudge(networks / "inception.pt", networks / "clip", tmp_path / "real", (256, 256))
+    found = metrics_of(judge, judge.of_true(0, (512, 512)), images)
+    expected = {"FID": 1.0525055, "crop FID": 1.1879694, "IS": 1.4306383}
+    assert {name: found[name](np.arange(24)) for name in expected} == pytest.approx(expected, rel=1e-3)
+    shown = [[43.03661, 162.93292, 64.72750], [37.82221, 148.54321, 57.31193], [24.28519, 80.14703, 32.52786]]
+    assert for_inception(images[0])[100, 100:103] == pytest.approx(np.array(shown), abs=0.02)
 
 
 def test_crops_are_of_the_bases_size_side_by_side(judge):

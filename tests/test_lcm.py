@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lib_demofusion.hosts.diffusers import load_pipeline
 from training import export_webui, train
 from training.lcm import LORA, consistency, guided_step, make_lora
-from training.scenes import Scene, crops, render
+from training.scenes import Scene, count_objects, crops, render
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_the_training_steps_are_the_samplers(pipe):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("t", [199, 399])
-def test_one_step_is_nearer_to_the_end_of_the_guided_models_path_than_without_it(pipe, few_step_unet, t):
+@pytest.mark.parametrize(("t", "share"), [(199, 0.75), (399, 0.85)])
+def test_one_step_is_nearer_to_the_end_of_the_guided_models_path_than_without_it(pipe, few_step_unet, t, share):
     """From noisy wholes and close-ups that nothing was trained on."""
     pictures, captions = [], []
     for index in range(4):
@@ -123,8 +123,25 @@ def test_one_step_is_nearer_to_the_end_of_the_guided_models_path_than_without_it
         path = guided_step(pipe.unet, path, here, before, text, empty, signal)
     with_it, without = (consistency(x, noisy, all_at[0], text, signal) for x in (few_step_unet, pipe.unet))
     errors = [(x - path).square().mean() for x in (with_it, without)]
-    print("ERR", t, errors, errors[0] / errors[1])
-    assert errors[0] < 0.9 * errors[1]
+    assert errors[0] < share * errors[1]
+
+
+def test_four_steps_without_guidance_draw_what_was_asked_for(few_step_unet):
+    """Without the LoRA such pictures are pale, and objects are missing."""
+    rng = np.random.default_rng(999)
+    scenes = [Scene.draw(rng) for _ in range(10)]
+    pipe = load_pipeline()
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    contrast, seen = [], []
+    for unet in (few_step_unet, pipe.unet):
+        pipe.unet = unet
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(scenes))]
+        settings = dict(num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="np")
+        images = pipe([scene.caption for scene in scenes], **settings).images
+        contrast.append(images.std((1, 2)).mean())
+        seen.append([count_objects((image * 255).round().astype(np.uint8), scene) for image, scene in zip(images, scenes)])
+    assert contrast[0] > 1.4 * contrast[1]
+    assert all(seen[0])
 
 
 @torch.inference_mode()
@@ -154,10 +171,12 @@ def test_webui_reads_the_same_changes_of_the_same_layers(pipe, deltas, tmp_path)
 @pytest.fixture
 def recipe(tmp_path):
     """Four scenes of noise, and two stages of two steps."""
-    latents = torch.randn(4, 4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    latents, old = torch.randn(2, 4, 4, 4, 16, 16, generator=generator).half()
     for build in ("whole", "parts"):
         (tmp_path / build).mkdir()
-        torch.save(latents.half(), tmp_path / build / "latents.pt")
+        torch.save(latents, tmp_path / build / "latents.pt")
+        torch.save(old, tmp_path / build / "worn.pt")
     return train.Recipe(5, "anywhere", (64, 96, 88), 3, ((2, 1e-3, 1, False), (2, 1e-3, 1, True)), scenes=4)
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from evaluation.judges import Made, SceneJudge
-from evaluation.readers import CLASSES, CLOSE, WHOLE, Reader, close_up, labels, load, small, train, true_render
+from evaluation.readers import CLASSES, CLOSE, WHOLE, Reader, close_up, labels, small, train, true_render
 from training.scenes import COUNTS, LAYOUTS, SHAPES, Scene, object_mask
 from training.train import to_unit
 

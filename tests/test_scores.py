@@ -92,6 +92,8 @@ def test_a_report_is_made_of_scores_alone(build, tmp_path, monkeypatch, capsys):
     assert f" {COUNT} prompts, 50 steps".encode() in first["report.md"]
     assert scored(monkeypatch, tmp_path / "b", build) == first, "of the records beside the pictures"
     assert "not scored" not in capsys.readouterr().out, "again"
+    assert scored(monkeypatch, tmp_path / "b", build) == first
+    assert f"{COUNT * 4} pictures' scores are beside the report: they are not drawn" in capsys.readouterr().out
     shutil.rmtree(build)
     sheet = (tmp_path / "a/report/presets-4x.jpg").read_bytes()
     for name in WRITTEN[:2]:

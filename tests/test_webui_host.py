@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,7 +18,7 @@ from arguments import settings_of
 from readout import NODE, in_node
 from webui_fixtures import assert_as_before, assert_same, direct_run, refusal, said, snapshot, watch_calls
 
-from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.config import PRESETS, DemoFusionConfig
 from lib_demofusion.phases import flat_areas
 from lib_demofusion.saved import SavedPhase, read_saved
 
@@ -1088,8 +1089,8 @@ def test_fewer_arguments_have_the_forms_values(host):
 @pytest.mark.parametrize("surplus", ["", 0, False, None, "more", [1], {}])
 @pytest.mark.parametrize("more", [1, 2, 5])
 def test_one_argument_too_many_is_refused(host, calls, surplus, more):
-    args = [True, *(control.value for control in host.script.controls[1:20])]
-    line = f"it has 20 arguments, of which window is the last; got one more, {surplus!r}"
+    args = [True, *(control.value for control in host.script.controls[1 : len(host.webui.settings.ARGUMENTS)])]
+    line = f"it has 30 arguments, of which resize height is the last; got one more, {surplus!r}"
     assert_refused(host, calls, line, *args, *[surplus] * more)
     assert host.generate(False, *args[1:], surplus).sizes == [(8, 8)]
 
@@ -1097,7 +1098,7 @@ def test_one_argument_too_many_is_refused(host, calls, surplus, more):
 @pytest.mark.parametrize("position", range(1, 20))
 @pytest.mark.parametrize("value", [None, "", [2], {"a": 1}, "two", float("nan"), float("inf"), 10**400, -1, b"x"])
 def test_an_argument_of_another_kind_is_refused(host, calls, position, value):
-    args = [True, 2, *(control.value for control in host.script.controls[2:20])]
+    args = [True, 2, *(control.value for control in host.script.controls[2 : len(host.webui.settings.ARGUMENTS)])]
     if position == 16 and isinstance(value, str) or position == 18 and value == "":
         return  # a path; nothing
     args[position] = value
@@ -1382,6 +1383,7 @@ def test_a_preview_waits_until_the_decoder_is_whole_again(host, monkeypatch):
 
 
 FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12, "", 0]
+FULL += [5, "DPM++ 2M", "Karras", 2.5, 'a disc: "red",\nstriped', '"blue"', "Use same checkpoint", "Doubled", 160, 160]
 
 
 def pasted(host, text):
@@ -1394,9 +1396,10 @@ def test_the_form_has_every_argument_at_its_default(host):
     names = [control.elem_id.removeprefix("script_demofusion_") for control in host.script.controls]
     assert names == ["enable", *host.webui.settings.ARGUMENTS[1:], "end", "unread", "asked"]
     form = host.webui.settings.DemoFusionConfig.preset("Fast", scale=2.0)
+    others = {"enabled": False, "save_phases": False, "resume": "", "start_from": ""}
+    shown = host.webui.settings.shown
     values = {
-        name: getattr(form, name, default)
-        for name, default in zip(host.webui.settings.ARGUMENTS, [False] * 16 + ["", 0, "", 0])
+        name: others[name] if name in others else shown(name, getattr(form, name)) for name in host.webui.settings.ARGUMENTS
     }
     assert [control.value for control in host.script.controls] == [*values.values(), host.webui.settings.END, "", ""]
     assert [control.visible for control in host.script.controls[-3:]] == [False, False, False]
@@ -1462,6 +1465,13 @@ def test_the_browser_is_told_what_the_server_knows(host, at_call, clock):
     assert facts()["memory"]
 
 
+def shown_under(host, preset):
+    """What the form's controls that presets set show under one of them."""
+    settings = host.webui.settings
+    config = settings.DemoFusionConfig.preset(preset)
+    return [settings.shown(name, getattr(config, name)) for name in settings.PRESET_SETTINGS]
+
+
 @pytest.mark.skipif(not NODE, reason="needs node, to run the form's scripts")
 def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
     controls = dict(zip(host.webui.settings.ARGUMENTS, host.script.controls))
@@ -1470,14 +1480,12 @@ def test_choosing_a_preset_sets_the_controls_and_they_say_which_it_is(host):
     [(script, inputs, outputs)] = radio._events["input"]
     assert (inputs, outputs) == ([radio], shown)
     for name in host.webui.settings.PRESETS:
-        config = host.webui.settings.DemoFusionConfig.preset(name)
-        assert in_node(script, name) == [getattr(config, setting) for setting in host.webui.settings.PRESET_SETTINGS]
+        assert in_node(script, name) == shown_under(host, name)
     for control in shown:
         [(script, inputs, outputs)] = control._events["change"]
         assert (inputs, outputs) == (shown, [radio])
         for name in host.webui.settings.PRESETS:
-            config = host.webui.settings.DemoFusionConfig.preset(name)
-            values = [getattr(config, setting) for setting in host.webui.settings.PRESET_SETTINGS]
+            values = shown_under(host, name)
             assert in_node(script, *values) == name
         assert in_node(script, *values[:-1], 5.5) is None
 
@@ -1496,7 +1504,10 @@ def test_pasting_resets_what_is_the_papers(host):
     assert values == [
         True,
         2.0,
-        *(getattr(DemoFusionConfig(), name) for name in settings_of(host.webui, host.webui.settings.ARGUMENTS)[2:]),
+        *(
+            host.webui.settings.shown(name, getattr(DemoFusionConfig(), name))
+            for name in settings_of(host.webui, host.webui.settings.ARGUMENTS)[2:]
+        ),
     ]
 
 
@@ -1509,14 +1520,15 @@ def test_a_picture_from_before_there_were_hold_steps_keeps_its_look_when_it_is_p
 
 
 def test_pasting_from_an_image_without_it_only_unticks(host):
-    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 15, "", None, None, None]
+    after = len(host.webui.settings.ARGUMENTS) - 17
+    assert pasted(host, host.generate().infotexts[0]) == [False, *[None] * 15, "", *[None] * after]
 
 
 JUNK = ["abc", "", "nan", "inf", "1e9", "-1", "1e999", "2x2", "2, 3", '"', "None", "0x10", "1" + "0" * 400, "\u0663\u0664e"]
 
 
 @pytest.mark.parametrize("junk", JUNK)
-@pytest.mark.parametrize("name", list(DemoFusionConfig.__dataclass_fields__))
+@pytest.mark.parametrize("name", [f.name for f in fields(DemoFusionConfig) if not isinstance(f.default, str)])
 def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, calls, name, junk):
     label = host.webui.settings.CONFIG_FIELDS[name].metadata["label"]
     parameters = {"DemoFusion scale": "2", f"DemoFusion {label}": junk}
@@ -1529,7 +1541,10 @@ def test_what_a_picture_says_and_nobody_can_read_is_refused_in_one_line(host, ca
     default = DemoFusionConfig(scale=4.0 if name == "scale" else 2.0, hold_steps=0)
     assert settings_of(host.webui, args) == [
         True,
-        *(getattr(default, name) for name in settings_of(host.webui, host.webui.settings.ARGUMENTS)[1:]),
+        *(
+            host.webui.settings.shown(name, getattr(default, name))
+            for name in settings_of(host.webui, host.webui.settings.ARGUMENTS)[1:]
+        ),
     ]
     line = unread["value"]
     assert unread["visible"] is True
@@ -1665,7 +1680,7 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
     host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
     host.script_callbacks.before_ui_callback()
-    assert len(plot.axis_options) == 18
+    assert len(plot.axis_options) == 28
     axes = {axis.label: axis for axis in plot.axis_options}
 
     p = host.processing_for()
@@ -1677,13 +1692,13 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     assert (values["enabled"], values["scale"], values["phase_steps"], values["jitter"]) == (True, 2.0, 3, False)
 
     axes["[DemoFusion] preset"].apply(p, "Turbo", [])
-    assert axes["[DemoFusion] preset"].choices() == ["Paper", "Fast", "Turbo"]
+    assert axes["[DemoFusion] preset"].choices() == list(PRESETS)
     settings = host.webui.settings.read_settings(p.script_args[host.script.args_from : host.script.args_to])
     assert settings.config == host.webui.settings.DemoFusionConfig.preset("Turbo", scale=2.0)
 
     axes["[DemoFusion] preset"].apply(p, "Tubro", [])
     fake_webui.process_images(p)
-    assert p.extra_generation_params["DemoFusion refused"] == "no preset called 'Tubro'; there are: Paper, Fast, Turbo"
+    assert p.extra_generation_params["DemoFusion refused"] == f"no preset called 'Tubro'; there are: {', '.join(PRESETS)}"
 
 
 def test_the_plot_finds_our_script_by_what_it_is(host):

@@ -5,7 +5,7 @@ import math
 import torch
 from safetensors.torch import save_file
 
-LAYERS = ("to_q", "to_v", "q_proj", "v_proj")
+LAYERS = ("to_q", "to_v", "q_proj", "v_proj", "out_proj")
 
 
 def lora_layers(pipe, parts=("unet", "text_encoder")):

@@ -65,7 +65,7 @@ def snapshot(host):
     ]
     return {
         "model": {
-            name: (len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)), getattr(m, "padding_mode", None))
             for name, m in host.shared.sd_model.named_modules()
         },
         "weights": {name: value.clone() for name, value in host.shared.sd_model.state_dict().items()},

@@ -1,10 +1,11 @@
-"""Makes an LCM-LoRA for the embedded checkpoint, which stays as it is: scenes -> latents -> LoRA -> export.
+"""Makes an LCM-LoRA for the embedded checkpoint, which stays as it is: scenes -> latents, worn latents -> LoRA -> export.
 
     python -m training.train --recipe lcm
 
 With it 2 to 8 steps of the LCM sampler, without guidance, draw what 50 guided steps draw without it. It is latent
 consistency distillation (arXiv 2310.04378) of a LoRA alone (arXiv 2311.05556): the network is to say the same clean picture
-for two points of one path of the guided model, and at the path's end the point itself is the picture.
+for two points of one path of the guided model, and at the path's end the point itself is the picture. Paths start from
+noisy pictures; in the second stage half of these are worn, as a phase has them: with the detail that is to be added missing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, load_pipeline
-from training.tile import make_latents
-from training.train import CONTEXT, Log, Recipe, captions, descend, draw_views, follow, keep, make_scenes, unet_stage
+from training.tile import make_latents, make_worn
+from training.train import (
+    CONTEXT,
+    Log,
+    Recipe,
+    captions,
+    descend,
+    draw_views,
+    encoded,
+    follow,
+    keep,
+    make_scenes,
+    unet_stage,
+)
 
 LORA = EMBEDDED_CHECKPOINT / "lcm_lora.safetensors"
 RANK = 14
@@ -95,6 +108,13 @@ def guided_step(
     return share.sqrt() * as_picture(predicted, noisy, t, signal) + (1 - share).sqrt() * predicted
 
 
+def make_worn_latents(build: Path, recipe: Recipe) -> None:
+    """worn.pt: as latents.pt, of the worn views."""
+    vae = load_pipeline().vae
+    latents = encoded(vae, np.load(build / "worn.npy", mmap_mode="r"))
+    torch.save((latents * vae.config.scaling_factor).half(), build / "worn.pt")
+
+
 def make_lora(build: Path, recipe: Recipe) -> None:
     """Pseudo-Huber loss against what the LoRA's mean over its steps says one step further on the path."""
     torch.manual_seed(recipe.seed)
@@ -104,7 +124,7 @@ def make_lora(build: Path, recipe: Recipe) -> None:
     snr = signal / (1 - signal)
     model = adapted(unet, recipe.seed)
     rng = np.random.default_rng(recipe.seed + 1)
-    latents = torch.load(build / "latents.pt")
+    latents, old = (torch.load(build / name) for name in ("latents.pt", "worn.pt"))
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], betas=(0.9, 0.99), weight_decay=0.0)
     first, saved = 0, build / "lora_checkpoint.pt"
@@ -124,9 +144,13 @@ def make_lora(build: Path, recipe: Recipe) -> None:
     steps = sum(stage[0] for stage in recipe.stages)
     log = Log("lora", steps, first)
     for step in range(first, steps):
-        lr, reach = unet_stage(recipe, step)
+        lr, some_worn = unet_stage(recipe, step)
         index, t = rng.integers(0, recipe.scenes, recipe.batch), rng.integers(1, 1000, recipe.batch)
-        z = latents[index, draw_views(rng, t, reach)].float()
+        view = draw_views(rng, t, True)
+        z = latents[index, view].float()
+        if some_worn:
+            half = rng.random(recipe.batch) < 0.5
+            z[half] = old[index[half], view[half]].float()
         text, t = encode(captions(recipe, rng, index)), torch.from_numpy(t)
         before = (t - STRIDE).clamp(min=0)
         share = signal[t].view(-1, 1, 1, 1)
@@ -157,5 +181,7 @@ def export(build: Path, out: Path) -> None:
 STAGES = {
     "scenes": ("scenes.npy", make_scenes),
     "latents": ("latents.pt", make_latents),
+    "worn": ("worn.npy", make_worn),
+    "worn_latents": ("worn.pt", make_worn_latents),
     "lora": ("lora.safetensors", make_lora),
 }

@@ -44,8 +44,8 @@ class Recipe:
     """What a checkpoint is made from.
 
     layout: of the scenes (`scenes.render`). channels: of the UNet's three levels. stages: of the UNet's training: steps,
-    peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`), and of the LoRA's the same; of the
-    ControlNet's, whether some of the hints are worn (`tile.make_worn`). scenes: how many.
+    peak learning rate, warm-up, whether close-ups reach high noise (`draw_views`); of the ControlNet's and the LoRA's,
+    whether some of the hints or pictures are worn (`tile.make_worn`). scenes: how many.
     """
 
     seed: int
@@ -70,7 +70,7 @@ RECIPES = {
     ),
     "second": Recipe(1, "row", (48, 72, 64), 40, ((1_500, 1e-3, 300, False), (4_000, 1e-3, 100, True))),
     "tile": Recipe(2, "anywhere", (64, 96, 88), 48, ((1_800, 1e-3, 100, False), (600, 5e-4, 50, True)), scenes=4_000),
-    "lcm": Recipe(2, "anywhere", (64, 96, 88), 32, ((1_000, 2e-3, 50, True),), scenes=4_000),
+    "lcm": Recipe(2, "anywhere", (64, 96, 88), 32, ((1_000, 2e-3, 50, False), (400, 1e-3, 30, True)), scenes=4_000),
 }
 # Recipes with stages of their own: the module, which is made of what is here, and its name of where the result lies.
 MODULES = {"tile": ("training.tile", "CONTROLNET"), "lcm": ("training.lcm", "LORA")}

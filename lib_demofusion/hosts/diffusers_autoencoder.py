@@ -100,6 +100,13 @@ def encode(pipe: Any, image: Tensor, base: Size) -> Tensor:
     return _scaled(vae, latents).float()
 
 
+def as_image(picture: Any) -> Tensor:
+    """A PIL image, RGB, as [1, 3, H, W] in -1..1."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
 def encode_picture(pipe: Any, picture: Any, size: Size, base: Size) -> Tensor:
     """A PIL image, resized to (h, w) latent pixels, as latents [1, C, h, w]."""
     from PIL import Image

@@ -156,8 +156,12 @@ class Adapters:
         try:
             for network in self._before:
                 network.check_unmerged()
-            with small_suffix(path) as file, _quietly():
-                self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+            try:
+                with small_suffix(path) as file, _quietly():
+                    self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+            finally:
+                for network in self._before:
+                    network.loaded()
             layers = [layer for network in self._before for layer in _layers(network.network) if name in _adapters_in(layer)]
             if not layers:
                 raise ValueError("none of its layers has a place there")
@@ -187,8 +191,8 @@ class _Network:
         self.layers = {
             layer: (list(layer.active_adapters), dict(layer.scaling), layer.disable_adapters) for layer in _layers(network)
         }
-        # diffusers' and transformers' own records of LoRAs are among these.
         self.attributes = {key: dict(x) if key == "peft_config" else x for key, x in vars(network).items()}
+        self.came: list[str] = []
         self.training = {module: module.training for module in network.modules()}
         self.trained = {x: x.requires_grad for x in network.parameters()}
 
@@ -196,6 +200,10 @@ class _Network:
     def adapters(self) -> set[str]:
         """The names of those that it had."""
         return {name for layer in self.layers for name in _adapters_in(layer)}
+
+    def loaded(self) -> None:
+        """To be called after loading: what attributes came with it, the packages' own records. Others may come later."""
+        self.came = [key for key, x in vars(self.network).items() if x is not self.attributes.get(key)]
 
     def check_unmerged(self) -> None:
         if any(layer.merged for layer in self.layers):
@@ -220,9 +228,10 @@ class _Network:
                 layer.delete_adapter(name)
             layer.scaling.clear()
             layer.scaling.update(scaling)
-        for key in set(vars(self.network)) - set(self.attributes):
-            delattr(self.network, key)
-        vars(self.network).update(self.attributes)
+        for key in self.came:
+            del vars(self.network)[key]
+            if key in self.attributes:
+                vars(self.network)[key] = self.attributes[key]
         for module, training in self.training.items():
             module.training = training
         for x, trained in self.trained.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Cancelled
-from lib_demofusion.hosts.diffusers_autoencoder import decode, decode_latents, encode, encode_picture
+from lib_demofusion.hosts.diffusers_autoencoder import as_image, decode, decode_latents, encode, encode_picture
 from lib_demofusion.hosts.diffusers_checkpoints import device_of
 from lib_demofusion.hosts.diffusers_controlnet import Control, Controls
 from lib_demofusion.hosts.diffusers_lora import Adapters
@@ -203,7 +203,7 @@ class Run:
         if self.upscaler.images is None:
             own = encode_picture(pipe, self.given.picture, enlarged_size((h, w), 1, self.factor), self.plan.window)
             return self._copies(self.upscaler.latents(own, size))
-        image = self.upscaler.images(pipe.image_processor.preprocess(self.given.picture), self._pixels(size))
+        image = self.upscaler.images(as_image(self.given.picture), self._pixels(size))
         return self._copies(encode(pipe, image.clamp(-1, 1), self.plan.window))
 
     def _copies(self, latents: Tensor) -> Tensor:

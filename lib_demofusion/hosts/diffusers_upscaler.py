@@ -35,21 +35,21 @@ LATENT: dict[str, dict[str, Any]] = {  # how torch interpolates
 SUFFIXES = (".pth", ".safetensors")
 
 
-def lanczos(image: Tensor, size: Size) -> Tensor:
-    """An image [1, 3, h, w], resized to (H, W) by Pillow's Lanczos, without its rounding to bytes: [1, 3, H, W]."""
+def pillow(image: Tensor, size: Size, resampling: str) -> Tensor:
+    """An image [1, 3, h, w], resized to (H, W) as Pillow does it, without its rounding to bytes: [1, 3, H, W] on the CPU."""
     import numpy as np
     from PIL import Image
 
     channels = [Image.fromarray(channel.numpy()) for channel in image[0].float().cpu()]
-    resized = [np.array(channel.resize(size[::-1], Image.Resampling.LANCZOS)) for channel in channels]
+    resized = [np.array(channel.resize(size[::-1], Image.Resampling[resampling])) for channel in channels]
     return torch.from_numpy(np.stack(resized))[None]
 
 
-def _nearest(image: Tensor, size: Size) -> Tensor:
-    return F.interpolate(image, size=size, mode="nearest-exact")
-
-
-IMAGES: dict[str, Callable[[Tensor, Size], Tensor]] = {"Lanczos": lanczos, "Bicubic": BICUBIC.images, "Nearest": _nearest}
+IMAGES: dict[str, Callable[[Tensor, Size], Tensor]] = {
+    "Lanczos": partial(pillow, resampling="LANCZOS"),
+    "Bicubic": BICUBIC.images,
+    "Nearest": partial(pillow, resampling="NEAREST"),
+}
 UPSCALERS = (*LATENT, *IMAGES)
 
 
@@ -122,7 +122,7 @@ def _enlarge(network: Any, cancelled: Callable[[], bool], image: Tensor, size: S
     while any(side < wanted for side, wanted in zip(image.shape[-2:], size)):
         image = _in_tiles(network, cancelled, image)
     if tuple(image.shape[-2:]) != tuple(size):
-        image = lanczos(image, size)
+        image = IMAGES["Lanczos"](image, size)
     return image * 2 - 1
 
 

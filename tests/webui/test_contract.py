@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import inspect
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from webui_host import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
 import fake_webui  # noqa: E402
+from test_form import TEXTS  # noqa: E402
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -75,8 +78,10 @@ def params(script_callbacks):
 
 def control(gradio, kind):
     with getattr(gradio, "Blocks", fake_webui.Row)():
-        if kind == "radio":
-            return gradio.Radio(["a", "b"], value="a", label="letter")
+        if kind in ("radio", "dropdown"):
+            return {"radio": gradio.Radio, "dropdown": gradio.Dropdown}[kind](["a", "b"], value="a", label="letter")
+        if kind == "textbox":
+            return gradio.Textbox("a", lines=2, label="text", elem_classes=["prompt"])
         if callable(kind):
             return kind("x", elem_id="button")
         return gradio.Slider(0, 1, 0.5, label="number") if kind == "slider" else gradio.Checkbox(True, label="flag")
@@ -110,6 +115,8 @@ OBJECTS = {
     "script": lambda m: m["scripts"].Script(),
     "scripts": lambda m: m["scripts"].ScriptRunner(),
     "radio": lambda m: control(m["gradio"], "radio"),
+    "dropdown": lambda m: control(m["gradio"], "dropdown"),
+    "textbox": lambda m: control(m["gradio"], "textbox"),
     "slider": lambda m: control(m["gradio"], "slider"),
     "checkbox": lambda m: control(m["gradio"], "checkbox"),
 }
@@ -156,3 +163,46 @@ def test_the_fakes_noise_levels_are_the_hosts(host):
     theirs = host.sd_samplers.create_sampler("DDIM", host.shared.sd_model).get_timesteps(p, 7)
     ours = fake_webui.create_sampler("DDIM", fake_webui.shared.sd_model).get_timesteps(None, 7)
     assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_comes_back_from_the_hosts_parameters(host, text):
+    p = job(host.processing)
+    p.setup_prompts()
+    p.all_seeds = p.all_subseeds = [1]
+    settings = host.webui.settings
+    config = settings.DemoFusionConfig(scale=2.0, **dict.fromkeys(settings.TEXTS, text))
+    settings.describe(p, config, 2.0)
+    written = host.processing.create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds)
+    values, unread = settings.read_pasted(host.infotext_utils.parse_generation_parameters(written))
+    assert unread == ""
+    assert {name: values[name] for name in settings.TEXTS} == dict.fromkeys(settings.TEXTS, text)
+
+
+def guide(heading):
+    """A section of docs/webui.md."""
+    return (ROOT / "docs" / "webui.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_the_guide_has_all_that_hires_fix_lets_one_choose(host):
+    blocks = {block.elem_id: block for block in host.shared.demo.blocks.values() if block.elem_id}
+
+    def labels(block):
+        own = getattr(block, "label", None) if not hasattr(block, "children") else None
+        return {own} | {label for child in getattr(block, "children", ()) for label in labels(child)}
+
+    theirs = labels(blocks["txt2img_hr"]) - {None, "Upscaled resolution", "Hires. fix"}
+    said = guide("A second pass of its own")
+    assert {label for label in theirs if not re.search(rf"[|,] {re.escape(label)}( \||,)", said)} == set()
+    assert "Hires sampling method" in theirs
+
+
+def test_the_arguments_can_be_made_by_the_forms_labels(host):
+    """As the guide does it, in its own lines."""
+    [code] = re.findall(r"form's labels:\s+```python\n(.+?)```", guide("API"), re.DOTALL)
+    requests = SimpleNamespace(get=lambda address: host.client.get(address.removeprefix("http://127.0.0.1:7860")))
+    payload = {"alwayson_scripts": {"DemoFusion Upscale": {}}}
+    exec(code, {"requests": requests, "payload": payload})
+    config = host.webui.settings.read_settings(payload["alwayson_scripts"]["DemoFusion Upscale"]["args"]).config
+    changed = dict(most_phase_steps=8, phase_sampler="LCM", phase_cfg_scale=1)
+    assert config == host.webui.settings.DemoFusionConfig.preset("Fast", scale=2.0, **changed)

@@ -66,11 +66,10 @@ def untiled(p: Any) -> Iterator[None]:
 
 
 def wrap_around(enable: bool) -> None:
-    """Whether the loaded model's convolutions wrap around. The host knows the layers of the model that it has built last."""
+    """Whether the loaded model's convolutions wrap around; the host goes by the layers of the model that it has built last."""
+    model_hijack.layers = list(shared.sd_model.modules())
+    model_hijack.circular_enabled = not enable
     model_hijack.apply_circular(enable)
-    for layer in shared.sd_model.modules():
-        if type(layer) is torch.nn.Conv2d:
-            layer.padding_mode = "circular" if enable else "zeros"
 
 
 def native_side() -> float:

@@ -17,12 +17,13 @@ from lib_demofusion.hosts.webui import a1111, controlnet, neighbours
 from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.checks import plan_for, reached, read_resumed, settings_for
 from lib_demofusion.hosts.webui.decoding import decode, may_use_tiles
-from lib_demofusion.hosts.webui.phases import Phases, stopped
+from lib_demofusion.hosts.webui.phases import Phases
 from lib_demofusion.hosts.webui.picture import Start
 from lib_demofusion.hosts.webui.progress import BaseHooks, Progress
 from lib_demofusion.hosts.webui.second_pass import SecondPass
 from lib_demofusion.hosts.webui.settings import NAME, Settings, describe, say, write_down
 from lib_demofusion.hosts.webui.step import PhaseHooks
+from lib_demofusion.hosts.webui.upscalers import stopped
 from lib_demofusion.memory import OutOfMemory, is_out_of_memory
 from lib_demofusion.phases import Phase, Plan, upscale
 from lib_demofusion.saved import SavedPhase

@@ -19,15 +19,11 @@ from lib_demofusion.hosts.webui.samplers import SAMPLERS
 from lib_demofusion.hosts.webui.second_pass import SecondPass
 from lib_demofusion.hosts.webui.settings import NAME
 from lib_demofusion.hosts.webui.step import PhaseHooks
-from lib_demofusion.hosts.webui.upscalers import upscaler_for
+from lib_demofusion.hosts.webui.upscalers import stopped, upscaler_for
 from lib_demofusion.memory import ViewBatch
 from lib_demofusion.phases import Phase, Plan, Upscaler, clock_time, enlarge, fusion_for
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size
-
-
-def stopped() -> bool:
-    return shared.state.interrupted or shared.state.skipped
 
 
 class Phases:

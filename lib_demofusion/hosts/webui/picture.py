@@ -17,7 +17,7 @@ from lib_demofusion.hosts.webui import a1111
 from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.decoding import encode, encoding
 from lib_demofusion.hosts.webui.settings import PICTURE
-from lib_demofusion.hosts.webui.upscalers import is_latent, pixels_of, resized, upscaler_for
+from lib_demofusion.hosts.webui.upscalers import is_latent, pixels_of, resized, stopped, upscaler_for
 from lib_demofusion.original import Original
 from lib_demofusion.phases import enlarge, flat_areas
 from lib_demofusion.views import Size
@@ -162,7 +162,7 @@ class Start:
         known = self._enlarged.get(place)
         if known is None or known.size != (width, height):
             known = resized(image, width, height, self.upscaler, mode)
-            if not (shared.state.interrupted or shared.state.skipped):  # when the upscaler may have stopped halfway
+            if not stopped():
                 self._enlarged[place] = known
         return known
 

@@ -108,7 +108,8 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
     if not enabled and not selected_in(args):
         return None
     if more and more[0] != END:
-        raise ValueError(f"it has {len(ARGUMENTS)} arguments, of which {ARGUMENTS[-1]} is the last; got one more, {more[0]!r}")
+        last = ARGUMENTS[-1].replace("_", " ")
+        raise ValueError(f"it has {len(ARGUMENTS)} arguments, of which {last} is the last; got one more, {more[0]!r}")
     if len(more) > 1 and more[1]:
         raise ValueError(more[1])
     if not isinstance(resume, str):

@@ -41,6 +41,11 @@ def is_latent(name: str) -> bool:
     return name in shared.latent_upscale_modes
 
 
+def stopped() -> bool:
+    """Whether the user wants no more of this; upscalers stop halfway then, and so may give back what they were given."""
+    return shared.state.interrupted or shared.state.skipped
+
+
 def upscaler_for(name: str) -> Upscaler | None:
     """What enlarges a phase; None: what the settings say without a name."""
     if not name:
@@ -52,7 +57,7 @@ def upscaler_for(name: str) -> Upscaler | None:
     def enlarged(image: Tensor, size: Size) -> Tensor:
         pixels = image[0].float().add(1).mul(127.5).clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()
         made = resized(Image.fromarray(pixels), size[1], size[0], name)
-        if shared.state.interrupted or shared.state.skipped:  # it may have stopped halfway
+        if stopped():
             raise Cancelled
         return pixels_of(made).to(image.device)
 
@@ -62,7 +67,8 @@ def upscaler_for(name: str) -> Upscaler | None:
 def resized(image: Any, width: int, height: int, name: str, mode: int = 0) -> Any:
     """A PIL image, RGB, at another size by an upscaler of the host's, in one of the host's resize modes.
 
-    Raises RuntimeError, one line, where the upscaler fails: the host itself goes on without it then.
+    Raises RuntimeError, one line, where the upscaler fails: the host itself goes on without it then. Where it was stopped,
+    what comes back may be anything.
     """
     scaler = next((known.scaler for known in shared.sd_upscalers if known.name == name), None)
     failed = []
@@ -83,7 +89,7 @@ def resized(image: Any, width: int, height: int, name: str, mode: int = 0) -> An
         if is_out_of_memory(error):
             raise OutOfMemory(f"out of memory in the upscaler {name}; another one or a smaller scale needs less") from error
         raise RuntimeError(f"the upscaler {name} says: {first_line(error)}") from error
-    if failed:
+    if failed and not stopped():
         raise RuntimeError(f"the upscaler {name} could not be loaded, as the console says; choose another")
     return made
 
