@@ -290,8 +290,9 @@ def main() -> None:
     given = [args.inception, args.clip, args.captions, args.real]
     if any(given) and not all(given):
         asked.error("--inception, --clip, --captions and --real belong together")
-    if args.model and any(TABLES[title].embedded for title in args.tables or ()):
-        asked.error("the table Control is of the embedded checkpoint, which its ControlNet is for; leave --model out")
+    embedded = [title for title in args.tables or () if TABLES[title].embedded]
+    if args.model and embedded:
+        asked.error(f"the table {embedded[0]} is of the embedded checkpoint and what was trained for it; leave --model out")
     if args.openvino and (args.device, args.dtype) != ("cpu", "float32"):
         asked.error("--openvino is for a CPU, and has a dtype of its own; leave --device and --dtype out")
     told = [name for name in DRAWING if getattr(args, name)]

@@ -18,6 +18,7 @@ from evaluation.judges import Made, PhotoJudge, SceneJudge
 from evaluation.methods import (
     ABLATION,
     CONTROL,
+    FEW_STEPS,
     HELD,
     METHODS,
     PICTURES,
@@ -26,6 +27,7 @@ from evaluation.methods import (
     Job,
     Method,
     Picture,
+    few_step_pipeline,
     make_job,
     tile_controlnet,
 )
@@ -114,6 +116,13 @@ TABLES = {
         "Fast",
         ("16x",),
         apart={name: "Turbo" for name in CONTROL if name.startswith("Turbo")},
+        embedded=True,
+    ),
+    "Few steps": Table(
+        FEW_STEPS,
+        "Turbo as it was until version 0.8, 18 steps of which the last 7 are run, against fewer and later ones, and against "
+        "few-step weights without guidance in the phases: the embedded checkpoint's LCM-LoRA.",
+        "Fast, 18 steps",
         embedded=True,
     ),
 }
@@ -205,6 +214,7 @@ def _pipe():
 
         compile_unet(pipe.unet)
         compile_controlnet(tile_controlnet(pipe))
+        compile_unet(few_step_pipeline().unet)
     return pipe
 
 

@@ -24,9 +24,18 @@ from benchmarks.measure import base_alone
 from evaluation import upscaler
 from lib_demofusion import schedule
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.diffusers import Control, Incomplete, Result, generate, load_controlnet
+from lib_demofusion.hosts.diffusers import (
+    EMBEDDED_CHECKPOINT,
+    Control,
+    Incomplete,
+    Result,
+    generate,
+    load_controlnet,
+    load_pipeline,
+)
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import local_views
+from training.lcm import LORA
 from training.tile import CONTROLNET
 
 CFG_SCALE = 7.5
@@ -117,6 +126,16 @@ def tile_controlnet(pipe):
     return load_controlnet(CONTROLNET, pipe)
 
 
+@functools.cache
+def few_step_pipeline():
+    """The embedded checkpoint with its LCM-LoRA in its weights, loaded once."""
+    pipe = load_pipeline(EMBEDDED_CHECKPOINT)
+    pipe.load_lora_weights(LORA.parent, weight_name=LORA.name)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    return pipe
+
+
 def _following(job: Job, control: tuple[float, float], made: dict) -> Result:
     """Phase by phase, each with the tile ControlNet shown the one before; the base without."""
     net, (scale, end) = tile_controlnet(job.pipe), control
@@ -145,18 +164,24 @@ def demofusion(
     dilated: bool = True,
     preset: str = "Paper",
     control: tuple[float, float] | None = None,
+    few_step: bool = False,
     **settings,
 ) -> Method:
-    """control: scale and end of the tile ControlNet, which is shown the phase before; none without."""
+    """control: scale and end of the tile ControlNet, which is shown the phase before; none without. few_step: the phases
+    have the LCM-LoRA."""
     config = DemoFusionConfig.preset(preset, view_batch_size=16, **settings)
     changed = {key: value for key, value in config.to_infotext().items() if not key.endswith(("scale", "batch size"))}
     if control:
         changed["control"] = control
+    if few_step:
+        changed["few_step"] = few_step
     tag = f"-{zlib.crc32(str(changed).encode()):08x}" if changed else ""
 
     def run(job: Job) -> tuple[Image.Image, float]:
         own = replace(config, scale=float(job.scale))
         base = dict(image=job.base) if job.window else dict(height=job.base.height, width=job.base.width)
+        if few_step:
+            base["phase_pipe"] = few_step_pipeline()
         made = dict(config=own, seed=job.seed, steps=job.steps, cfg_scale=CFG_SCALE, **base)
         with only(progressive, skip_residual, dilated):
             result = _following(job, control, made) if control else generate(job.pipe, job.caption, **made)
@@ -292,6 +317,15 @@ STEPS: dict[str, Method] = {
     for preset, counts in {"Paper": (50, 30, 20, 12, 8), "Fast": (50, 18, 8, 4)}.items()
     for steps in counts
     for hold in (50, 0)
+}
+# Fewer steps of the phases; a denoising strength of 0.3 begins them at t = 300, 0.33 of 12 steps at 333.
+LATE = dict(preset="Few-step", few_step=True)
+FEW_STEPS: dict[str, Method] = {
+    "Fast, 18 steps": demofusion(preset="Fast", phase_steps=18),
+    "Turbo": PRESETS["Turbo"],
+    "Turbo, 4 of 12 steps": demofusion(preset="Turbo", most_phase_steps=12, denoising_strength=0.33),
+    "Few-step": demofusion(**LATE),
+    "Few-step, LCM": demofusion(**LATE, phase_sampler="LCM"),
 }
 # The paper's table 1, what users of the WebUI do today, and the presets beside them.
 METHODS: dict[str, Method] = {

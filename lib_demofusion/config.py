@@ -14,7 +14,16 @@ _FAST: dict[str, Any] = dict(denoising_strength=0.4, doubling=True, pixel_upsamp
 PRESETS: dict[str, dict[str, Any]] = {
     "Paper": {},
     "Fast": _FAST,
-    "Turbo": {**_FAST, "most_phase_steps": 18},
+    "Turbo": {**_FAST, "most_phase_steps": 10, "denoising_strength": 0.3, "phase_schedule": "SGM Uniform"},
+    # Of few-step weights, which need no guidance: an LCM, Lightning or DMD2 LoRA in the phases, or such a checkpoint.
+    "Few-step": {
+        **_FAST,
+        "most_phase_steps": 10,
+        "denoising_strength": 0.3,
+        "phase_schedule": "SGM Uniform",
+        "phase_sampler": "Euler",
+        "phase_cfg_scale": 1.0,
+    },
 }
 
 

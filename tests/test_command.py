@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import save_file
 from tiny import tiny_controlnet, tiny_pipeline
+from tiny_files import tiny_lora
 
 import lib_demofusion
 from lib_demofusion import __version__, job
@@ -294,7 +295,7 @@ def test_what_cannot_be_resumed(run, tmp_path, capsys):
         (["ring", "--size", "128x128", "--scale", "3"], "give --size or --scale, not both"),
         (["ring", "--size", "64x64"], "scale must be above 1"),
         (["ring", "--stride", "60"], "stride must be above 0 and at most 1, got 60"),
-        (["ring", "--preset", "slow"], "no preset called 'slow'; there are: Paper, Fast, Turbo"),
+        (["ring", "--preset", "slow"], "no preset called 'slow'; there are: Paper, Fast, Turbo, Few-step"),
         (["red " * 100], "the prompt is too long: 100 tokens, 75 at most"),
         (["ring", "--negative-prompt", "red " * 100], "the negative prompt is too long"),
         (["ring", "--sampler", "Euler b"], "no sampler called 'Euler b'"),
@@ -507,7 +508,10 @@ def saved_phase(path, text, latents=(1, 4, 16, 16), base=(1, 4, 8, 8), number=2)
             ]
         ),
         (dict(lora=["x.safetensors"]), "its lora has 'x.safetensors', which is no file with a weight"),
-        (dict(phase_lora=[["x.safetensors", "1"]]), r"its phase lora has \['x.safetensors', '1'\], which is no file with a weight"),
+        (
+            dict(phase_lora=[["x.safetensors", "1"]]),
+            r"its phase lora has .*, '1'\], which is no file with a weight",
+        ),
         (dict(lora=[["x.safetensors", True]]), "its lora has .*, which is no file with a weight"),
         (dict(lora=[["/nowhere/x.safetensors", 1]]), "no such LoRA: /nowhere/x.safetensors"),
         (dict(resize_width=64), "its settings have resize_width, which this version does not know"),
@@ -1280,3 +1284,327 @@ def test_a_controlnet_is_refused_before_the_model_is_loaded_and_is_the_files_whe
     for more in (["--controlnet", net], ["--control-image", edges], ["--control-scale", "1"], ["--control-type", "depth"]):
         assert main(["--resume", str(saved), "-o", str(tmp_path / "again.png"), *more]) == 2
         assert f"--resume takes {more[0][2:].replace('-', ' ')} from the file; leave that out" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- the phases' own settings
+
+
+@pytest.fixture(scope="session")
+def files(model, tmp_path_factory):
+    """A checkpoint of the model's kind, one of another, and two LoRAs, one with a name that the WebUI cannot have."""
+    folder = tmp_path_factory.mktemp("files")
+    pipe = tiny_pipeline("sd15")
+    ink = tiny_lora(folder / "ink.v1.safetensors", pipe)
+    few = tiny_lora(folder / "few<steps>.safetensors", pipe, ("unet",), seed=1)
+    with torch.no_grad():
+        for x in pipe.unet.parameters():
+            x.mul_(1.1)
+    pipe.save_pretrained(folder / "tiny-other")
+    tiny_pipeline("sdxl").save_pretrained(folder / "tiny-sdxl")
+    return {"ink": ink, "few": few, "other": folder / "tiny-other", "sdxl": folder / "tiny-sdxl"}
+
+
+def parameters(path):
+    """(prompt, settings) of a picture, as the WebUI reads them."""
+    with Image.open(path) as image:
+        *prompt, last = image.info["parameters"].split("\n")
+    pairs = re.findall(r'\s*([\w /-]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    return "\n".join(prompt), {key: json.loads(value) if value.startswith('"') else value for key, value in pairs}
+
+
+def all_of_them(files):
+    """Arguments of a second pass with everything that it can have."""
+    args = ["--phase-sampler", "LCM", "--phase-schedule", "sgm uniform", "--phase-cfg-scale", "1", "--upscaler", "lanczos"]
+    args += [
+        "--phase-prompt",
+        "three (blue) stars, glowing",
+        "--phase-negative-prompt",
+        "a [plain] disc",
+        "--schedule",
+        "karras",
+    ]
+    args += ["--phase-model", str(files["other"]), "--lora", f"{files['ink']}:0.5", "--phase-lora", str(files["few"])]
+    return [*args, "--schedule", "karras", "--most-phase-steps", "2"]
+
+
+def test_what_a_second_pass_was_made_with_is_in_the_picture_as_the_webui_reads_it(run, files):
+    code, out, err, path = run("one red (ring)", "--scale", "2", "--seed", "7", *all_of_them(files))
+    assert code == 0, err
+    prompt, values = parameters(path)
+    assert prompt == r"one red \(ring\) <lora:ink.v1:0.5>"
+    assert values["Schedule type"] == "Karras"
+    method = {key.removeprefix("DemoFusion "): value for key, value in values.items() if key.startswith("DemoFusion ")}
+    assert method == {
+        "scale": "2",
+        "hold steps": "50",
+        "most phase steps": "2",
+        "phase sampler": "LCM",
+        "phase schedule": "SGM Uniform",
+        "phase CFG scale": "1",
+        "phase prompt": r"three \(blue\) stars, glowing <lora:ink.v1:0.5> <lora:few_steps_:1>",
+        "phase negative prompt": r"a \[plain\] disc",
+        "phase checkpoint": "tiny-other",
+        "upscaler": "Lanczos",
+    }
+    config = DemoFusionConfig.from_infotext(values)
+    assert (config.phase_sampler, config.phase_cfg_scale, config.upscaler) == ("LCM", 1.0, "Lanczos")
+    assert f"{path}: {2 * 3 + 2 * 13:,} model calls" in out, "three guided steps, and two without guidance of 13 views"
+
+
+@pytest.mark.parametrize(
+    ("args", "prompt", "phases"),
+    [
+        ([], "ring", None),
+        (["--lora", "INK"], "ring <lora:ink.v1:1>", None),
+        (["--phase-lora", "INK:0.25"], "ring", "<lora:ink.v1:0.25>"),
+        (["--lora", "INK:-2", "--phase-lora", "FEW"], "ring <lora:ink.v1:-2>", "<lora:few_steps_:1>"),
+        (["--phase-prompt", "star"], "ring", "star"),
+        (["--phase-prompt", "star", "--lora", "INK"], "ring <lora:ink.v1:1>", "star <lora:ink.v1:1>"),
+    ],
+)
+def test_loras_are_written_as_the_webui_has_them_in_prompts(files, args, prompt, phases):
+    """There LoRAs alone are added to the base's prompt, and any other prompt takes its place, LoRAs included."""
+    args = parse(["ring", *(arg.replace("INK", str(files["ink"])).replace("FEW", str(files["few"])) for arg in args)])
+    config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in METHOD})
+    own, changed = job.webui_prompts(args, config)
+    assert own == prompt
+    assert changed.phase_prompt == (phases or "")
+
+
+def test_the_base_is_told_without_the_phases_settings(run, files):
+    *_, path = run("one red ring", "--scale", "2", "--save-phases", *all_of_them(files))
+    prompt, values = parameters(path.with_name("out-phase1.png"))
+    assert prompt == "one red ring <lora:ink.v1:0.5>"
+    assert not [key for key in values if key.startswith("DemoFusion")]
+    assert values["Schedule type"] == "Karras"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_second_pass_goes_on_from_a_saved_phase(run, files, tmp_path, monkeypatch, number):
+    monkeypatch.chdir(files["ink"].parent)
+    args = [arg.replace(f"{files['ink'].parent}/", "") for arg in all_of_them(files)]
+    code, _, err, path = run("one red ring", "--scale", "3", "--save-phases", *args)
+    assert code == 0, err
+    monkeypatch.chdir("/")
+    again = tmp_path / "again.png"
+    assert main(["--resume", str(tmp_path / f"out-phase{number}.safetensors"), "-o", str(again)]) == 0
+    with Image.open(path) as a, Image.open(again) as b:
+        assert (a.tobytes(), a.info) == (b.tobytes(), b.info)
+
+
+def test_each_setting_of_a_second_pass_makes_another_picture_of_the_same_base(run, files):
+    def pictures(*args):
+        code, _, err, path = run("one red ring", "--scale", "2", "--save-phases", *args)
+        assert code == 0, err
+        return [Image.open(p).tobytes() for p in (suffixed(path, "phase1"), path)]
+
+    plain = pictures()
+    for args in (
+        ["--phase-sampler", "LCM"],
+        ["--phase-schedule", "Karras"],
+        ["--phase-cfg-scale", "2"],
+        ["--phase-prompt", "three blue stars"],
+        ["--phase-negative-prompt", "three blue stars"],
+        ["--phase-model", str(files["other"])],
+        ["--phase-lora", str(files["ink"])],
+        ["--upscaler", "Nearest"],
+        ["--upscaler", "Latent (nearest-exact)"],
+    ):
+        base, last = pictures(*args)
+        assert base == plain[0], args
+        assert last != plain[1], args
+    assert (
+        pictures("--phase-sampler", "EulerDiscreteScheduler", "--phase-cfg-scale", "7.5", "--phase-prompt", "one red ring")
+        == plain
+    )
+    assert pictures("--lora", str(files["ink"]))[0] != plain[0]
+    assert pictures("--schedule", "Karras")[0] != plain[0]
+
+
+def test_a_given_picture_is_made_by_the_phases_model_alone(given, files, tmp_path):
+    args = ["--phase-prompt", "blue star", "--upscaler", "Lanczos"]
+    *_, whole = given("ring", *args, "--model", str(files["other"]))
+    pixels = Image.open(whole).tobytes()
+    code, _, err, path = given(
+        "ring", *args, "--model", "/nowhere/no-model", "--phase-model", str(files["other"]), "--save-phases"
+    )
+    assert code == 0, err
+    assert Image.open(path).tobytes() == pixels
+    [saved] = path.parent.glob("*-phase2.safetensors")
+    assert main(["--resume", str(saved), "-o", str(tmp_path / "again.png")]) == 0
+    assert Image.open(tmp_path / "again.png").tobytes() == pixels
+
+
+def test_ctrl_c_in_a_second_pass_saves_the_phase_before(run, files, monkeypatch):
+    predict, seen = Fusion.predict, []
+
+    def press(fusion, *args):
+        seen.append(fusion.phase)
+        if seen.count(3) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return predict(fusion, *args)
+
+    monkeypatch.setattr(Fusion, "predict", press)
+    code, _, err, path = run("one red ring", "--scale", "3", *all_of_them(files))
+    assert code == 130
+    assert err.splitlines()[-1] == f"demofusion: stopped; the last finished phase, 2 of 3, is in {path}"
+    assert parameters(path)[1]["DemoFusion phase checkpoint"] == "tiny-other"
+
+
+def test_the_plan_counts_both_models_and_the_loras(run, files):
+    lines = []
+    for args in ([], ["--phase-model", str(files["other"])], ["--lora", str(files["ink"]), "--upscaler", "Latent"]):
+        code, out, _, path = run("one red ring", "--plan", *args)
+        assert code == 0
+        assert not path.exists()
+        lines.append(out.splitlines()[-1])
+    assert lines[1].endswith("for the base image alone; both models are held all the time")
+    assert not lines[0].endswith("all the time")
+    plain, both, _ = ([int(size) for size in re.findall(r"(\d+) MiB", line)] for line in lines)
+    assert both[0] >= plain[0]
+
+
+def test_the_plan_counts_the_phases_own_calls(run):
+    args = ["one red ring", "--plan", "--scale", "2", "--sampler", "Heun", "--phase-sampler", "LCM", "--phase-cfg-scale", "1"]
+    code, out, _, _ = run(*args, "--most-phase-steps", "2")
+    assert code == 0
+    assert [line.split() for line in out.splitlines()[1:-1]] == [
+        ["1", "64x64", "3", "1", "10"],
+        ["2", "128x128", "2", "9", "+", "4", "26"],
+        ["all", "36"],
+    ]
+
+
+@pytest.mark.parametrize("cfg", ["1", "7"])
+@pytest.mark.parametrize("sampler", ["Euler", "Heun", "LCM", "UniPC"])
+@pytest.mark.parametrize("steps", ["2", "8", "30"])
+def test_each_preset_asks_the_model_no_more_often_than_the_one_before(model, capsys, steps, sampler, cfg):
+    calls = []
+    for preset in ("Turbo", "Fast", "Paper"):
+        args = [
+            "ring",
+            "--model",
+            model,
+            "--device",
+            "cpu",
+            "--plan",
+            "--preset",
+            preset,
+            "--steps",
+            steps,
+            "--phase-cfg-scale",
+            cfg,
+        ]
+        assert main([*args, "--phase-sampler", sampler]) == 0
+        calls.append(int(capsys.readouterr().out.splitlines()[-2].split()[-1].replace(",", "")))
+    assert calls == sorted(calls)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--schedule", "Cosine"], "no schedule called 'Cosine'; there are: Automatic, Uniform, Karras"),
+        (["--phase-schedule", "Cosine"], "no schedule called 'Cosine'; there are: Automatic"),
+        (["--phase-sampler", "Euler b"], "no sampler called 'Euler b'; there are: Euler"),
+        (
+            ["--sampler", "DDIM", "--schedule", "Karras"],
+            "DDIM of diffusers .* has no schedule Karras; it has: Automatic, Uniform",
+        ),
+        (["--phase-sampler", "LCM", "--phase-schedule", "Beta"], "LCM of diffusers .* has no schedule Beta; it has: Automatic"),
+        (["--phase-cfg-scale", "0.5"], "phase CFG scale must be 0, as the base's, or at least 1, got 0.5"),
+        (["--phase-cfg-scale", "nan"], "phase CFG scale must be from 0 to 30, got nan"),
+        (["--most-phase-steps", "-1"], "most phase steps must be from 0 to 1000, got -1"),
+        (["--phase-prompt", "(red:1.2)"], r"the phase prompt has '\(red:1.2\)', which only the WebUI understands"),
+        (["--phase-prompt", "red " * 76], "the phase prompt is too long: 76 tokens, 75 at most"),
+        (["--phase-negative-prompt", "a\0"], "the phase negative prompt has a control character, U.0000"),
+        (["--phase-model", "/nowhere/x"], "no such checkpoint: /nowhere/x"),
+        (
+            ["--phase-model", "SDXL"],
+            "the phases' checkpoint is of another kind than the base's: its UNet's addition_embed_type is",
+        ),
+        (["--upscaler", "ESRGAN"], "no upscaler called 'ESRGAN'; there are: Latent, "),
+        (["--upscaler", "/nowhere/4x.pth"], "no such upscaler: /nowhere/4x.pth"),
+        (["--lora", "/nowhere/x.safetensors"], "no such LoRA: /nowhere/x.safetensors"),
+        (["--phase-lora", "/nowhere/x.safetensors:0.4"], "no such LoRA: /nowhere/x.safetensors$"),
+        (["--lora", "INK:strong"], "argument --lora: the weight of .*ink.v1.safetensors must be a number, got strong"),
+        (["--phase-lora", "INK:nan"], "argument --phase-lora: the weight of .* must be a number, got nan"),
+        (["--lora", "INK:"], "argument --lora: the weight of .* must be a number, got none"),
+        (["--lora", ""], "argument --lora: the LoRA has no name"),
+        (["--lora", ":1"], "argument --lora: the LoRA has no name"),
+        (
+            ["--lora", "INK", "--phase-lora", "INK:2"],
+            "the LoRA .*ink.v1.safetensors is given twice; give it once, with the weight",
+        ),
+        (["--lora", "INK", "--phase-model", "SDXL"], "of another kind than the base's"),
+        (
+            ["--lora", "SDXL/unet/diffusion_pytorch_model.safetensors"],
+            "cannot be used as a LoRA: it is none: none of its tensors",
+        ),
+        (["--resize-width", "640"], "unrecognized arguments: --resize-width 640"),
+    ],
+)
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+def test_what_a_second_pass_cannot_have_is_refused(run, files, args, says, plan):
+    places = {"INK": str(files["ink"]), "SDXL": str(files["sdxl"])}
+    for name, place in places.items():
+        args = [arg.replace(name, place) for arg in args]
+    code, _, err, path = run("ring", *args, *plan)
+    refused(code, err, says, path)
+
+
+def test_a_lora_for_another_kind_of_checkpoint_is_refused(run, tmp_path):
+    file = tiny_lora(tmp_path / "xl.safetensors", tiny_pipeline("sdxl"), ("unet",))
+    code, _, err, path = run("ring", "--phase-lora", str(file))
+    refused(
+        code,
+        err,
+        "the LoRA .*xl.safetensors does not fit this checkpoint: its layers are of other sizes",
+        path.with_name("o.png"),
+    )
+
+
+def test_words_of_the_phases_that_the_embedded_checkpoint_does_not_know_are_named(tmp_path, capsys):
+    for option in ("--phase-prompt", "--phase-negative-prompt"):
+        code = main(["one red ring", option, "one red zebra", "-o", str(tmp_path / "a.png")])
+        refused(code, capsys.readouterr().err, "the embedded checkpoint does not know zebra; it knows: ", tmp_path / "a.png")
+    code = main(["one red ring", "--phase-prompt", "zebra", "--phase-model", "/nowhere/x", "-o", str(tmp_path / "a.png")])
+    refused(code, capsys.readouterr().err, "no such checkpoint: /nowhere/x", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "weight"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("a.safetensors:-1e-1", "a.safetensors", -0.1),
+        (r"C:\x.safetensors", r"C:\x.safetensors", 1.0),
+        (r"C:\x.safetensors:0.8", r"C:\x.safetensors", 0.8),
+        ("C:/x:y.safetensors", "C:/x:y.safetensors", 1.0),
+        ("a.SAFETENSORS:2", "a.SAFETENSORS", 2.0),
+        ("x:y", "x:y", 1.0),
+    ],
+)
+def test_the_colon_before_a_loras_weight(text, file, weight):
+    for option, name in (("--lora", "lora"), ("--phase-lora", "phase_lora")):
+        assert getattr(parse(["a", option, text, option, "b:3"]), name) == [(Path(file), weight), (Path("b"), 3.0)]
+
+
+def test_a_file_whose_name_ends_in_a_number_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.safetensors:2").touch()
+    assert parse(["a", "--lora", "a.safetensors:2"]).lora == [(Path("a.safetensors:2"), 1.0)]
+    assert parse(["a", "--lora", "a.safetensors:2:3"]).lora == [(Path("a.safetensors:2"), 3.0)]
+
+
+def test_help_names_every_schedule_sampler_and_upscaler(capsys):
+    from lib_demofusion.hosts.diffusers import AUTOMATIC, SAMPLERS, SCHEDULES, UPSCALERS
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    for name in (AUTOMATIC, *SCHEDULES, *SAMPLERS, *UPSCALERS):
+        assert name in text
+    assert "--resize" not in text
+    assert "(default: )" not in text
+    for option in ("sampler", "schedule", "cfg-scale", "prompt", "negative-prompt", "model", "lora"):
+        assert f"--phase-{option} " in text

@@ -41,7 +41,8 @@ def rows(heading):
 
 def model_calls(preset, scale, steps):
     """All of an image's at CFG 7, those of the base among them; a 512x512 base, but its size does not matter."""
-    return make_plan((64, 64), steps, DemoFusionConfig.preset(preset, scale=scale)).evaluations
+    config = DemoFusionConfig.preset(preset, scale=scale)
+    return make_plan((64, 64), steps, config, branches=(2, 1 if config.phase_cfg_scale == 1 else 2)).evaluations
 
 
 def said(pattern):

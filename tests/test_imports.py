@@ -110,7 +110,17 @@ def test_the_webuis_files_import_one_way_and_fit_a_sitting():
 
 
 # The files of the diffusers host, each of which may import those before it.
-DIFFUSERS = ["arguments", "checkpoints", "schedules", "controlnet_files", "controlnet"]
+DIFFUSERS = [
+    "arguments",
+    "checkpoints",
+    "schedules",
+    "lora",
+    "autoencoder",
+    "upscaler",
+    "controlnet_files",
+    "controlnet",
+    "run",
+]
 
 
 def test_the_diffusers_hosts_files_import_one_way():

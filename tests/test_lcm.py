@@ -15,6 +15,7 @@ from lib_demofusion.hosts.diffusers import load_pipeline
 from training import export_webui, train
 from training.lcm import LORA, consistency, guided_step, make_lora
 from training.scenes import Scene, count_objects, crops, render
+from training.tile import worn
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +105,20 @@ def test_the_training_steps_are_the_samplers(pipe):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("t", "share"), [(199, 0.75), (399, 0.85)])
-def test_one_step_is_nearer_to_the_end_of_the_guided_models_path_than_without_it(pipe, few_step_unet, t, share):
-    """From noisy wholes and close-ups that nothing was trained on."""
+@pytest.mark.parametrize(("t", "are_worn", "share"), [(199, False, 0.8), (199, True, 0.8), (399, True, 0.8)])
+def test_one_step_is_nearer_to_the_end_of_the_guided_models_path_than_without_it(pipe, few_step_unet, t, are_worn, share):
+    """From noisy wholes and close-ups that nothing was trained on, and from worn ones, as a phase has them."""
     pictures, captions = [], []
     for index in range(4):
         rng = np.random.default_rng([21, index])
         scene = Scene.draw(rng)
         pictures.extend(crops(render(scene, rng), rng)[[0, 3]])
         captions.extend([scene.caption] * 2)
+    pictures = np.stack(pictures)
+    if are_worn:
+        pictures = worn(pipe.vae, pictures, np.full(len(pictures), 0.2), torch.Generator().manual_seed(1))
     signal = pipe.scheduler.alphas_cumprod
-    latents = pipe.vae.encode(train.to_unit(np.stack(pictures))).latent_dist.mode() * pipe.vae.config.scaling_factor
+    latents = pipe.vae.encode(train.to_unit(pictures)).latent_dist.mode() * pipe.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     path = noisy = signal[t].sqrt() * latents + (1 - signal[t]).sqrt() * noise
     text, empty = encode(pipe, captions), encode(pipe, [""] * len(captions))

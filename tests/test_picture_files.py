@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
-from lib_demofusion.pictures import Given, check_text, model_name, open_image, parameters_text, quote, save_png
+from lib_demofusion.pictures import Given, check_text, lora_tags, model_name, open_image, parameters_text, quote, save_png
 
 GREY = Image.radial_gradient("L").resize((48, 32))
 COLOUR = Image.merge("RGB", [GREY, GREY.rotate(90, expand=False), GREY.point(lambda x: 255 - x)])
@@ -415,9 +416,28 @@ def test_a_model_is_called_by_its_name(tmp_path):
         ("models/v1.5.safetensors", "v1.5"),
         ("models/V1.5.SAFETENSORS", "V1.5"),
         ("x.ckpt", "x"),
+        ("upscalers/4x-Sharp.pth", "4x-Sharp"),
         ("stabilityai/sdxl-turbo-1.0", "sdxl-turbo-1.0"),
     ]:
         assert model_name(model) == name
+
+
+@pytest.mark.parametrize(
+    ("file", "weight", "tag"),
+    [
+        ("a.safetensors", 1.0, "<lora:a:1>"),
+        ("models/4-step.v1.safetensors", 0.8, "<lora:4-step.v1:0.8>"),
+        ("a b,c.safetensors", -0.25, "<lora:a b,c:-0.25>"),
+        ("x:<y>.safetensors", 1e-3, "<lora:x__y_:0.001>"),
+    ],
+)
+def test_a_lora_is_read_as_the_webui_reads_it(file, weight, tag):
+    assert lora_tags([(file, weight)]) == [tag]
+    assert lora_tags([(Path(file), weight)] * 2) == [tag, tag]
+    [(kind, arguments)] = re.findall(r"<(\w+):([^>]+)>", tag)  # as the WebUI looks for extra networks
+    name, number = arguments.split(":")
+    assert (kind, float(number)) == ("lora", weight)
+    assert len(name) == len(Path(file).stem)
 
 
 def test_a_model_in_the_current_folder_has_a_name(tmp_path, monkeypatch):

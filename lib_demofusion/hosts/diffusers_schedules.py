@@ -49,8 +49,9 @@ SAMPLERS = {
 # The WebUI's names for how the noise levels lie, "" being its Automatic: as the checkpoint's own scheduler says. What each
 # becomes, of T training timesteps and n steps:
 # Uniform, Normal: timesteps from T - 1 to 0, both among them (timestep_spacing "linspace").
-# SGM Uniform, Simple: the same without the last of n + 1 (timestep_spacing "trailing"), the latter rounded down.
+# SGM Uniform, Simple: every T / n-th timestep from T - 1 down (timestep_spacing "trailing"), rounded, or to the one above.
 # Karras, Exponential, Beta: diffusers' noise levels of that name, between those of T - 1 and of 0.
+# They are the WebUI's to within a timestep.
 SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "": {},
     "Uniform": {"timestep_spacing": "linspace"},
@@ -63,8 +64,13 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
 }
 AUTOMATIC = "Automatic"
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-# These are given the timesteps themselves: their own "linspace" is another, or they have no spacings.
-GIVEN_TIMESTEPS = ("DPMSolverMultistepScheduler", "LCMScheduler")
+# These are given the timesteps themselves: their own spacings are others, or make one too many for some numbers of steps.
+GIVEN_TIMESTEPS = (
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+)
 # Settings of a scheduler that say how much noise the model was trained with; they hold for every sampler.
 TRAINED_WITH = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -168,9 +174,9 @@ def _timesteps(schedule: str, trained: int, steps: int) -> list[int]:
     """A schedule of timestep_spacing as whole timesteps, from high to low."""
     if schedule == "Simple":
         return [trained - 1 - step * trained // steps for step in range(steps)]
-    whole = SCHEDULES[schedule]["timestep_spacing"] == "linspace"
-    gaps = max(steps - 1, 1) if whole else steps
-    return [round((trained - 1) * (1 - step / gaps)) for step in range(steps)]
+    if SCHEDULES[schedule]["timestep_spacing"] == "trailing":
+        return [round(trained - step * trained / steps) - 1 for step in range(steps)]
+    return [round((trained - 1) * (1 - step / max(steps - 1, 1))) for step in range(steps)]
 
 
 def prediction_type(scheduler: Any) -> str:

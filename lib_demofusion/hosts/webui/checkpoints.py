@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modules import devices, errors, sd_models, shared
+from modules.sd_hijack import model_hijack
 
 from lib_demofusion.config import first_line
 from lib_demofusion.hosts.webui import a1111
@@ -108,6 +109,7 @@ class Checkpoint:
         self.activate = activate
         self.before: Any = None  # of what was loaded, while it is not
         self.hash: Any = None
+        self.layers: Any = None  # of which the host knew, for tiling
 
     @property
     def waits(self) -> bool:
@@ -117,10 +119,11 @@ class Checkpoint:
     def load(self) -> None:
         """In place of what is loaded. Raises RuntimeError or ValueError, one line, if it cannot be, or is of another kind."""
         base, self.before = _kind_of(shared.sd_model), shared.sd_model.sd_checkpoint_info
-        self.hash = shared.opts.data.get("sd_checkpoint_hash")
+        self.hash, self.layers = shared.opts.data.get("sd_checkpoint_hash"), model_hijack.layers
         try:
             self._swap(self.info)
         except Exception as error:
+            self._mend()
             if is_out_of_memory(error):
                 raise OutOfMemory(f"out of memory in loading {self.info.name_for_extra}; a smaller one needs less") from error
             raise RuntimeError(f"{self.info.name_for_extra} could not be loaded: {first_line(error)}") from error
@@ -137,20 +140,32 @@ class Checkpoint:
             return False
         info, self.before, self.info = self.before, None, None
         try:
+            model_hijack.apply_circular(False)
+            layers = model_hijack.layers
             self._swap(info)
-            a1111.wrap_around(bool(self.p.tiling))
+            if model_hijack.layers is layers and self.layers is not None:  # the host has put an older model in its place
+                model_hijack.layers = self.layers
+            model_hijack.apply_circular(bool(self.p.tiling))
         except Exception as error:
             errors.report(f"{NAME}: {info.name_for_extra} was not loaded again", exc_info=True)
             say(self.p, "note", f"{info.name_for_extra} could not be loaded again: {first_line(error)}; choose it once more")
         shared.opts.data["sd_checkpoint_hash"] = self.hash
         return True
 
-    def _swap(self, info: Any) -> None:
+    def _mend(self) -> None:
+        """What fails to load leaves the host without a model, or with one that is taken apart."""
+        self.layers = None
+        try:
+            self._swap(self.before, forced_reload=True)
+        except Exception:  # `put_back` tells of it
+            errors.report(f"{NAME}: {self.before.name_for_extra} was not loaded again", exc_info=True)
+
+    def _swap(self, info: Any, forced_reload: bool = False) -> None:
         shared.state.current_latent = None  # no preview by half a model
         if shared.sd_model is not None:  # what failed to load leaves none
             sd_models.apply_token_merging(shared.sd_model, 0)
         with sd_models.SkipWritingToConfig():
-            sd_models.reload_model_weights(info=info)
+            sd_models.reload_model_weights(info=info, forced_reload=forced_reload)
         devices.torch_gc()
         sd_models.apply_alpha_schedule_override(shared.sd_model, self.p)
         sd_models.apply_token_merging(shared.sd_model, self.p.get_token_merging_ratio())

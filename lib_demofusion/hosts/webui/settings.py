@@ -67,11 +67,18 @@ PICTURE, RESULT = STARTS = ("Picture", "img2img result")  # what a job of img2im
 START_KEY = f"{INFOTEXT_PREFIX} start"  # in the infotext of what was made from a picture
 PRESET = "Fast"
 FORM = DemoFusionConfig.preset(PRESET, scale=2.0)  # what the form shows at first, and the API's values for what is left out
-_MOST = DemoFusionConfig.preset("Turbo").most_phase_steps
+_TURBO = DemoFusionConfig.preset("Turbo")
 PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the rest of the form
     "Paper": ("DemoFusion as published", "Where the others add too little detail, and time does not matter"),
     "Fast": ("the last 40 % of each phase's steps, in fewer phases and windows", "For most pictures"),
-    "Turbo": (f"Fast with at most {_MOST} steps a phase", "While you look for a prompt, and on slow machines"),
+    "Turbo": (
+        f"the last {100 * _TURBO.denoising_strength:.0f} % of at most {_TURBO.most_phase_steps} steps a phase, else as Fast",
+        "While you look for a prompt, and on slow machines",
+    ),
+    "Few-step": (
+        "Turbo without guidance",
+        "For few-step weights alone: put an LCM, Lightning or DMD2 LoRA into the second pass's prompt, or use such a checkpoint",
+    ),
 }
 
 
