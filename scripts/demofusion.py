@@ -91,8 +91,9 @@ class DemoFusionScript(scripts.Script):
             else:
                 controls["start_from"] = gr.Textbox("", label="Start from", visible=False, elem_id=self.elem_id("start_from"))
             with gr.Row():
-                controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
-                preset = gr.Radio(list(settings.PRESETS), value=settings.PRESET, label="Preset", elem_id=self.elem_id("preset"))
+                controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05, scale=2)
+                names = list(settings.PRESETS)
+                preset = gr.Radio(names, value=settings.PRESET, label="Preset", elem_id=self.elem_id("preset"), scale=3)
             gr.HTML('<span class="demofusion-preset-help"></span>', elem_id=self.elem_id("preset_help"))
             with gr.Accordion("Second pass", open=False, elem_id=self.elem_id("second_pass")) as second_pass:
                 self.second_pass(controls)
@@ -254,10 +255,9 @@ class DemoFusionScript(scripts.Script):
         return value
 
     def pasted_second_pass(self, parameters):
-        """Its part of the form opens where pasted parameters set something in it."""
+        """Its part of the form opens where pasted parameters set something in it that no preset says."""
         read, _ = self.read_pasted(parameters)
-        own = any(read[name] != settings.CONFIG_FIELDS[name].default for name in settings.SECOND_PASS) if read else False
-        return gr.update(open=True) if own else gr.update()
+        return gr.update(open=True) if read is not None and settings.sets_second_pass(read) else gr.update()
 
     def pasted_unread(self, parameters):
         _, unread = self.read_pasted(parameters)

@@ -61,7 +61,8 @@ def test_a_preset_is_in_the_infotext_as_the_settings_it_stands_for(name, monkeyp
     preset = DemoFusionConfig.preset(name.upper(), scale=2.5)
     infotext = preset.to_infotext()
     written = ("scale", "hold_steps", *PRESETS[name])
-    assert set(infotext) == {*(f"DemoFusion {key.replace('_', ' ')}" for key in written)}
+    labels = {f.name: f"DemoFusion {f.metadata['label']}" for f in fields(preset)}
+    assert set(infotext) == {labels[name] for name in written}
     monkeypatch.setitem(PRESETS, name, {"stride": 0.125})  # a later version has another idea of it
     assert DemoFusionConfig.from_infotext(infotext) == preset
 

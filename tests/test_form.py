@@ -180,6 +180,10 @@ def test_pasting_shows_as_the_base_in_the_forms_words(host):
     same = host.webui.settings.SAME
     assert {name: form[name] for name in SECOND} == {name: same.get(name, getattr(DemoFusionConfig(), name)) for name in SECOND}
     assert part == {"__type__": "generic_update"}, "left as it is"
+    for preset in host.webui.settings.PRESETS.values():
+        form, part = pasted(host, written(host, **preset))
+        assert part == {"__type__": "generic_update"}, "the preset says it"
+    assert pasted(host, written(host, phase_schedule="Karras"))[1]["open"]
     form, part = pasted(host, {"Steps": "20"})
     assert {form[name] for name in SECOND} == {None}
     assert part == {"__type__": "generic_update"}

@@ -150,8 +150,9 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch):
         "base",
     ]
     assert len([path for path in before if path.suffix == ".npy"]) == 5, "each is scored when it is there"
-    text = evaluate(monkeypatch, tmp_path, *options)["report.md"].decode()
-    assert " 3 prompts, 2 steps" in text
+    drawn = evaluate(monkeypatch, tmp_path, *options)
+    assert b" 3 prompts, 2 steps" in drawn["report.md"]
+    assert evaluate(monkeypatch, tmp_path, "--from-scores") == drawn
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert calls == [0, 1, 1, 2]
 

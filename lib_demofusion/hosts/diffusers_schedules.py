@@ -65,12 +65,7 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
 AUTOMATIC = "Automatic"
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 # These are given the timesteps themselves: their own spacings are others, or make one too many for some numbers of steps.
-GIVEN_TIMESTEPS = (
-    "DPMSolverMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LCMScheduler",
-)
+GIVEN_TIMESTEPS = ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler")
 # Settings of a scheduler that say how much noise the model was trained with; they hold for every sampler.
 TRAINED_WITH = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -170,6 +165,25 @@ def _scheduler_of(sampler: Sampler) -> type:
     return getattr(diffusers, sampler.scheduler)
 
 
+def _given_timesteps(sampler: Sampler, schedule: str) -> bool:
+    """Whether a scheduler is told the timesteps of a schedule, and not only how to make them."""
+    spaced = bool(schedule) and not any(name in SIGMAS for name in SCHEDULES[schedule])
+    return spaced and sampler.scheduler in GIVEN_TIMESTEPS
+
+
+def _spacing(sampler: Sampler, schedule: str, steps: int, trained: int) -> dict[str, Any]:
+    """The settings by which a scheduler has a schedule."""
+    if not schedule:
+        return {}
+    spacing = {**dict.fromkeys(SIGMAS, False), "interpolation_type": "linear", **SCHEDULES[schedule]}
+    if steps == 1:
+        spacing["timestep_spacing"] = "trailing"  # at all the noise; "linspace" would put it at none
+    if _given_timesteps(sampler, schedule):
+        spacing["original_inference_steps"] = trained  # LCM's own would be fewer, and it warns of others than these
+    known = inspect.signature(_scheduler_of(sampler).__init__).parameters
+    return {name: value for name, value in spacing.items() if name in known}
+
+
 def _timesteps(schedule: str, trained: int, steps: int) -> list[int]:
     """A schedule of timestep_spacing as whole timesteps, from high to low."""
     if schedule == "Simple":
@@ -230,16 +244,8 @@ def make_schedule(
     Raises ValueError, one line, if the checkpoint's noise levels and the sampler do not go together; whatever the scheduler
     raises if it cannot make so many steps.
     """
-    kind, given = _scheduler_of(sampler), bool(schedule) and sampler.scheduler in GIVEN_TIMESTEPS
-    given = given and not any(name in SIGMAS for name in SCHEDULES[schedule])
-    spaced = {**dict.fromkeys(SIGMAS, False), **SCHEDULES[schedule]} if schedule else {}
-    trained = scheduler.config.num_train_timesteps
-    if steps == 1 and "timestep_spacing" in spaced:
-        spaced["timestep_spacing"] = "trailing"  # at all the noise; "linspace" would put it at none
-    if given:
-        spaced["original_inference_steps"] = trained  # LCM's own would be fewer, and it warns of others than these
-    known = inspect.signature(kind.__init__).parameters
-    settings = {**settings_for(kind, scheduler), **{name: v for name, v in spaced.items() if name in known}, **more}
+    kind, trained = _scheduler_of(sampler), scheduler.config.num_train_timesteps
+    settings = {**settings_for(kind, scheduler), **_spacing(sampler, schedule, steps, trained), **more}
     # The fused prediction is noise whatever the model predicts, since the dilated views see another x.
     try:
         made = kind.from_config(settings, prediction_type="epsilon")
@@ -252,7 +258,7 @@ def make_schedule(
         way_out = "checkpoint" if sampler is SAMPLERS["Euler"] else "sampler, Euler for one"
         own = type(scheduler).__name__
         raise ValueError(f"{kind.__name__} cannot take over the noise levels of this checkpoint's {own}; use another {way_out}")
-    if given:
+    if _given_timesteps(sampler, schedule):
         made.set_timesteps(timesteps=_timesteps(schedule, trained, steps), device=device)
     else:
         made.set_timesteps(steps, device=device)

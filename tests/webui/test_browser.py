@@ -515,18 +515,21 @@ def test_a_second_pass_of_its_own(page, ready):
     page.click(f"#{FORM}_phase_checkpoint_refresh")
     page.wait_for_timeout(2000)
 
-    chosen = {"phase_sampler": "LCM", "phase_schedule": "Automatic"}
-    for name, choice in chosen.items():
-        choose(page, name, choice)
-    number(page, f"{FORM}_phase_cfg_scale", 1)
+    choose_preset(page, "Few-step")
     page.locator(f"#{FORM}_phase_prompt textarea").fill("<lora:lcm-lora-sdv1-5:1>")
-    says(page, "144 model calls")  # 40 of the base, and 8 steps of 9 + 4 views without guidance
+    few = DemoFusionConfig.preset("Few-step", scale=2.0)
+    says(page, f" {make_plan((8, 16), 20, few, branches=(2, 1)).evaluations} model calls")
+    assert [shown(page, name) for name in ("phase_sampler", "phase_schedule")] == [few.phase_sampler, few.phase_schedule]
     page.evaluate("document.activeElement.blur()")
     page.locator(f"#{FORM}_enable").scroll_into_view_if_needed()
     shot(page, "second-pass")
-    chosen |= {"phase_schedule": "Karras", "phase_checkpoint": "just come, 2", "upscaler": "Lanczos"}
-    for name in ("phase_schedule", "phase_checkpoint", "upscaler"):
-        choose(page, name, chosen[name])
+    choose_preset(page, "Fast")
+    page.wait_for_function(f"document.querySelector('#{FORM}_phase_sampler input').value === 'Use same sampler'")
+
+    chosen = {"phase_checkpoint": "just come, 2", "phase_sampler": "LCM", "phase_schedule": "Karras", "upscaler": "Lanczos"}
+    for name, choice in chosen.items():
+        choose(page, name, choice)
+    number(page, f"{FORM}_phase_cfg_scale", 1)
     typed = {"phase_prompt": 'two "purple" discs,\nstriped: sharp', "phase_negative_prompt": "blur, rings"}
     for name, text in typed.items():
         page.locator(f"#{FORM}_{name} textarea").fill(text)

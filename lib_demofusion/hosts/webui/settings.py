@@ -177,6 +177,13 @@ def presets_table() -> dict[str, list]:
     return {name: [shown(own, getattr(config, own)) for own in PRESET_SETTINGS] for name, config in configs.items()}
 
 
+def sets_second_pass(values: Mapping[str, Any]) -> bool:
+    """Whether settings by their names have something of the phases' own beside what one of the presets, if they are one, has."""
+    is_preset = [shown(name, values[name]) for name in PRESET_SETTINGS] in presets_table().values()
+    names = [name for name in SECOND_PASS if not (is_preset and name in PRESET_SETTINGS)]
+    return any(values[name] != CONFIG_FIELDS[name].default for name in names)
+
+
 def say(p: Any, kind: str, line: str) -> None:
     """A line for the form's comments, and through the infotext for the API's reply.
 
