@@ -96,12 +96,12 @@ def possible(sampler, schedule):
     return True
 
 
+THERE = [(sampler, schedule) for sampler in SAMPLERS for schedule in SCHEDULES if schedule and possible(sampler, schedule)]
+
+
 @pytest.mark.parametrize("steps", [1, 4, 7, 20])
-@pytest.mark.parametrize("schedule", filter(None, SCHEDULES))
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "schedule"), THERE)
 def test_noise_levels_are_those_of_the_webuis_schedule_of_that_name(sd15, sampler, schedule, steps):
-    if not possible(sampler, schedule):
-        pytest.skip(f"{sampler} of diffusers {diffusers.__version__} has no schedule {schedule}")
     made = make_schedule(sd15.scheduler, SAMPLERS[sampler], steps, schedule=schedule)
     levels = [sigma_at(made, index) for index in range(len(made.timesteps))]
     levels = [levels[0], *levels[1::2]] if sampler == "Heun" else levels  # which has all but the first twice
@@ -130,7 +130,7 @@ def test_what_a_checkpoint_says_of_its_own_noise_levels_is_for_automatic_alone(s
             for name in ("", "Uniform")
         )
         np.testing.assert_allclose(uniform, webuis("Uniform", 6), rtol=0.01)
-        assert automatic[2] < 0.8 * uniform[2]
+        assert abs(np.log(automatic) - np.log(uniform)).max() > 0.3
 
 
 @pytest.mark.parametrize("schedule", ["", "SGM Uniform", "Simple", "Uniform"])

@@ -198,7 +198,7 @@ def generate(page, data, running=None, tab="txt2img", button=None):
     page.click(button or f"#{tab}_generate")
     for _ in range(600):
         new = [path for path in (data / "outputs").rglob("*.png") if path not in before and "grids" not in str(path)]
-        if new and page.locator(f"#{tab}_gallery img").count():
+        if new and page.locator(f"#{tab}_gallery img").count() and page.locator(f"#{tab}_interrupt").is_hidden():
             page.wait_for_timeout(1000)
             return new[0]
         if running and "phase 2 of" in page.locator("#txt2img_results").inner_text():

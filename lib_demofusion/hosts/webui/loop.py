@@ -252,7 +252,7 @@ def _verb(trouble: str) -> str:
 def _restored(p: Any) -> Iterator[None]:
     """Put back what any phase changes on p and in the host's state."""
     names = ("rng", "sampler", "mask", "nmask")
-    before = {name: getattr(p, name) for name in names if hasattr(p, name)}
+    before = {name: vars(p)[name] for name in names if name in vars(p)}
     job, textinfo = shared.state.job, shared.state.textinfo
     try:
         for name in {"mask", "nmask"} & before.keys():

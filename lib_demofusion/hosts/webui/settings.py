@@ -77,7 +77,8 @@ PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the
     ),
     "Few-step": (
         "Turbo without guidance",
-        "For few-step weights alone: put an LCM, Lightning or DMD2 LoRA into the second pass's prompt, or use such a checkpoint",
+        "For few-step weights alone: put an LCM, Lightning or DMD2 LoRA into the second pass's prompt, or use such a "
+        "checkpoint",
     ),
 }
 
@@ -178,7 +179,7 @@ def presets_table() -> dict[str, list]:
 
 
 def sets_second_pass(values: Mapping[str, Any]) -> bool:
-    """Whether settings by their names have something of the phases' own beside what one of the presets, if they are one, has."""
+    """Whether settings, by their names, have something of the phases' own that no preset says."""
     is_preset = [shown(name, values[name]) for name in PRESET_SETTINGS] in presets_table().values()
     names = [name for name in SECOND_PASS if not (is_preset and name in PRESET_SETTINGS)]
     return any(values[name] != CONFIG_FIELDS[name].default for name in names)
