@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "most_phase_steps": 10,
         "denoising_strength": 0.3,
         "phase_schedule": "SGM Uniform",
-        "phase_sampler": "Euler",
+        "phase_sampler": "LCM",
         "phase_cfg_scale": 1.0,
     },
 }

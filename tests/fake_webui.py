@@ -104,7 +104,7 @@ class Options:
         self.sdxl_crop_top = self.sdxl_crop_left = 0
         self.eta_ancestral, self.eta_ddim, self.s_churn, self.uni_pc_order = 1.0, 0.0, 0.0, 3
         self.live_previews_enable, self.show_progress_every_n_steps, self.show_progress_type = True, 10, "Full"
-        self.sd_checkpoint_hash = None
+        self.sd_checkpoint_hash, self.token_merging_ratio = None, 0
 
     @property
     def data(self):
@@ -125,12 +125,11 @@ class Styles:
 
 
 class Upscaler:
-    """Doubles the sides as often as it takes. model: an image -> a larger one; None: what fails to load."""
+    """Enlarges as often as it takes. model: an image -> a larger one; None: what fails to load."""
 
-    def __init__(self, model):
-        self.model = model
+    model = None
 
-    def do_upscale(self, img, selected_model=None):
+    def do_upscale(self, img, selected_model):
         return img if self.model is None else self.model(img)
 
     def upscale(self, img, scale, selected_model=None):
@@ -141,6 +140,11 @@ class Upscaler:
                 break
             img = made
         return img.resize((width, height), Image.Resampling.LANCZOS)
+
+
+class Doubling(Upscaler):
+    def __init__(self):
+        self.model = doubled
 
 
 class UpscalerData:
@@ -265,7 +269,7 @@ class ToyModel(nn.Module):
 
     def __init__(self, name="main", kernel=3, seed=0, inpainting=False, sdxl=()):
         super().__init__()
-        self.sd_checkpoint_info, self.applied_token_merged_ratio = CheckpointInfo(name), 0
+        self.sd_checkpoint_info = CheckpointInfo(name)
         self.is_sdxl, self.is_sd3 = bool(sdxl), False
         self.cond_stage_key = "txt"
         self.parameterization = "eps"
@@ -398,7 +402,8 @@ def apply_alpha_schedule_override(sd_model, p=None):
 
 
 def apply_token_merging(sd_model, token_merging_ratio):
-    sd_model.applied_token_merged_ratio = token_merging_ratio
+    if getattr(sd_model, "applied_token_merged_ratio", 0) != token_merging_ratio:
+        sd_model.applied_token_merged_ratio = token_merging_ratio
 
 
 class ExtraNetworkParams:
@@ -498,8 +503,10 @@ def deactivate(p, extra_network_data):
 
 class StableDiffusionModelHijack:
     circular_enabled = False
-    comments = []
     layers = []  # of the model that was built last
+
+    def __init__(self):
+        self.comments = []
 
     def apply_circular(self, enable):
         if self.circular_enabled == enable:
@@ -969,7 +976,6 @@ class StableDiffusionProcessing:
     refiner_switch_at: float = None
     disable_extra_networks: bool = False
     styles: list = None
-    token_merging_ratio: float = 0
     is_api: bool = field(default=False, init=False)
     scripts: Any = field(default=None, init=False)
     script_args: list = field(default=None, init=False)
@@ -1010,7 +1016,7 @@ class StableDiffusionProcessing:
         self.prompts, self.extra_network_data = parse_prompts(self.prompts)
 
     def get_token_merging_ratio(self, for_hr=False):
-        return self.token_merging_ratio
+        return shared.opts.token_merging_ratio
 
     def get_conds(self):
         return self.c, self.uc
@@ -1507,7 +1513,7 @@ MODULES = {
             "Latent": {"mode": "bilinear", "antialias": False},
             "Latent (nearest-exact)": {"mode": "nearest-exact", "antialias": False},
         },
-        sd_upscalers=[UpscalerData("None", None), UpscalerData("Doubled", "doubled.pth", Upscaler(doubled))],
+        sd_upscalers=[UpscalerData("None", None), UpscalerData("Doubled", "doubled.pth", Doubling())],
     ),
     "modules.devices": dict(
         cpu=cpu,

@@ -80,6 +80,7 @@ CASES = {
     "tiling": ((2, {}), (64, 96), {"tiling": True}),
     "CFG 1": ((2, {}), (64, 64), {"cfg_scale": 1}),
     "AND": ((2, {}), (64, 64), {"prompt": "a ring AND a disc"}),
+    "second pass": ((2, {"phase_sampler": "DDIM", "phase_cfg_scale": 1.0, "phase_prompt": "a disc"}), (64, 64), {}),
 }
 
 
@@ -172,8 +173,9 @@ def test_the_base_is_the_extensions_own(host, controlnet):
     assert with_phases.shape[-1] == 2 * base.shape[-1]
 
 
-def test_the_negative_prompt_is_told_from_the_prompt_in_every_phase(host, controlnet, monkeypatch):
-    """Where the phases have steps of their own, the host sets conditions up anew, without the extension's marks."""
+@pytest.mark.parametrize("settings", [{"phase_steps": 3}, {"phase_prompt": "a disc"}, {"phase_negative_prompt": "green"}])
+def test_the_negative_prompt_is_told_from_the_prompt_in_every_phase(host, controlnet, monkeypatch, settings):
+    """Where the phases have steps or prompts of their own, the host sets conditions up anew, without the extension's marks."""
     marks, forward = [], type(host.unet).forward
 
     def look(unet, *args):
@@ -181,7 +183,7 @@ def test_the_negative_prompt_is_told_from_the_prompt_in_every_phase(host, contro
         return forward(unet, *args)
 
     monkeypatch.setattr(type(host.unet), "forward", look)
-    generate(host, True, 2, {"phase_steps": 3, "view_batch_size": 1}, unit=of_kind("more important"), steps=5)
+    generate(host, True, 2, {**settings, "view_batch_size": 1}, unit=of_kind("more important"), steps=5)
     assert marks
     assert all(mark == [1, 0] for mark in marks)
 

@@ -44,6 +44,10 @@ SAME = {
     "cfg_scale": [np.float32(7.5), np.float64(7.5)],
     "negative_prompt": [None, ""],
     "sampler": ["Euler", "EulerDiscreteScheduler", np.str_("Euler")],
+    "schedule": ["", "Automatic", np.str_("automatic")],
+    "loras": [[], ()],
+    "phase_loras": [[]],
+    "phase_pipe": [None],
     "progress": [None, lambda phase, views: None],
 }
 
@@ -90,6 +94,11 @@ REFUSED = [
     ("sampler", None, "the sampler must be a name, got a NoneType; there are: Euler"),
     ("sampler", 5, "the sampler must be a name, got a int"),
     ("sampler", "euler b", "no sampler called 'euler b'; there are: Euler"),
+    ("schedule", "Cosine", "no schedule called 'Cosine'; there are: Automatic, Uniform, Karras"),
+    ("schedule", 3, "the schedule must be a name, got a int"),
+    ("loras", None, "loras must be a list of Lora, got a NoneType"),
+    ("phase_loras", ["x.safetensors"], "phase_loras must be a list of Lora, got a list"),
+    ("phase_pipe", "xl", "the phases' checkpoint: str has no UNet"),
     ("seed", [], "there is no seed; give one for each image"),
     ("seed", -1, "seed must be at least 0 and at most 9223372036854775807, got -1"),
     ("seed", 2**63, "seed must be at least 0 and at most"),

@@ -209,6 +209,15 @@ def test_fused_adapters_are_refused(sd15, files):
     assert state(pipe) == before
 
 
+def test_an_offloaded_pipeline_is_refused(sd15, files):
+    pipe = copy.deepcopy(sd15)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(
+        ValueError, match="the pipeline is offloaded; load LoRAs into it by pipe.load_lora_weights.. before that"
+    ):
+        latents(pipe, phase_loras=[Lora(files[0])])
+
+
 def test_the_packages_speak_as_before_and_say_nothing(sd15, files, capfd):
     logs = (diffusers.utils.logging, transformers.utils.logging)
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]

@@ -395,7 +395,7 @@ def changed(pipe, part, **config):
         (lambda pipes: pipes["sdxl"], "its UNet's addition_embed_type is text_time instead of None"),
         (lambda pipes: changed(pipes["sd15"], "vae", scaling_factor=0.13025), "its scaling_factor of the latents is 0.13025"),
         (lambda pipes: changed(pipes["sd15"], "vae", latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "latents_mean"),
-        (lambda pipes: tiny_pipeline("sd15", sample_size=None), None),
+        (lambda pipes: tiny_pipeline("sd15", sample_size=16), None),
         (lambda pipes: pipes["sd2"], None),
     ],
 )

@@ -9,7 +9,7 @@ import fake_webui
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from readout import NODE, in_node, readouts
+from readout import NODE, SAME, in_node, readouts
 
 from lib_demofusion.decode import _features
 from lib_demofusion.memory import call_bytes, in_words
@@ -26,8 +26,7 @@ COSTS = {
     "phase_schedule": "phaseScheduler",
     "phase_cfg_scale": "phaseCfg",
 }
-SAME = {"phaseSampler": "", "phaseScheduler": "", "phaseCfg": 0, "upscaler": "", "resize": [0, 0]}
-PAPER = {"stride": 0.5, "phaseSteps": 0, "mostPhaseSteps": 0, "doubling": False, "strength": 1, **SAME}
+PAPER = {"stride": 0.5, "phaseSteps": 0, "doubling": False, "strength": 1, **SAME}
 FEW_STEP = {"phase_steps": 8, "denoising_strength": 0.5, "phase_sampler": "LCM", "phase_cfg_scale": 1.0}
 FEW_STEP |= {"phase_schedule": "DDIM"}
 pytestmark = pytest.mark.skipif(not NODE, reason="needs node, to run javascript/demofusion.js")

@@ -486,9 +486,10 @@ def test_the_base_is_decoded_by_its_own_model_and_all_else_by_the_phases(host, s
 
 def test_options_are_as_before_and_the_model_is_merged_as_the_base_is(host, second):
     ratios = []
+    host.shared.opts.token_merging_ratio = 0.5
     before = dict(host.shared.opts.data)
     with looking(host, lambda p: ratios.append((p.sd_model.sd_checkpoint_info.name, p.sd_model.applied_token_merged_ratio))):
-        host.generate(True, 2, {"phase_checkpoint": "second"}, token_merging_ratio=0.5)
+        host.generate(True, 2, {"phase_checkpoint": "second"})
     assert set(ratios) == {("main", 0.5), ("second.safetensors", 0.5)}
     assert [model.applied_token_merged_ratio for model in fake_webui._models.values()] == [0, 0]
     assert dict(host.shared.opts.data) == before

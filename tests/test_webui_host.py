@@ -1291,6 +1291,14 @@ def test_phases_show_themselves_at_no_more_cost_than_the_base(host, page, calls,
     assert len({views for views, _ in page.made}) == len(page.made)
 
 
+@pytest.mark.parametrize("settings", [{}, {"phase_cfg_scale": 1.0}])
+def test_without_guidance_previews_are_as_dear_and_as_many_by_the_work(host, page, calls, settings):
+    host.generate(True, 4, {**FAST, **settings}, steps=20)
+    begun = min(views for views, size in page.made if size == (32, 32))
+    made = [views for views, size in page.made if size == (32, 32)]
+    assert len(made) == pytest.approx((calls.rows // 2 - begun) / (10 * 16), abs=1), "of what the model sees of both branches"
+
+
 def test_a_long_first_step_shows_the_phase_before(host, page):
     """At 8x a step is 233 views; the phase of 4x is due after 160."""
     host.generate(True, 8, FAST, steps=10)

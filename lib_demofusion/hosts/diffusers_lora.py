@@ -25,7 +25,7 @@ import torch
 from lib_demofusion.config import first_line
 from lib_demofusion.files import check_file
 from lib_demofusion.hosts.diffusers_arguments import short
-from lib_demofusion.hosts.diffusers_checkpoints import check_weights_file, shapes_in, small_suffix
+from lib_demofusion.hosts.diffusers_checkpoints import check_weights_file, offloaded, shapes_in, small_suffix
 
 # The half of a LoRA's layer that comes first, in the names of kohya's scripts, diffusers' and peft's.
 FIRST_HALF = re.compile(r"(\.lora_down\.|[._]lora\.down\.|\.lora_A\.|\.lora_linear_layer\.down\.)")
@@ -36,6 +36,7 @@ OTHER_FILES = (
     (r"control_model\.|controlnet_|input_hint_block\.", "it is a ControlNet"),
     (r"emb_params$|string_to_param$|clip_[gl]$|<[^>]*>$", "it is a textual inversion"),
 )
+LONGEST = 120  # characters of an error that are told
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # that LoRAs change
 
 
@@ -132,6 +133,8 @@ class Adapters:
         self._before = [_Network(network) for network in networks if network is not None]
         taken = {name for network in self._before for name in network.adapters}
         free = (name for n in range(10**6) if (name := f"demofusion_{n}") not in taken)
+        for network in self._before:
+            network.check()
         try:
             for lora, name in zip(self.loras, free):
                 self._names.append(name)
@@ -145,6 +148,7 @@ class Adapters:
     def __exit__(self, *error: object) -> None:
         for network in self._before:
             network.restore(self._names)
+        self._before = []
 
     def use(self, number: int) -> None:
         """The first so many of the LoRAs are on, and those that the pipeline has of its own."""
@@ -154,33 +158,32 @@ class Adapters:
     def _load(self, lora: Lora, name: str) -> None:
         path = Path(lora.file)
         try:
-            for network in self._before:
-                network.check_unmerged()
-            try:
-                with small_suffix(path) as file, _quietly():
-                    self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-            finally:
-                for network in self._before:
-                    network.loaded()
+            with small_suffix(path) as file, _quietly():
+                self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
             layers = [layer for network in self._before for layer in _layers(network.network) if name in _adapters_in(layer)]
             if not layers:
                 raise ValueError("none of its layers has a place there")
         except Exception as error:  # of peft's many
-            why = " ".join(first_line(error).split())
-            why = (
-                "its layers are of other sizes"
-                if "size mismatch" in str(error)
-                else why
-                if len(why) < 120
-                else why[:117] + "..."
-            )
-            raise ValueError(f"the LoRA {path} does not fit this checkpoint: {why}; use one made for its kind") from error
+            raise ValueError(
+                f"the LoRA {path} does not fit this checkpoint: {_why(error)}; use one made for its kind"
+            ) from error
+        finally:
+            for network in self._before:
+                network.loaded()
         for layer in layers:
             layer.scaling[name] *= float(lora.weight)
         left_out = len(_first_halves(path)) - len(layers)
         if left_out > 0:
             line = f"{left_out} layers of the LoRA {path} have no place in this checkpoint, and are left out"
             warnings.warn(line, stacklevel=2)
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a LoRA, from an error that may name each of its layers."""
+    line = " ".join(first_line(error).split())
+    if "size mismatch" in str(error):
+        return "its layers are of other sizes"
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
 
 
 class _Network:
@@ -205,9 +208,12 @@ class _Network:
         """To be called after loading: what attributes came with it, the packages' own records. Others may come later."""
         self.came = [key for key, x in vars(self.network).items() if x is not self.attributes.get(key)]
 
-    def check_unmerged(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError, one line, for a network into which no LoRA could come and out of it again."""
         if any(layer.merged for layer in self.layers):
             raise ValueError("the pipeline's own LoRAs are fused; call pipe.unload_lora_weights() or pipe.unfuse_lora() first")
+        if offloaded(self.network):
+            raise ValueError("the pipeline is offloaded; load LoRAs into it by pipe.load_lora_weights() before that")
 
     def use(self, names: Sequence[str]) -> None:
         for layer in _layers(self.network):

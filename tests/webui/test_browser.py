@@ -271,6 +271,9 @@ def test_a_new_user(page, server, tmp_path_factory):
     choose_preset(page, "Turbo")
     most = page.locator(f"#{FORM}_most_phase_steps input[type=number]")
     assert most.input_value() == str(PRESETS["Turbo"]["most_phase_steps"])
+    choose_preset(page, "Fast")
+    number(page, f"{FORM}_most_phase_steps", 10)
+    assert preset(page) is None
     number(page, f"{FORM}_most_phase_steps", 0)
     page.wait_for_function(f"document.querySelector('#{FORM}_preset input:checked')?.value === 'Fast'")
     choose_preset(page, "Paper")

@@ -197,6 +197,27 @@ def test_the_guide_has_all_that_hires_fix_lets_one_choose(host):
     assert "Hires sampling method" in theirs
 
 
+@pytest.mark.parametrize("tab", ["txt2img", "img2img"])
+def test_the_forms_lists_are_those_of_hires_fix(host, tab):
+    """But for the first, which is as the base; and the plot's axes have them, too."""
+    blocks = {block.elem_id: block for block in host.shared.demo.blocks.values() if block.elem_id}
+    theirs = {"phase_sampler": "hr_sampler", "phase_schedule": "hr_scheduler", "phase_checkpoint": "hr_checkpoint"}
+    theirs["upscaler"] = "txt2img_hr_upscaler"
+    script = {"txt2img": host.script, "img2img": host.img2img_script}[tab]
+    form = dict(zip(host.webui.settings.ARGUMENTS, script.controls))
+    plot = getattr(host.scripts, f"scripts_{tab}").script("x/y/z plot")
+    axes = {option.label: option for option in plot.current_axis_options}
+    assert set(theirs) == set(host.webui.settings.SAME)
+    for name, element in theirs.items():
+        choices = blocks[element].choices
+        first, *more = form[name].choices
+        assert first == form[name].value == host.webui.settings.SAME[name]
+        assert more == [choice for choice in choices if choice != first]
+        assert first in choices or name == "upscaler", "in the host's words"
+        label = host.webui.settings.CONFIG_FIELDS[name].metadata["label"]
+        assert axes[f"[DemoFusion] {label}"].choices() == form[name].choices
+
+
 def test_the_arguments_can_be_made_by_the_forms_labels(host):
     """As the guide does it, in its own lines."""
     [code] = re.findall(r"form's labels:\s+```python\n(.+?)```", guide("API"), re.DOTALL)

@@ -120,6 +120,7 @@ class Checkpoint:
         """In place of what is loaded. Raises RuntimeError or ValueError, one line, if it cannot be, or is of another kind."""
         base, self.before = _kind_of(shared.sd_model), shared.sd_model.sd_checkpoint_info
         self.hash, self.layers = shared.opts.data.get("sd_checkpoint_hash"), model_hijack.layers
+        shared.state.textinfo = f"{NAME} loads {self.info.name_for_extra}"
         try:
             self._swap(self.info)
         except Exception as error:

@@ -68,15 +68,16 @@ class _Previews:
     """When the host is to show what a phase has got to.
 
     It does so whenever its page asks and the sampler has made so many steps since (a setting, 10 at first). A phase may
-    have fewer, but each is many views. So here a preview is due when the model has looked at as many latent pixels for each
-    pixel that is decoded as it does in the base: what previews cost is the same share of the work. Who asks for fewer than
-    the host's own gets these all the same, since else no short phase would show itself; who asks for none gets none.
+    have fewer, but each is many views. So here a preview is due when the model has looked at as many latent pixels, in all
+    branches of guidance, for each pixel that is decoded as it does in the base: what previews cost is the same share of the
+    work. Who asks for fewer than the host's own gets these all the same, since else no short phase would show itself; who asks
+    for none gets none.
 
-    Lifetime: one batch. views: since the last preview. shown: the latents of that one, as far as is known.
+    Lifetime: one batch. views: in all branches, since the last preview. shown: the latents of that one, as far as is known.
     """
 
     def __init__(self, plan: Plan):
-        self.window = math.prod(plan.window)
+        self.window = math.prod(plan.window) / plan.phases[0].branches  # of the base's work for a latent pixel
         self.sides = plan.window
         self.last, self.views, self.shown = shared.state.id_live_preview, 0, None
 
@@ -92,7 +93,7 @@ class _Previews:
             shared.state.current_latent = torch.nn.functional.interpolate(latents, size=size, mode="area")
 
     def count(self, views: int) -> None:
-        """So many views have just been looked at."""
+        """So many views have just been looked at, those of all branches."""
         state, opts = shared.state, shared.opts
         if state.id_live_preview != self.last:
             self.last, self.views, self.shown = state.id_live_preview, 0, state.current_latent

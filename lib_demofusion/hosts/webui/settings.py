@@ -76,7 +76,7 @@ PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the
         "While you look for a prompt, and on slow machines",
     ),
     "Few-step": (
-        "Turbo without guidance",
+        "Turbo without guidance, with the sampler LCM",
         "For few-step weights alone: put an LCM, Lightning or DMD2 LoRA into the second pass's prompt, or use such a "
         "checkpoint",
     ),

@@ -114,7 +114,7 @@ class PhaseHooks:
 
     def _count(self, views: int) -> None:
         self.progress.pace.count(self.phase.number, views)
-        self.progress.previews.count(views)
+        self.progress.previews.count(views * self.phase.branches)
         self.done = min(self.done + views * self.phase.branches, self.progress.ends[self.phase.number])
         self.progress.show(self.done)
         for _ in range(views - self.announced):
