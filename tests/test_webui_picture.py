@@ -1276,7 +1276,10 @@ def test_a_file_that_is_refused_or_stopped_does_not_end_the_batch(host, at_call)
 
 
 FULL = dict(phase_steps=5, doubling=True, pixel_upsampling=True, stride=0.4, feather=True, hold_flat=7.5, jitter=False)
-FULL |= dict(alpha1=2.5, alpha2=1.5, alpha3=0.5, blur_sigma=0.75, view_batch_size=2, hold_steps=12)
+FULL |= dict(alpha1=2.5, alpha2=1.5, alpha3=0.5, blur_sigma=0.75, view_batch_size=2, hold_steps=12, most_phase_steps=3)
+FULL |= dict(phase_sampler="DPM++ 2M", phase_schedule="Karras", phase_cfg_scale=2.5, phase_prompt='a "disc", red:\nhere')
+FULL |= dict(phase_negative_prompt="green", phase_checkpoint="Use same checkpoint", upscaler="Doubled")
+FULL |= dict(resize_width=0, resize_height=0)
 
 
 def pasted(host, text, img2img=True):
@@ -1537,7 +1540,8 @@ def test_img2imgs_form_has_every_control_and_shows_it(host):
     assert controls["enabled"].value is False
     form = host.webui.settings.DemoFusionConfig.preset("Fast", scale=2.0)
     values = [control.value for control in script.controls[: len(names)]]
-    assert settings_of(host.webui, values)[1:] == [getattr(form, name) for name in settings_of(host.webui, names)[1:]]
+    shown = [host.webui.settings.shown(name, getattr(form, name)) for name in settings_of(host.webui, names)[1:]]
+    assert settings_of(host.webui, values)[1:] == shown
     hidden = dict(zip(names, host.script.controls))["start_from"]
     assert (hidden.visible, hidden.value) == (False, "")
 
@@ -1558,6 +1562,7 @@ def test_the_button_stands_last_in_the_gallerys_row_and_is_wired(host, monkeypat
     script.is_img2img = tab == "img2img"
     assert script.show(script.is_img2img) is host.scripts.AlwaysVisible
     controls = script.ui(script.is_img2img)
+    made.clear()  # of the form's own buttons
     page = {}
     for name in (f"{tab}_gallery", f"save_{tab}", last, f"{tab}_another", f"generation_info_{tab}"):
         page[name] = fake_webui.Textbox(elem_id=name)
