@@ -318,13 +318,11 @@ STEPS: dict[str, Method] = {
     for steps in counts
     for hold in (50, 0)
 }
-# Fewer steps of the phases. Turbo begins them at t = 300, as 4 of 13 steps do, and 4 of 12 at 333.
+# Fewer steps of the phases. Turbo begins them at t = 300, and 4 of 12 steps at 333.
 FEW_STEPS: dict[str, Method] = {
     "Fast, 18 steps": demofusion(preset="Fast", phase_steps=18),
     "Turbo": PRESETS["Turbo"],
-    "Turbo, 4 of 13 steps": demofusion(preset="Turbo", most_phase_steps=13),
     "Turbo, 4 of 12 steps": demofusion(preset="Turbo", most_phase_steps=12, denoising_strength=0.33),
-    "Turbo, hold flat 6": HELD["Turbo, hold flat 6"],
     "Few-step": demofusion(preset="Few-step", few_step=True),
     "Few-step, Euler": demofusion(preset="Few-step", few_step=True, phase_sampler="Euler"),
 }

@@ -125,7 +125,7 @@ class DemoFusionConfig:
     )
     phase_checkpoint: str = _setting("", "phase checkpoint", "model of the phases after the base; none: as the base")
     upscaler: str = _setting(
-        "", "upscaler", "what enlarges each phase; none: bicubic, of images or of latents as pixel upsampling says"
+        "", "enlarged by", "what enlarges each phase; none: bicubic, of images or of latents as pixel upsampling says"
     )
     resize_width: int = _setting(
         0, "resize width", "of the result in pixels, instead of the scale; 0: by the height, if that is given", 0, 65536

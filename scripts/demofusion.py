@@ -90,10 +90,8 @@ class DemoFusionScript(scripts.Script):
                 )
             else:
                 controls["start_from"] = gr.Textbox("", label="Start from", visible=False, elem_id=self.elem_id("start_from"))
-            with gr.Row():
-                controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05, scale=2)
-                names = list(settings.PRESETS)
-                preset = gr.Radio(names, value=settings.PRESET, label="Preset", elem_id=self.elem_id("preset"), scale=3)
+            controls["scale"] = self.slider("scale", "Scale", minimum=1.05, maximum=8, step=0.05)
+            preset = gr.Radio(list(settings.PRESETS), value=settings.PRESET, label="Preset", elem_id=self.elem_id("preset"))
             gr.HTML('<span class="demofusion-preset-help"></span>', elem_id=self.elem_id("preset_help"))
             with gr.Accordion("Second pass", open=False, elem_id=self.elem_id("second_pass")) as second_pass:
                 self.second_pass(controls)

@@ -174,6 +174,7 @@ def test_however_a_job_ends_the_adapters_are_those_from_before(sd15, files, end,
     assert same(latents(pipe), without) == [True, True]
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # peft, of the second one that is loaded here
 def test_a_pipelines_own_adapters_stay_on_and_stay_its_own(sd15, files):
     """Their weights, which of them are on, and whether they are at all."""
     pipe = copy.deepcopy(sd15)

@@ -149,7 +149,7 @@ def test_presets(host, calls, preset):
     config = webui.settings.DemoFusionConfig.preset(preset, scale=3.0)
     named = {f: getattr(config, f) for f in webui.settings.PRESET_SETTINGS}
     reply = host.generate(*([True, 3.0, named] if preset == "Turbo" else [True, 3.0, 0]), steps=8)
-    p = SimpleNamespace(sampler_name="Euler", scheduler="Automatic", width=64, height=64, steps=8)
+    p = SimpleNamespace(sampler_name="Euler", scheduler="Automatic", width=64, height=64, steps=8, cfg_scale=7.0)
     assert calls.rows == webui.checks.plan_for(p, config).evaluations
     assert reply.images[0].size == (192, 192)
     written = host.infotext_utils.parse_generation_parameters(reply.infotexts[0])
