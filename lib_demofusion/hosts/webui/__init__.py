@@ -1,6 +1,7 @@
 """DemoFusion in the AUTOMATIC1111 WebUI; the only package that imports the host's `modules`.
 
     settings.py    what the form and the API say: the arguments, their values, and what a picture's infotext holds of them
+    choices.py     the lists that the form offers
     samplers.py    what the method must know of the host's samplers, and how many model calls they make
     checks.py      before anything is sampled: the plan, and all refusals
     neighbours.py  other extensions beside this one
@@ -8,6 +9,11 @@
     plot.py        axes of the X/Y/Z plot
     units.py       the extension ControlNet: which of its units can be followed, and which are refused
     controlnet.py  and what each view sees of their control images
+    second_pass.py the phases' own sampler, guidance, prompts and networks, on p while they run
+    checkpoints.py and their own checkpoint
+    upscalers.py   the host's upscalers
+    picture.py     a given picture: what a job of img2img, or of the gallery, starts from
+    gallery.py     the gallery's button
     phases.py      the phases after the base: noise, enlarging, the sampling of one
     loop.py        a job: from the base's latents through the phases to what the host decodes
     step.py        one step of a phase's sampler
@@ -23,5 +29,6 @@ by the host and gone with the phase, and on that sampler's denoiser hang
 - the fused prediction in place of its inner model's `forward`, put there from the host's `on_cfg_denoiser` callback at
   every step, because a refiner switch makes a new inner model (`a1111.Prediction`, `step.PhaseHooks.predict`).
 
-Nothing is put on the host's modules, classes or model; what a phase changes on `p` is put back when the phases end.
+Nothing is put on the host's modules, classes or model; what a phase changes on `p` is put back when the phases end, and so
+are the active networks and the checkpoint.
 """
