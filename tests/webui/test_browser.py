@@ -91,13 +91,14 @@ class Server:
         command = [sys.executable, *arguments(self.checkpoints, self.data), "--port", str(self.port)]
         with open(self.data / "log", "a") as log:
             self.process = subprocess.Popen(command, cwd=WEBUI_DIR, stdout=log, stderr=log)
-        for _ in range(120):
+        for _ in range(300):
             assert self.process.poll() is None, "the WebUI ended"
             try:
                 urllib.request.urlopen(self.address, timeout=5)
                 return
             except OSError:
                 time.sleep(1)
+        self.stop()
         raise TimeoutError(self.address)
 
     def stop(self):
