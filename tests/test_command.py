@@ -1344,7 +1344,7 @@ def test_what_a_second_pass_was_made_with_is_in_the_picture_as_the_webui_reads_i
         "phase prompt": r"three \(blue\) stars, glowing <lora:ink.v1:0.5> <lora:few_steps_:1>",
         "phase negative prompt": r"a \[plain\] disc",
         "phase checkpoint": "tiny-other",
-        "upscaler": "Lanczos",
+        "enlarged by": "Lanczos",
     }
     config = DemoFusionConfig.from_infotext(values)
     assert (config.phase_sampler, config.phase_cfg_scale, config.upscaler) == ("LCM", 1.0, "Lanczos")
