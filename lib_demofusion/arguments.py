@@ -226,7 +226,7 @@ SETTINGS_OF_AN_IMAGE = {
     "mask": (str, type(None)),
 }
 YOUNG = {"preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps", "window"}
-YOUNG |= {"mask", "mask_blur", *CONTROL, "schedule", *LORAS, *TEXTS, "phase_cfg_scale", "most_phase_steps"}
+YOUNG |= {"mask", "mask_blur", *CONTROL, "schedule", *LORAS, *TEXTS, "phase_cfg_scale", "most_phase_steps", "unguided_flat"}
 
 
 def resumed(args: argparse.Namespace, argv: list[str] | None):

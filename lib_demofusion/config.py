@@ -82,6 +82,14 @@ class DemoFusionConfig:
         0,
         50,
     )
+    unguided_flat: float = _setting(
+        0.0,
+        "unguided flat",
+        "no guidance, as at CFG scale 1, where the phase before differs from its own blur by less than this, of 255: fewer "
+        "stray objects in plain areas, whose own detail is drawn; 0: off",
+        0,
+        50,
+    )
     jitter: bool = _setting(True, "jitter", "shift the local windows at random at every step, against seams")
     alpha1: float = _setting(3.0, "alpha1", "skip residual: more lets go of the previous phase sooner", 0, 20)
     alpha2: float = _setting(1.0, "alpha2", "dilated sampling: more hands over to the local windows sooner", 0, 20)

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_demofusion.areas import Areas, areas_of, asks_for_areas
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.fusion import Fusion, gaussian_blur, match_moments
+from lib_demofusion.fusion import Fusion, match_moments
 from lib_demofusion.original import Original
 from lib_demofusion.views import Size, dilated_views, local_views
 
-FLAT_SIGMA = 4  # pixels; half a latent pixel's side
 LARGEST = 64  # windows that a picture's sides may be long, on average
 FITTING = (0.8, 1.25)  # how large windows may be, as a share of what the model was made for
 WORTH = 1.02  # a phase must be at least so many times the picture's area
@@ -328,29 +328,28 @@ def enlarge(
     factor: int = 8,
     tiling: bool = False,
     upscaler: Upscaler | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """A phase's latents [B, C, h, w] as the next one's reference, [B, C, *size], and where it is held, [B, 1, *size].
+) -> tuple[Tensor, Areas]:
+    """A phase's latents [B, C, h, w] as the next one's reference, [B, C, *size], and its areas, [B, 1, *size].
 
     By way of images, one after the other, as far as the settings ask for these. decode: latents [1, C, h, w] -> an
     image [1, 3, factor * h, factor * w] in -1..1; encode: the way back. tiling: what lies beyond a border is the other
-    side, of the image, too. upscaler: bicubic, of images or of latents as the settings say, unless given. None: held nowhere.
+    side, of the image, too. upscaler: bicubic, of images or of latents as the settings say, unless given.
     """
     upscaler = upscaler or (BICUBIC if config.pixel_upsampling else Upscaler())
     if tiling:
         (h, w), ((rows, top), (columns, left)) = size, map(_margins, latents.shape[-2:], size)
         grown = F.pad(latents, (columns, columns, rows, rows), mode="circular")
-        both = enlarge(grown, (h + 2 * top, w + 2 * left), config, decode, encode, factor, upscaler=upscaler)
-        return tuple(x if x is None else x[..., top : top + h, left : left + w] for x in both)
-    enlarged, held = [], []
-    for z in latents.split(1) if upscaler.images or config.hold_flat else ():
+        larger = (h + 2 * top, w + 2 * left)
+        reference, areas = enlarge(grown, larger, config, decode, encode, factor, upscaler=upscaler)
+        return reference[..., top : top + h, left : left + w], areas.cropped(top, left, size)
+    enlarged, areas = [], []
+    for z in latents.split(1) if upscaler.images or asks_for_areas(config) else ():
         image = decode(z)
-        if config.hold_flat:
-            flat = flat_areas(image, config.hold_flat, factor)
-            held.append(F.interpolate(flat, size=size, mode="bilinear", align_corners=False).to(latents))
+        areas.append(areas_of(image, config, factor).at(size).to(latents))
         if upscaler.images:
             image = upscaler.images(image, tuple(factor * side for side in size))
             enlarged.append(encode(image.clamp_(-1, 1)).to(latents))
-    return torch.cat(enlarged) if enlarged else upscaler.latents(latents, size), torch.cat(held) if held else None
+    return torch.cat(enlarged) if enlarged else upscaler.latents(latents, size), Areas.cat(areas)
 
 
 def _margins(side: int, larger: int) -> tuple[int, int]:
@@ -360,48 +359,34 @@ def _margins(side: int, larger: int) -> tuple[int, int]:
     return margin, margin * larger // side
 
 
-def flat_areas(images: Tensor, contrast: float, factor: int = 8) -> Tensor:
-    """Where images [B, 3, factor * h, factor * w] in -1..1 are flat: [B, 1, h, w], from 0 at `contrast` (of 255) to 1 at none.
-
-    Contrast is the most that a channel of a pixel differs from its blur over FLAT_SIGMA pixels, so that a gradual
-    change has none; a latent pixel counts with its neighbours.
-    """
-    margin = math.ceil(3 * FLAT_SIGMA)
-    padded = F.pad(images, [margin] * 4, mode="replicate")
-    blurred = gaussian_blur(padded, 2 * margin + 1, FLAT_SIGMA)[..., margin:-margin, margin:-margin]
-    most = F.max_pool2d((images - blurred).abs().amax(1, keepdim=True), factor)
-    most = F.max_pool2d(most * 127.5, 3, stride=1, padding=1)
-    return 1 - (most / contrast).clamp(max=1)
-
-
 def upscale(
     plan: Plan,
     base: Tensor,
     noise: Callable[[Phase], Tensor],
-    denoise: Callable[[Phase, Tensor, Tensor, Tensor | None], Tensor],
+    denoise: Callable[[Phase, Tensor, Tensor, Areas], Tensor],
     finished: tuple[int, Tensor] | None = None,
-    enlarge: Callable[[Tensor, Size], tuple[Tensor, Tensor | None]] | None = None,
+    enlarge: Callable[[Tensor, Size], tuple[Tensor, Areas]] | None = None,
     original: Original | None = None,
 ) -> Iterator[tuple[Phase, Tensor]]:
     """The "upsample, diffuse, denoise" loop of Eq. 3: yields each phase after the base with its finished latents.
 
     base: [B, C, h, w], of the model, or of a given picture shrunken to the window. noise: a phase's Gaussian noise,
     [B, C, H, W]. denoise: the host's sampler over one phase; gets the phase, the upsampled latents (Fusion's reference),
-    the noise and where the reference is held (Fusion's held), returns the denoised latents. finished: the number of a phase
-    and its latents, to go on after it. enlarge: a phase's latents and the next one's size -> reference and held, as the
-    function `enlarge` makes them; the paper's bicubic reference, held nowhere, unless given. original: the given picture,
+    the noise and the areas that are treated otherwise, returns the denoised latents. finished: the number of a phase and
+    its latents, to go on after it. enlarge: a phase's latents and the next one's size -> reference and areas, as the
+    function `enlarge` makes them; the paper's bicubic reference, without areas, unless given. original: the given picture,
     which a plan from a picture needs, and its mask, if only a part is to be changed.
     What was yielded is finished and stays so, whatever happens later.
     """
     number, latents = finished or (1, base)
     for phase in plan.phases[number:]:
         if original is not None and plan.from_picture and phase is plan.phases[1]:
-            reference, held = original.begin(phase.size)
+            reference, areas = original.begin(phase.size)
         else:
-            reference, held = enlarge(latents, phase.size) if enlarge else (enlarge_latents(latents, phase.size), None)
+            reference, areas = enlarge(latents, phase.size) if enlarge else (enlarge_latents(latents, phase.size), Areas())
             if original is not None:
-                reference, held = original.around(reference, held)
-        latents = denoise(phase, reference, noise(phase), held)
+                reference, areas = original.around(reference, areas)
+        latents = denoise(phase, reference, noise(phase), areas)
         if original is None:
             latents = match_moments(latents, base)
         else:

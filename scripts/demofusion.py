@@ -108,10 +108,12 @@ class DemoFusionScript(scripts.Script):
                     controls["hold_steps"] = self.slider("hold_steps", "Hold steps", maximum=150, step=1)
                 with gr.Row():
                     controls["hold_flat"] = self.slider("hold_flat", "Hold flat areas", maximum=20, step=0.5)
+                    controls["unguided_flat"] = self.slider("unguided_flat", "Unguided flat areas", maximum=20, step=0.5)
+                with gr.Row():
                     controls["alpha2"] = self.slider("alpha2", "Dilated sampling α2", maximum=10, step=0.1)
                     controls["alpha3"] = self.slider("alpha3", "Gaussian blur α3", maximum=10, step=0.1)
-                with gr.Row():
                     controls["blur_sigma"] = self.slider("blur_sigma", "Blur sigma", minimum=0.05, maximum=5, step=0.05)
+                with gr.Row():
                     controls["view_batch_size"] = self.slider("view_batch_size", "View batch size", maximum=64, step=1)
                     controls["window"] = self.slider("window", "Window", maximum=2048, step=64, visible=self.is_img2img)
                 with gr.Row():

@@ -652,6 +652,14 @@ class CFGDenoiser(nn.Module):
     def inner_model(self):
         raise NotImplementedError
 
+    def combine_denoised(self, x_out, conds_list, uncond, cond_scale):
+        without = x_out[-len(uncond) :]
+        result = without.clone()
+        for image, conds in enumerate(conds_list):
+            for row, weight in conds:
+                result[image] += (x_out[row] - without[image]) * (weight * cond_scale)
+        return result
+
     def get_pred_x0(self, x_in, x_out, sigma):
         return x_out
 
@@ -685,10 +693,8 @@ class CFGDenoiser(nn.Module):
             pieces.append(self.inner_model(params.x[own], params.sigma[own], cond=conds))
         answers = torch.cat(pieces)
 
-        without = answers[len(parts) :]
-        result = without.clone()
-        for answer, (image, part) in zip(answers, parts):
-            result[image] += (answer - without[image]) * (part.weight * cond_scale * self.cond_scale_miltiplier)
+        conds_list = [[(row, part.weight) for row, (own, part) in enumerate(parts) if own == image] for image in range(len(x))]
+        result = self.combine_denoised(answers, conds_list, x, cond_scale * self.cond_scale_miltiplier)
         self.sampler.last_latent = self.get_pred_x0(x, result, sigma)
         store_latent(self.sampler.last_latent)
         self.step += 1

@@ -7,10 +7,11 @@ from PIL import ImageFilter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lib_demofusion.areas import areas_of
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
 from lib_demofusion.hosts.diffusers import EMBEDDED_CHECKPOINT, generate, load_pipeline
-from lib_demofusion.phases import enlarge_latents, flat_areas
+from lib_demofusion.phases import enlarge_latents
 from training.scenes import Scene, count_objects, object_mask, render, shrink, vocabulary
 from training.train import RECIPES, name_as_published, unet_stage
 
@@ -130,7 +131,7 @@ def test_flat_areas_are_held_and_the_rest_is_drawn(pipe, sampler, monkeypatch):
         off[contrast] = (latents - enlarge_latents(base, (32, 32))).square().mean(1)[0].sqrt()
     assert held[0] is None
     image = torch.from_numpy(np.array(result.images(0)[0])).permute(2, 0, 1)[None] / 127.5 - 1
-    want = torch.nn.functional.interpolate(flat_areas(image, 6.0), size=(32, 32), mode="bilinear", align_corners=False)
+    want = areas_of(image, config).at((32, 32)).held
     assert (held[-1] - want).abs().max() < 0.2, "but for the whole numbers of the picture"
     flat, drawn = want[0, 0] > 0.5, want[0, 0] == 0
     assert min(flat.sum(), drawn.sum()) > 50

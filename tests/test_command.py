@@ -614,7 +614,7 @@ def test_files_of_older_versions_are_resumed(tmp_path):
     young = ("preset", "doubling", "denoising_strength", "pixel_upsampling", "feather", "hold_flat", "hold_steps")
     young += ("window", "mask", "mask_blur", *(name for name in settings() if name.startswith("control")))
     young += ("schedule", "lora", "phase_lora", "most_phase_steps", "phase_sampler", "phase_schedule", "phase_cfg_scale")
-    young += ("phase_prompt", "phase_negative_prompt", "phase_checkpoint", "upscaler")
+    young += ("phase_prompt", "phase_negative_prompt", "phase_checkpoint", "upscaler", "unguided_flat")
     text = json.dumps(settings(**dict.fromkeys(young, LEFT_OUT), stride=0, alpha1=2))
     argv = ["--resume", str(saved_phase(tmp_path / "x.safetensors", text)), "--view-batch-size", "3"]
     args, saved = resumed(parse(argv), argv)

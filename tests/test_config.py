@@ -75,7 +75,7 @@ def test_presets_are_called_by_their_names():
 
 def test_infotext_restores_every_setting():
     changed = DemoFusionConfig(
-        *(3.7, 20, True, 0.65, True, 0.3, True, 7.5, False, 2.5, 0.1, 0.123456789, 0.8, 0.008, 16, 12, 512),
+        *(3.7, 20, True, 0.65, True, 0.3, True, 7.5, 9.5, False, 2.5, 0.1, 0.123456789, 0.8, 0.008, 16, 12, 512),
         *(10, "LCM", "Karras", 1.5, "a cat,\n<lora:x:1>", "blur", "other [abc]", "4x: sharp", 2048, 1024),
     )
     assert all(getattr(changed, f.name) != f.default for f in fields(changed))

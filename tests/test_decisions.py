@@ -72,7 +72,7 @@ def test_the_global_step_predicts_from_the_blurred_latent_and_steps_from_the_sha
 def test_between_phases_latents_get_the_base_latents_moments_per_image():
     base = torch.randn(2, 4, 8, 8) * torch.tensor([1.0, 3.0])[:, None, None, None] + 1
     plan = make_plan((8, 8), 1, DemoFusionConfig(scale=3.0))
-    for _, latents in upscale(plan, base, lambda phase: torch.zeros(1), lambda p, reference, n, held: 7 * reference - 4):
+    for _, latents in upscale(plan, base, lambda phase: torch.zeros(1), lambda p, reference, n, areas: 7 * reference - 4):
         torch.testing.assert_close(latents.std(dim=(1, 2, 3)), base.std(dim=(1, 2, 3)))
         torch.testing.assert_close(latents.mean(dim=(1, 2, 3)), base.mean(dim=(1, 2, 3)))
 
@@ -183,7 +183,7 @@ def test_a_real_image_is_seen_in_windows_of_the_models_size_and_begins_as_itself
     assert (plan.window, [phase.scale for phase in plan.phases]) == ((52, 77), [1, 4, 192 * 2 / 77])
     begun = []
 
-    def denoise(phase, reference, noise, held):
+    def denoise(phase, reference, noise, areas):
         begun.append(float(reference.mean()))
         return torch.randn(reference.shape)
 

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from tiny import KINDS, photo, spot, tiny_pipeline
 
 from lib_demofusion import decode as tiles
+from lib_demofusion.areas import Areas
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Fusion
+from lib_demofusion.hosts import diffusers_run
 from lib_demofusion.hosts.diffusers import (
     SAMPLERS,
     Incomplete,
@@ -268,6 +270,39 @@ def test_what_is_flat_in_an_image_is_held_in_the_first_phase(sd15, monkeypatch):
     width = held.shape[-1]
     assert held[..., : width * 9 // 20].max() == 0
     assert held[..., width * 6 // 10 :].min() > 0.5
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_areas_that_are_not_guided_are_drawn_as_at_cfg_1(pipes, kind, sampler, monkeypatch):
+    """The first image nowhere, the second everywhere: each as alone."""
+    job = dict(prompt="a ring", seed=[1, 2], steps=3, sampler=sampler, cfg_scale=5.0)
+    configs = (DemoFusionConfig(scale=2.0, phase_cfg_scale=scale) for scale in (0.0, 1.0))
+    guided, plain = (generate(pipes[kind], config=config, **job).phases[-1][1] for config in configs)
+    enlarge = diffusers_run.enlarge
+
+    def enlarged(*args, **more):
+        reference, areas = enlarge(*args, **more)
+        assert areas == (None, None)
+        return reference, Areas(unguided=torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(-1, -1, *args[1]))
+
+    monkeypatch.setattr(diffusers_run, "enlarge", enlarged)
+    latents = generate(pipes[kind], config=TWICE, **job).phases[-1][1]
+    torch.testing.assert_close(latents[0], guided[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(latents[1], plain[1], rtol=0, atol=1e-3)
+    assert (guided - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("mask", [None, spot()])
+def test_what_is_flat_in_an_image_is_not_guided_in_any_seeds_picture(sd15, mask):
+    image = Image.new("RGB", (205, 131), (90, 120, 150))
+    image.paste(Image.effect_noise((100, 131), 90).convert("RGB"), (0, 0))
+    job = dict(image=image, mask=mask and mask.resize(image.size), steps=2, cfg_scale=9.0)
+    config = DemoFusionConfig(scale=2.0, unguided_flat=12.0)
+    both = generate(sd15, "a ring", config=config, seed=[1, 2], **job).phases[-1][1]
+    one = generate(sd15, "a ring", config=config, seed=2, **job).phases[-1][1]
+    torch.testing.assert_close(both[1:], one, rtol=0, atol=1e-4)
+    assert (generate(sd15, "a ring", config=TWICE, seed=2, **job).phases[-1][1] - one).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("settings", [{}, {"pixel_upsampling": True, "hold_flat": 6.0}])

@@ -82,7 +82,8 @@ def test_what_decoding_takes():
 def test_the_settings_table_has_the_papers_values(webui):
     paper = DemoFusionConfig()
     labels = {"steps per phase": "phase_steps", "skip residual α1": "alpha1", "dilated sampling α2": "alpha2"}
-    labels |= {"gaussian blur α3": "alpha3", "hold flat areas": "hold_flat", "most steps per phase": "most_phase_steps"}
+    labels |= {"gaussian blur α3": "alpha3", "most steps per phase": "most_phase_steps"}
+    labels |= {"hold flat areas": "hold_flat", "unguided flat areas": "unguided_flat"}
     labels |= {"resize width to": "resize_width", "resize height to": "resize_height", "schedule type": "phase_schedule"}
     labels |= {name.replace("_", " "): f"phase_{name}" for name in ("checkpoint", "sampler", "prompt", "negative_prompt")}
     labels["cfg scale"] = "phase_cfg_scale"

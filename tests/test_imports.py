@@ -13,14 +13,17 @@ LAYERS = [
     ["files"],
     ["saved", "pictures"],
     ["schedule", "views"],
-    ["fusion", "decode", "original", "control"],
+    ["fusion", "decode", "control"],
+    ["areas"],
+    ["original"],
     ["phases"],
     ["hosts"],
     ["arguments"],
     ["job"],
     ["__main__"],
 ]
-CORE = ["config", "memory", "files", "schedule", "views", "fusion", "decode", "original", "control", "phases", "arguments"]
+CORE = ["config", "memory", "files", "schedule", "views", "fusion", "decode", "control", "areas", "original", "phases"]
+CORE += ["arguments"]
 
 
 def imports(path):

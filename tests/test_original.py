@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lib_demofusion.areas import Areas
 from lib_demofusion.original import Original
 
 SIZE = (6, 8)
@@ -30,21 +31,26 @@ def middle(size):
 
 def test_without_a_mask_the_picture_is_all_there_is():
     picture = Picture()
-    reference, held = Original(picture).begin(SIZE)
+    reference, areas = Original(picture).begin(SIZE)
     assert torch.equal(reference, picture(SIZE))
-    assert held is None
+    assert areas == Areas(None, None)
     x = torch.randn(1, 4, *SIZE)
-    assert Original(picture).around(x, None) == (x, None)
+    assert Original(picture).around(x, Areas()) == (x, Areas())
     assert Original(picture).keep(x) is x
 
 
-def test_flat_areas_are_held_in_the_first_phase_at_its_size():
+def test_the_pictures_areas_count_in_every_phase_at_its_size():
     flat = torch.zeros(1, 1, 3, 4)
     flat[..., :2] = 1
-    _, held = Original(Picture(), flat=flat).begin(SIZE)
-    assert held.shape == (1, 1, *SIZE)
-    assert held[..., :3].min() == 1
-    assert held[..., 5:].max() == 0
+    original = Original(Picture(), areas=Areas(held=flat, unguided=flat / 2))
+    own = torch.zeros(1, 1, *SIZE)
+    own[..., -1] = 0.75
+    for areas, last in ((original.begin(SIZE)[1], 0), (original.around(torch.zeros(1, 4, *SIZE), Areas(own, own))[1], 0.75)):
+        for area, most in zip(areas, (1, 0.5)):
+            assert area.shape == (1, 1, *SIZE)
+            assert area[..., :3].min() == area[..., :3].max() == most
+            assert area[..., 5:-1].max() == 0
+            assert (area[..., -1] == last).all()
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -53,7 +59,8 @@ def test_what_lies_outside_the_mask_is_the_pictures_to_the_bit(images):
     original = Original(picture, mask=middle)
     inside = middle(SIZE).bool().expand(images, 4, -1, -1)
     x = torch.randn(images, 4, *SIZE)
-    reference, held = original.around(x, None)
+    reference, (held, unguided) = original.around(x, Areas())
+    assert unguided is None
     assert torch.equal(reference[~inside], picture(SIZE)[~inside])
     assert torch.equal(reference[inside], x[inside])
     assert torch.equal(held, 1 - middle(SIZE))
@@ -62,9 +69,10 @@ def test_what_lies_outside_the_mask_is_the_pictures_to_the_bit(images):
 
 def test_outside_the_mask_all_is_held_and_inside_what_is_flat():
     flat = torch.full((1, 1, 2, 2), 0.25)
-    _, held = Original(Picture(), flat=flat, mask=middle).begin(SIZE)
+    _, (held, _) = Original(Picture(), areas=Areas(held=flat), mask=middle).begin(SIZE)
     assert torch.equal(held, torch.where(middle(SIZE) == 1, 0.25, 1.0))
-    _, held = Original(Picture(), mask=middle).around(torch.zeros(1, 4, *SIZE), torch.full((1, 1, *SIZE), 0.5))
+    half = Areas(held=torch.full((1, 1, *SIZE), 0.5))
+    _, (held, _) = Original(Picture(), mask=middle).around(torch.zeros(1, 4, *SIZE), half)
     assert torch.equal(held, torch.where(middle(SIZE) == 1, 0.5, 1.0))
 
 
@@ -80,12 +88,11 @@ def test_a_phase_asks_for_the_picture_once():
     picture = Picture()
     original = Original(picture, mask=middle)
     for size in (SIZE, (9, 12)):
-        reference, held = original.begin(size)
-        original.keep(original.around(reference, held)[0])
+        original.keep(original.around(*original.begin(size))[0])
     assert picture.asked == [SIZE, (9, 12)]
 
 
 def test_the_mask_has_the_type_of_the_latents():
     original = Original(Picture(dtype=torch.float16), mask=middle)
-    reference, held = original.around(torch.zeros(1, 4, *SIZE, dtype=torch.float16), None)
+    reference, (held, _) = original.around(torch.zeros(1, 4, *SIZE, dtype=torch.float16), Areas())
     assert reference.dtype == held.dtype == torch.float16

@@ -33,7 +33,7 @@ def run_case(case, arrays):
     plan = make_plan((case["window"],) * 2, case["steps"], config)
     states, evaluations = [], [2 * case["steps"]]
 
-    def denoise(phase, reference, noise, held):
+    def denoise(phase, reference, noise, areas):
         views = dict(window=plan.window, stride=plan.stride, dilation=phase.dilation)
         fusion = Fusion(reference, noise, **views, config=config, blur_taps=2 * phase.number - 1)
         x = fusion.noised_reference(sigmas[0])

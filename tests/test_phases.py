@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiny import checkered
 
+from lib_demofusion.areas import Areas
 from lib_demofusion.config import PRESETS, DemoFusionConfig
 from lib_demofusion.fusion import Fusion
 from lib_demofusion.original import Original
@@ -20,7 +22,6 @@ from lib_demofusion.phases import (
     enlarge,
     enlarge_latents,
     enlarged_size,
-    flat_areas,
     make_plan,
     phase_scales,
     plan_from_picture,
@@ -108,7 +109,7 @@ def run(plan, base, config, model=lambda crops, views: crops * 0.1, sigmas=(8.0,
             len(base), -1, -1, -1
         )
 
-    def denoise(phase, reference, n, held):
+    def denoise(phase, reference, n, areas):
         fusion = Fusion(
             reference, n, window=plan.window, stride=plan.stride, dilation=phase.dilation, config=config, phase=phase.number
         )
@@ -150,7 +151,7 @@ def test_the_same_input_gives_the_same_picture_twice():
 def test_what_is_finished_stays_when_a_later_phase_fails():
     plan = make_plan((8, 8), 3, DemoFusionConfig(scale=3.0))
 
-    def denoise(phase, reference, noise, held):
+    def denoise(phase, reference, noise, areas):
         if phase.number == 3:
             raise RuntimeError("out of memory")
         return reference
@@ -162,32 +163,12 @@ def test_what_is_finished_stays_when_a_later_phase_fails():
     assert (phase.number, tuple(latents.shape)) == (2, (1, 4, 16, 16))
 
 
-def square(contrast, side=24):
-    """A plain image [1, 3, 96, 96] that gets gradually lighter, with a square in its middle, checkered over 2 pixels."""
-    image = torch.linspace(-0.1, 0.1, 96).expand(1, 3, 96, 96).clone()
-    row = torch.arange(side) // 2 % 2
-    checkers = (row[:, None] ^ row) * 2 - 1
-    begin = (96 - side) // 2
-    image[..., begin : begin + side, begin : begin + side] += checkers * contrast / 127.5
-    return image
-
-
-def test_flat_is_what_differs_little_from_its_blur():
-    flat = flat_areas(square(6), 12.0)[0, 0]
-    assert flat.shape == (12, 12)
-    around = torch.ones(12, 12, dtype=torch.bool)
-    around[3:9, 3:9] = False  # the square's latent pixels and their neighbours
-    assert flat[around].min() > 0.95, "a gradual change is flat, up to the image's edge"
-    assert flat[4:8, 4:8] == pytest.approx(torch.full((4, 4), 0.5), abs=0.05), "half of the contrast that is let go"
-    assert flat_areas(square(24), 12.0)[0, 0, 3:9, 3:9].max() == 0
-
-
 def test_images_are_made_only_where_the_settings_ask_for_them():
     latents, called = torch.randn(2, 4, 12, 12), []
 
     def decode(z):
         called.append("decode")
-        return square(24)
+        return checkered(24)
 
     def encode(image):
         called.append("encode")
@@ -196,24 +177,26 @@ def test_images_are_made_only_where_the_settings_ask_for_them():
     for settings, calls in (
         ({}, []),
         ({"hold_flat": 6.0}, ["decode"]),
+        ({"unguided_flat": 6.0}, ["decode"]),
         ({"pixel_upsampling": True}, ["decode", "encode"]),
-        ({"pixel_upsampling": True, "hold_flat": 6.0}, ["decode", "encode"]),
+        ({"pixel_upsampling": True, "hold_flat": 6.0, "unguided_flat": 12.0}, ["decode", "encode"]),
     ):
         called.clear()
-        reference, held = enlarge(latents, (18, 24), DemoFusionConfig(scale=2.0, **settings), decode, encode)
+        reference, areas = enlarge(latents, (18, 24), DemoFusionConfig(scale=2.0, **settings), decode, encode)
         assert called == 2 * calls
         assert reference.shape == (2, 4, 18, 24)
         assert torch.equal(reference, enlarge_latents(latents, (18, 24))) == ("pixel_upsampling" not in settings)
-        if "hold_flat" not in settings:
-            assert held is None
-            continue
-        assert held.shape == (2, 1, 18, 24)
-        assert held[..., 9, 12].max() == 0
-        assert held[..., 0, 0].min() > 0.9
+        for area, name in zip(areas, ("hold_flat", "unguided_flat")):
+            if name not in settings:
+                assert area is None
+                continue
+            assert area.shape == (2, 1, 18, 24)
+            assert area[..., 9, 12].max() == 0
+            assert area[..., 0, 0].min() > 0.9
 
 
 @pytest.mark.parametrize("size", [(24, 36), (48, 30), (13, 17), (16, 36)])
-@pytest.mark.parametrize("settings", [{}, {"pixel_upsampling": True, "hold_flat": 20.0}])
+@pytest.mark.parametrize("settings", [{}, {"pixel_upsampling": True, "hold_flat": 20.0, "unguided_flat": 9.0}])
 def test_an_image_that_tiles_is_enlarged_as_one(size, settings):
     """Where it begins makes no difference, also to what is held and to what the autoencoder sees at its borders."""
     latents, config = torch.randn(2, 4, 12, 18), DemoFusionConfig(scale=2.0, **settings)
@@ -226,28 +209,29 @@ def test_an_image_that_tiles_is_enlarged_as_one(size, settings):
         return F.avg_pool2d(F.pad(image, (0, 0, 0, 0, 0, 1)), 8)
 
     def enlarged(z):
-        return [x for x in enlarge(z, size, config, decode, encode, tiling=True) if x is not None]
+        reference, areas = enlarge(z, size, config, decode, encode, tiling=True)
+        return [x for x in (reference, *areas) if x is not None]
 
     here, plain = enlarged(latents), enlarge(latents, size, config, decode, encode)[0]
     steps = [12 // math.gcd(12, size[0]), 18 // math.gcd(18, size[1])]
     there = enlarged(latents.roll(steps, (-2, -1)))
-    assert [x.shape[-2:] for x in here] == [size] * (2 if settings else 1)
+    assert [x.shape[-2:] for x in here] == [size] * (3 if settings else 1)
     for x, moved in zip(here, there):
         by = [step * side // of for step, side, of in zip(steps, size, (12, 18))]
         torch.testing.assert_close(moved, x.roll(by, (-2, -1)), atol=1e-5, rtol=0)
     assert not torch.allclose(here[0][..., 0, :], plain[..., 0, :], atol=1e-2)
 
 
-def test_each_phase_gets_what_is_held_of_the_one_before():
+def test_each_phase_gets_the_areas_of_the_one_before():
     seen = []
     plan = make_plan((8, 8), 3, DemoFusionConfig(scale=3.0))
 
-    def denoise(phase, reference, noise, held):
-        seen.append(held)
+    def denoise(phase, reference, noise, areas):
+        seen.append(areas.held)
         return reference
 
     def enlarged(latents, size):
-        return torch.zeros(1, 4, *size), torch.full((1, 1, *size), float(latents.shape[-1]))
+        return torch.zeros(1, 4, *size), Areas(torch.full((1, 1, *size), float(latents.shape[-1])))
 
     list(upscale(plan, torch.randn(1, 4, 8, 8), lambda phase: torch.zeros(1), denoise, enlarge=enlarged))
     assert [(tuple(held.shape), float(held.mean())) for held in seen] == [((1, 1, 16, 16), 8), ((1, 1, 24, 24), 16)]
@@ -404,8 +388,8 @@ def loop(plan, original, finished=None, fail=None):
     """The references that the phases get, and what they yield, with a sampler that adds 1 to the reference."""
     seen = []
 
-    def denoise(phase, reference, noise, held):
-        seen.append((phase.number, reference.clone(), held))
+    def denoise(phase, reference, noise, areas):
+        seen.append((phase.number, reference.clone(), areas.held))
         return reference + 1
 
     base = torch.randn(1, 4, *plan.window)

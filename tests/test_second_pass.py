@@ -440,7 +440,9 @@ def drawn(host, *args, **settings):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("settings", [{}, {"pixel_upsampling": True}, {"hold_flat": 20.0}, {"upscaler": "Doubled"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"pixel_upsampling": True}, {"hold_flat": 20.0, "unguided_flat": 9.0}, {"upscaler": "Doubled"}]
+)
 @pytest.mark.parametrize("tiling", [False, True])
 def test_a_copy_of_the_checkpoint_changes_nothing(host, tmp_path, settings, batch, tiling):
     """So that all that is decoded, enlarged and encoded is what it is without."""

@@ -18,8 +18,8 @@ from arguments import settings_of
 from readout import NODE, in_node
 from webui_fixtures import assert_as_before, assert_same, direct_run, refusal, said, snapshot, watch_calls
 
+from lib_demofusion.areas import Areas, areas_of
 from lib_demofusion.config import PRESETS, DemoFusionConfig
-from lib_demofusion.phases import flat_areas
 from lib_demofusion.saved import SavedPhase, read_saved
 
 STEPS = 4
@@ -665,10 +665,42 @@ def test_flat_areas_are_held(host, monkeypatch):
     reply = host.generate(True, 2, {"hold_flat": 50.0}, batch_size=2)
     assert_as_before(host, before)
     assert not torch.equal(reply.latents[-1], host.generate(True, 2, batch_size=2).latents[-1])
-    flat = flat_areas(torch.cat([model.decode_first_stage(z) for z in host.generate(batch_size=2).latents[0].split(1)]), 50.0)
-    want = torch.nn.functional.interpolate(flat, size=SIZES[2], mode="bilinear", align_corners=False)
+    images = torch.cat([model.decode_first_stage(z) for z in host.generate(batch_size=2).latents[0].split(1)])
+    want = areas_of(images, DemoFusionConfig(hold_flat=50.0)).at(SIZES[2]).held
     assert 0 < float(want.mean()) < 1
     torch.testing.assert_close(seen[0], want, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+@pytest.mark.parametrize("prompt", ["a ring", "a ring AND a disc :0.7"])
+def test_areas_that_are_not_guided_are_drawn_as_at_cfg_1(host, monkeypatch, prompt, sampler):
+    """The first image nowhere, the second everywhere: each as alone."""
+    job = dict(prompt=prompt, sampler_name=sampler)
+    guided, plain = (host.generate(True, 2, settings, **job, batch_size=2) for settings in ({}, {"phase_cfg_scale": 1.0}))
+    enlarge, before = host.webui.phases.enlarge, snapshot(host)
+
+    def enlarged(*args):
+        reference, areas = enlarge(*args)
+        assert areas == (None, None)
+        return reference, Areas(unguided=torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(-1, -1, *args[1]))
+
+    monkeypatch.setattr(host.webui.phases, "enlarge", enlarged)
+    reply = host.generate(True, 2, **job, batch_size=2)
+    assert_as_before(host, before)
+    assert "combine_denoised" not in vars(reply.p.sampler.model_wrap_cfg)
+    assert torch.equal(reply.latents[0][:1], guided.latents[0][:1])
+    assert_same(reply.latents[0][1:], plain.latents[0][1:])
+    assert not torch.allclose(guided.latents[0], plain.latents[0], atol=1e-2)
+
+
+def test_flat_areas_are_not_guided(host):
+    before, plain = snapshot(host), host.generate(True, 2, batch_size=2).latents[-1]
+    batch = host.generate(True, 2, {"unguided_flat": 50.0}, batch_size=2).latents[-1]
+    assert_as_before(host, before)
+    assert not torch.allclose(batch, plain, atol=1e-2)
+    assert_same(batch[1:], host.generate(True, 2, {"unguided_flat": 50.0}, seed=2).latents[-1])
+    at_1 = [{"phase_cfg_scale": 1.0}, {"phase_cfg_scale": 1.0, "unguided_flat": 50.0}]
+    assert_same(*(host.generate(True, 2, settings).latents[-1] for settings in at_1))
 
 
 def test_large_phases_are_encoded_in_tiles(host, decoder):
@@ -1090,7 +1122,7 @@ def test_fewer_arguments_have_the_forms_values(host):
 @pytest.mark.parametrize("more", [1, 2, 5])
 def test_one_argument_too_many_is_refused(host, calls, surplus, more):
     args = [True, *(control.value for control in host.script.controls[1 : len(host.webui.settings.ARGUMENTS)])]
-    line = f"it has 30 arguments, of which resize height is the last; got one more, {surplus!r}"
+    line = f"it has 31 arguments, of which unguided flat is the last; got one more, {surplus!r}"
     assert_refused(host, calls, line, *args, *[surplus] * more)
     assert host.generate(False, *args[1:], surplus).sizes == [(8, 8)]
 
@@ -1391,7 +1423,7 @@ def test_a_preview_waits_until_the_decoder_is_whole_again(host, monkeypatch):
 
 
 FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12, "", 0]
-FULL += [5, "DPM++ 2M", "Karras", 2.5, 'a disc: "red",\nstriped', '"blue"', "Use same checkpoint", "Doubled", 160, 160]
+FULL += [5, "DPM++ 2M", "Karras", 2.5, 'a disc: "red",\nstriped', '"blue"', "Use same checkpoint", "Doubled", 160, 160, 12.5]
 
 
 def pasted(host, text):
@@ -1688,7 +1720,7 @@ def test_xyz_plot_gets_an_axis_for_each_setting(host):
     host.script_callbacks.before_ui_callback()  # without the plot there is nothing to do
     host.scripts.scripts_data.append(host.scripts.ScriptClassData(plot.Script, "", "", plot))
     host.script_callbacks.before_ui_callback()
-    assert len(plot.axis_options) == 28
+    assert len(plot.axis_options) == 29
     axes = {axis.label: axis for axis in plot.axis_options}
 
     p = host.processing_for()

@@ -17,8 +17,9 @@ from readout import NODE, readouts
 from scipy.ndimage import gaussian_filter1d
 from webui_fixtures import assert_as_before, refusal, said, snapshot, watch_calls
 
+from lib_demofusion.areas import areas_of
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.phases import flat_areas, make_plan
+from lib_demofusion.phases import make_plan
 from lib_demofusion.saved import SavedPhase, read_saved
 from lib_demofusion.views import dilated_views, local_views
 
@@ -259,7 +260,7 @@ def test_flat_areas_of_the_picture_are_held(host, fusions):
     given.paste((90, 120, 30), (0, 0, 60, 96))
     enlarge(host, given, 2.0, {"hold_flat": 50.0})
     x = torch.from_numpy(numbers(given).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-    want = torch.nn.functional.interpolate(flat_areas(x, 50.0), size=(16, 16), mode="bilinear", align_corners=False)
+    want = areas_of(x, DemoFusionConfig(hold_flat=50.0)).at((16, 16)).held
     assert 0 < want.mean() < 1
     torch.testing.assert_close(fusions[0].held, want)
     assert fusions[1].held.shape == (1, 1, 24, 24)
@@ -1279,7 +1280,7 @@ FULL = dict(phase_steps=5, doubling=True, pixel_upsampling=True, stride=0.4, fea
 FULL |= dict(alpha1=2.5, alpha2=1.5, alpha3=0.5, blur_sigma=0.75, view_batch_size=2, hold_steps=12, most_phase_steps=3)
 FULL |= dict(phase_sampler="DPM++ 2M", phase_schedule="Karras", phase_cfg_scale=2.5, phase_prompt='a "disc", red:\nhere')
 FULL |= dict(phase_negative_prompt="green", phase_checkpoint="Use same checkpoint", upscaler="Doubled")
-FULL |= dict(resize_width=0, resize_height=0)
+FULL |= dict(resize_width=0, resize_height=0, unguided_flat=12.5)
 
 
 def pasted(host, text, img2img=True):

@@ -111,3 +111,13 @@ def spot(size=(200, 136), box=(60, 40, 140, 100), grey=255):
     mask = Image.new("L", size)
     mask.paste(grey, box)
     return mask
+
+
+def checkered(contrast, side=24):
+    """A plain image [1, 3, 96, 96] that gets gradually lighter, with a square in its middle, checkered over 2 pixels."""
+    image = torch.linspace(-0.1, 0.1, 96).expand(1, 3, 96, 96).clone()
+    row = torch.arange(side) // 2 % 2
+    checkers = (row[:, None] ^ row) * 2 - 1
+    begin = (96 - side) // 2
+    image[..., begin : begin + side, begin : begin + side] += checkers * contrast / 127.5
+    return image

@@ -110,7 +110,7 @@ def direct_run(models, base, sampler, scale, steps, cfg, seeds, jitter=True, pro
         noises = [math.sqrt(1 - kept[t]) for t in ts]
         signals = [math.sqrt(kept[t]) for t in ts]
 
-    def denoise(phase, reference, noise, held):
+    def denoise(phase, reference, noise, areas):
         fusion = fusion_for(plan, phase, plan_config, reference, noise)
         x = fusion.noised_reference(noises[0], signals[0])
         for i, ((n, s), (n2, s2)) in enumerate(itertools.pairwise(zip(noises, signals))):

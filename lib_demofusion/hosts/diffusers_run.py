@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_demofusion.areas import Areas, areas_of, asks_for_areas, guidance_scale
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.fusion import Cancelled
+from lib_demofusion.fusion import Cancelled, crops_of
 from lib_demofusion.hosts.diffusers_autoencoder import as_image, decode, decode_latents, encode, encode_picture
 from lib_demofusion.hosts.diffusers_checkpoints import device_of
 from lib_demofusion.hosts.diffusers_controlnet import Control, Controls
@@ -21,7 +22,7 @@ from lib_demofusion.hosts.diffusers_lora import Adapters
 from lib_demofusion.hosts.diffusers_schedules import Sampling, draws_noise, make_schedule, prediction_type, sigma_at, take_steps
 from lib_demofusion.memory import ViewBatch
 from lib_demofusion.original import Original
-from lib_demofusion.phases import Phase, Plan, Upscaler, enlarge, enlarged_size, flat_areas, fusion_for
+from lib_demofusion.phases import Phase, Plan, Upscaler, enlarge, enlarged_size, fusion_for
 from lib_demofusion.pictures import Given
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import Size, View
@@ -216,23 +217,23 @@ class Run:
         """The given picture, as the phases take it."""
         if self.given is None:
             return None
-        flat, picture = None, self.given.picture
-        if self.config.hold_flat:
+        areas, picture = Areas(), self.given.picture
+        if asks_for_areas(self.config):
             h, w = self._pixels(enlarged_size(picture.size[::-1], 1, self.factor))
             pixels = self.parts[1].pipe.image_processor.preprocess(picture.resize((w, h)))
-            flat = flat_areas(pixels, self.config.hold_flat, self.factor).to(self.device)
+            areas = areas_of(pixels.to(self.device), self.config, self.factor)
         if self.upscaler is None:
-            return Original(self.encode, flat=flat, mask=None if self.given.mask is None else self.given.mask_at)
+            return Original(self.encode, areas=areas, mask=None if self.given.mask is None else self.given.mask_at)
         if self.given.mask is None:
-            return Original(self._enlarged, flat=flat)
+            return Original(self._enlarged, areas=areas)
 
         def fill(picture: Tensor) -> Tensor:
             return self._enlarged(tuple(picture.shape[-2:]))
 
         # Around the mask it is the picture by Lanczos, which is what the result shows there.
-        return Original(self.encode, flat=flat, mask=self.given.mask_at, fill=fill)
+        return Original(self.encode, areas=areas, mask=self.given.mask_at, fill=fill)
 
-    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Areas]:
         first = tuple(latents.shape[-2:]) == tuple(self.plan.window)
         before, after = self.parts[not first].pipe, self.parts[1].pipe
         code = partial(decode, before, base=self.plan.window), partial(encode, after, base=self.plan.window)
@@ -264,7 +265,7 @@ class Run:
         self.controls.begin(phase)
         return part
 
-    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
+    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, areas: Areas) -> Tensor:
         """Phases after the base: the same sampling, of the fused prediction, with the skip residual."""
         part, schedule = self._begin(phase), self.phase_schedule
         fusion = fusion_for(
@@ -275,16 +276,23 @@ class Run:
             noise,
             fresh_noise=draws_noise(part.sampling.kind, schedule),
             cancelled=self.cancelled,
-            held=held,
+            held=areas.held,
             view_batch=self.result.view_batch,
             t_max=schedule.config.num_train_timesteps,
         )
+
+        unguided = None if areas.unguided is None else areas.unguided.expand(len(reference), -1, -1, -1)
 
         def predict(x: Tensor, t: Tensor, sigma: float, since: float | None) -> Tensor:
             self.controls.step()
             levels = part.levels(sigma)
             fusion.skip_residual_(x, float(t), *levels, since)
-            return fusion.predict(x, float(t), lambda crops, views: self._model(phase, crops, views, t, sigma), levels[0])
+
+            def denoise(crops: Tensor, views: Sequence[View]) -> Tensor:
+                own = None if unguided is None else crops_of(unguided, views)
+                return self._model(phase, crops, views, t, sigma, own)
+
+            return fusion.predict(x, float(t), denoise, levels[0])
 
         first = phase.skipped * schedule.order
         x = fusion.noised_reference(*part.levels(sigma_at(schedule, first)))
@@ -294,8 +302,16 @@ class Run:
         generators = self.generators if draws_noise(part.sampling.kind, schedule) else None
         return take_steps(schedule, x, predict, first, generators)
 
-    def _model(self, phase: Phase, crops: Tensor, views: Sequence[View], t: Tensor, sigma: float) -> Tensor:
-        """The guided noise in crops [len(views) * B, C, h, w] at noise level sigma."""
+    def _model(
+        self,
+        phase: Phase,
+        crops: Tensor,
+        views: Sequence[View],
+        t: Tensor,
+        sigma: float,
+        unguided: Tensor | None = None,
+    ) -> Tensor:
+        """The guided noise in crops [len(views) * B, C, h, w] at noise level sigma. unguided: of each crop."""
         part, branches = self.part(phase), phase.branches
         scale = 1.0 if part.sampling.kind.variance_preserving else 1 / math.sqrt(1 + sigma * sigma)
         x = crops * scale
@@ -316,7 +332,7 @@ class Run:
         if branches == 1:
             return output
         uncond, cond = output.chunk(2)
-        return uncond + part.sampling.cfg_scale * (cond - uncond)
+        return uncond + guidance_scale(part.sampling.cfg_scale, unguided) * (cond - uncond)
 
     def _size_ids(self, phase: Phase, views: Sequence[View]) -> Tensor:
         """SDXL's size conditions, a row a view: original (height, width), crop (top, left), target (height, width).

@@ -440,7 +440,7 @@ def test_a_name_that_the_host_does_not_know_is_an_error(host):
 @pytest.mark.parametrize("surplus", ["", 0, None, [1]])
 def test_a_list_of_another_version_is_refused(host, calls, surplus):
     whole = [True, *(control.value for control in host.script.controls[1 : len(host.webui.settings.ARGUMENTS)])]
-    line = f"it has 30 arguments, of which resize height is the last; got one more, {surplus!r}"
+    line = f"it has 31 arguments, of which unguided flat is the last; got one more, {surplus!r}"
     assert refusal(host, host.generate(*whole, surplus), calls) == line
     assert host.generate(*whole).images[0].size == (128, 128)
     assert host.generate(*whole[:5]).images[0].size == (128, 128)

@@ -33,6 +33,7 @@ def unsupported() -> str | None:
         "Script.post_sample": hasattr(scripts.Script, "post_sample"),
         "Script.process_before_every_sampling": hasattr(scripts.Script, "process_before_every_sampling"),
         "CFGDenoiser.inner_model": hasattr(sd_samplers_cfg_denoiser.CFGDenoiser, "inner_model"),
+        "CFGDenoiser.combine_denoised": hasattr(sd_samplers_cfg_denoiser.CFGDenoiser, "combine_denoised"),
     }
     missing = [name for name, there in needed.items() if not there]
     return f"it has no {', '.join(missing)}; update the WebUI to version 1.10, which has" if missing else None
@@ -162,6 +163,25 @@ def adds_noise(p: Any, sampler: Any) -> bool:
     if kind == "churn":
         return getattr(shared.opts, "s_churn", p.s_churn) > 0
     return kind == "always"
+
+
+@contextmanager
+def unguided(denoiser: Any, areas: Tensor | None) -> Iterator[None]:
+    """The denoiser combines prompts and negative prompt as at CFG scale 1 in these areas, [B or 1, 1, H, W] in 0..1."""
+    if areas is None:
+        yield
+        return
+    combine = denoiser.combine_denoised
+
+    def combined(x_out: Tensor, conds_list: Any, uncond: Any, cond_scale: float) -> Tensor:
+        guided, plain = (combine(x_out, conds_list, uncond, scale) for scale in (cond_scale, 1.0))
+        return torch.lerp(guided, plain, areas.to(guided))
+
+    denoiser.combine_denoised = combined
+    try:
+        yield
+    finally:
+        del denoiser.combine_denoised
 
 
 def _unipc_without_corrector(model, x, timesteps, extra_args=None, callback=None, disable=None, is_img2img=False):

@@ -8,6 +8,7 @@ from typing import Any
 from modules import devices, rng, shared
 from torch import Tensor
 
+from lib_demofusion.areas import Areas, asks_for_areas
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Cancelled
 from lib_demofusion.hosts.webui import a1111, controlnet, neighbours
@@ -69,7 +70,7 @@ class Phases:
         )
         return p.rng.next()
 
-    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+    def enlarge(self, latents: Tensor, size: Size) -> tuple[Tensor, Areas]:
         """A phase's reference; before the first, the base's images are decoded, and then the phases' checkpoint is loaded."""
         images = iter(self._decoded(latents, size) if self.second.checkpoint.waits else ())
         if stopped():
@@ -98,14 +99,14 @@ class Phases:
             return made[-1]
 
         upscaler = self.upscaler
-        if self.config.hold_flat or (upscaler.images if upscaler else self.config.pixel_upsampling):
+        if asks_for_areas(self.config) or (upscaler.images if upscaler else self.config.pixel_upsampling):
             none = Upscaler(images=lambda image, size: image[..., :1, :1].clone())
             with a1111.autocast():
-                config = replace(self.config, hold_flat=0.0)
+                config = replace(self.config, hold_flat=0.0, unguided_flat=0.0)
                 enlarge(latents, size, config, as_image, lambda image: latents[:1], FACTOR, self.p.tiling, none)
         return made
 
-    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, held: Tensor | None) -> Tensor:
+    def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, areas: Areas) -> Tensor:
         """One phase with a sampler of its own. Raises Cancelled if the user interrupts or skips."""
         p = self.p
         shared.state.job = shared.state.textinfo = f"{NAME} phase {phase.number} of {len(self.plan.phases)}"
@@ -126,7 +127,7 @@ class Phases:
             noise,
             fresh_noise=a1111.adds_noise(p, sampler),
             cancelled=stopped,
-            held=held,
+            held=areas.held,
             view_batch=self.view_batch,
         )
         denoiser = sampler.model_wrap_cfg
@@ -136,7 +137,7 @@ class Phases:
         try:
             if p.scripts is not None:
                 p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
-            with a1111.autocast():
+            with a1111.autocast(), a1111.unguided(denoiser, areas.unguided):
                 if hasattr(p, "init_images"):
                     image_conditioning = self.start.conditioning(noise, self.plan.window)
                 else:

@@ -12,6 +12,7 @@ from modules import devices, images, masking, processing, rng, shared
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lib_demofusion.areas import Areas, areas_of, asks_for_areas
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.webui import a1111
 from lib_demofusion.hosts.webui.a1111 import FACTOR
@@ -19,7 +20,7 @@ from lib_demofusion.hosts.webui.decoding import encode, encoding
 from lib_demofusion.hosts.webui.settings import PICTURE
 from lib_demofusion.hosts.webui.upscalers import is_latent, pixels_of, resized, stopped, upscaler_for
 from lib_demofusion.original import Original
-from lib_demofusion.phases import enlarge, flat_areas
+from lib_demofusion.phases import enlarge
 from lib_demofusion.views import Size
 
 WRAPPED = 64  # pixels by which a picture that tiles is grown on each side before it is encoded
@@ -94,13 +95,12 @@ class Start:
         """The picture for the phases; None where they have no need of it."""
         if not self.from_picture and self.mask is None:
             return None
-        flat = None
-        if self.from_picture and config.hold_flat:
-            flat = torch.cat([flat_areas(pixels_of(picture), config.hold_flat, FACTOR) for picture in self.pictures])
-            flat = flat.to(devices.device)
+        areas = Areas()
+        if self.from_picture and asks_for_areas(config):
+            areas = Areas.cat([areas_of(pixels_of(picture).to(devices.device), config, FACTOR) for picture in self.pictures])
         return Original(
             self._encoded,
-            flat=flat,
+            areas=areas,
             mask=None if self.mask is None else self._latent_mask,
             fill=self._filled if self.mask is not None else None,
         )

@@ -48,6 +48,7 @@ ARGUMENTS = (
     "upscaler",
     "resize_width",
     "resize_height",
+    "unguided_flat",
 )
 # What the form shows for "as the base", where that is a choice of a list; the API takes it, too.
 SAME = {
@@ -56,7 +57,8 @@ SAME = {
     "phase_checkpoint": "Use same checkpoint",
     "upscaler": "Bicubic",
 }
-SECOND_PASS = ARGUMENTS[ARGUMENTS.index("phase_sampler") :]  # what the form has under that name
+_FIRST, _LAST = (ARGUMENTS.index(name) for name in ("phase_sampler", "resize_height"))
+SECOND_PASS = ARGUMENTS[_FIRST : _LAST + 1]  # what the form has under that name
 END = "end of the arguments"
 CONFIG_FIELDS = {f.name: f for f in fields(DemoFusionConfig)}
 TEXTS = tuple(name for name, field in CONFIG_FIELDS.items() if isinstance(field.default, str))
