@@ -18,6 +18,7 @@ from evaluation.judges import Made, PhotoJudge, SceneJudge
 from evaluation.methods import (
     ABLATION,
     CONTROL,
+    FEW_STEP_WEIGHTS,
     FEW_STEPS,
     HELD,
     METHODS,
@@ -120,9 +121,13 @@ TABLES = {
     ),
     "Few steps": Table(
         FEW_STEPS,
-        "Turbo as it was until version 0.8, 18 steps of which the last 7 are run, against fewer and later ones, and against "
-        "few-step weights without guidance in the phases: the embedded checkpoint's LCM-LoRA.",
+        "The presets with few steps, against Turbo as it was until version 0.8: the last 7 of 18 steps a phase.",
         "Fast, 18 steps",
+    ),
+    "Few-step weights": Table(
+        FEW_STEP_WEIGHTS,
+        "The embedded checkpoint's LCM-LoRA in the phases, without guidance, against Turbo.",
+        "Turbo",
         embedded=True,
     ),
 }

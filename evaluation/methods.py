@@ -297,6 +297,7 @@ def _drawn(job: Job, pipe, **settings) -> Image.Image:
 PRESETS: dict[str, Method] = {
     "DemoFusion": demofusion(),
     "Fast": demofusion(preset="Fast"),
+    "Faithful": demofusion(preset="Faithful"),
     "Turbo": demofusion(preset="Turbo"),
 }
 # The presets with a setting that none of them has.
@@ -318,13 +319,16 @@ STEPS: dict[str, Method] = {
     for steps in counts
     for hold in (50, 0)
 }
-# Fewer steps of the phases. Turbo begins them at t = 300, and 4 of 12 steps at 333.
+# Fewer steps of the phases.
 FEW_STEPS: dict[str, Method] = {
     "Fast, 18 steps": demofusion(preset="Fast", phase_steps=18),
+    "Faithful": PRESETS["Faithful"],
     "Turbo": PRESETS["Turbo"],
-    "Turbo, 4 of 12 steps": demofusion(preset="Turbo", most_phase_steps=12, denoising_strength=0.33),
+}
+# Without guidance in the phases, by weights for that.
+FEW_STEP_WEIGHTS: dict[str, Method] = {
+    "Turbo": PRESETS["Turbo"],
     "Few-step": demofusion(preset="Few-step", few_step=True),
-    "Few-step, Euler": demofusion(preset="Few-step", few_step=True, phase_sampler="Euler"),
 }
 # The paper's table 1, what users of the WebUI do today, and the presets beside them.
 METHODS: dict[str, Method] = {

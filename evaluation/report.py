@@ -56,7 +56,7 @@ BETTER = {
     "crop IS": True,
 }
 PLOTTED = ("count right", "texture right", "strays", "crop FID")
-OURS = ("DemoFusion", "Paper", "Fast", "Turbo")  # in another colour, with whatever settings
+OURS = ("DemoFusion", "Paper", "Fast", "Faithful", "Turbo", "Few-step")  # in another colour, with whatever settings
 COLUMNS = 8  # metrics of a table, so that a page is wide enough for it
 SHOWN = 6  # rows of a sheet
 SIDE = 224  # pixels of a picture on a sheet

@@ -11,19 +11,14 @@ INFOTEXT_PREFIX = "DemoFusion"
 # What differs from the paper's settings. docs/evaluation.md has what each costs and gives. Each asks the model no more
 # often than the one before, whatever the base's steps and sampler are.
 _FAST: dict[str, Any] = dict(denoising_strength=0.4, doubling=True, pixel_upsampling=True, stride=0.625, feather=True)
+_FEW: dict[str, Any] = {**_FAST, "most_phase_steps": 10, "phase_schedule": "SGM Uniform"}
 PRESETS: dict[str, dict[str, Any]] = {
     "Paper": {},
     "Fast": _FAST,
-    "Turbo": {**_FAST, "most_phase_steps": 10, "denoising_strength": 0.3, "phase_schedule": "SGM Uniform"},
+    "Faithful": {**_FEW, "hold_flat": 15.0, "unguided_flat": 50.0},
+    "Turbo": {**_FEW, "denoising_strength": 0.3, "unguided_flat": 25.0},
     # Of few-step weights, which need no guidance: an LCM, Lightning or DMD2 LoRA in the phases, or such a checkpoint.
-    "Few-step": {
-        **_FAST,
-        "most_phase_steps": 10,
-        "denoising_strength": 0.3,
-        "phase_schedule": "SGM Uniform",
-        "phase_sampler": "LCM",
-        "phase_cfg_scale": 1.0,
-    },
+    "Few-step": {**_FEW, "denoising_strength": 0.3, "phase_sampler": "LCM", "phase_cfg_scale": 1.0},
 }
 
 

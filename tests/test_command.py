@@ -295,7 +295,7 @@ def test_what_cannot_be_resumed(run, tmp_path, capsys):
         (["ring", "--size", "128x128", "--scale", "3"], "give --size or --scale, not both"),
         (["ring", "--size", "64x64"], "scale must be above 1"),
         (["ring", "--stride", "60"], "stride must be above 0 and at most 1, got 60"),
-        (["ring", "--preset", "slow"], "no preset called 'slow'; there are: Paper, Fast, Turbo, Few-step"),
+        (["ring", "--preset", "slow"], "no preset called 'slow'; there are: Paper, Fast, Faithful, Turbo, Few-step"),
         (["red " * 100], "the prompt is too long: 100 tokens, 75 at most"),
         (["ring", "--negative-prompt", "red " * 100], "the negative prompt is too long"),
         (["ring", "--sampler", "Euler b"], "no sampler called 'Euler b'"),
@@ -1480,21 +1480,9 @@ def test_the_plan_counts_the_phases_own_calls(run):
 @pytest.mark.parametrize("steps", ["2", "8", "30"])
 def test_each_preset_asks_the_model_no_more_often_than_the_one_before(model, capsys, steps, sampler, cfg):
     calls = []
-    for preset in ("Turbo", "Fast", "Paper"):
-        args = [
-            "ring",
-            "--model",
-            model,
-            "--device",
-            "cpu",
-            "--plan",
-            "--preset",
-            preset,
-            "--steps",
-            steps,
-            "--phase-cfg-scale",
-            cfg,
-        ]
+    for preset in ("Turbo", "Faithful", "Fast", "Paper"):
+        args = ["ring", "--model", model, "--device", "cpu", "--plan", "--preset", preset, "--steps", steps]
+        args += ["--phase-cfg-scale", cfg]
         assert main([*args, "--phase-sampler", sampler]) == 0
         calls.append(int(capsys.readouterr().out.splitlines()[-2].split()[-1].replace(",", "")))
     assert calls == sorted(calls)

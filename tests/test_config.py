@@ -69,7 +69,7 @@ def test_a_preset_is_in_the_infotext_as_the_settings_it_stands_for(name, monkeyp
 
 def test_presets_are_called_by_their_names():
     assert DemoFusionConfig.preset("Fast", stride=0.1).stride == 0.1
-    with pytest.raises(ValueError, match="^no preset called 'Slow'; there are: Paper, Fast, Turbo, Few-step$"):
+    with pytest.raises(ValueError, match="^no preset called 'Slow'; there are: Paper, Fast, Faithful, Turbo, Few-step$"):
         DemoFusionConfig.preset("Slow")
 
 

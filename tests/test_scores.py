@@ -13,12 +13,13 @@ import evaluation.__main__
 from evaluation.__main__ import Run, fingerprint, prompt_range, scenes
 from evaluation.drawing import TABLES, label
 from evaluation.judges import FEATURE, VERSION, Made, SceneJudge
-from evaluation.methods import METHODS, PRESETS, Method
+from evaluation.methods import METHODS, Method
 from evaluation.metrics import Normal, frechet_distance
 from evaluation.readers import small, true_render
 from evaluation.scores import BASE, Scores, keep, kept
 from training.scenes import render
 
+THREE = {name: METHODS[name] for name in ("DemoFusion", "Fast", "Turbo")}
 COUNT = 5
 WRITTEN = ("report.md", "report/presets-4x.svg", "report/scores-4x.npz")
 
@@ -40,7 +41,7 @@ class Here:
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setitem(TABLES, "Presets", replace(TABLES["Presets"], methods=PRESETS, sizes=("4x",)))
+    monkeypatch.setitem(TABLES, "Presets", replace(TABLES["Presets"], methods=THREE, sizes=("4x",)))
     monkeypatch.setattr("evaluation.__main__.TRUE_RENDERS", 40)
     monkeypatch.setattr("evaluation.judges.SceneJudge.draws", 10)
     monkeypatch.setattr("evaluation.__main__.ProcessPoolExecutor", Here)
@@ -54,7 +55,7 @@ def built(tmp_path_factory):
         own = folder / "embedded-50" / "4x" / f"{index:04}"
         own.mkdir(parents=True)
         image = Image.fromarray(render(scene, np.random.default_rng(index)).astype(np.uint8)).resize((256, 256))
-        pictures = {label(name): image.filter(ImageFilter.GaussianBlur(i)) for i, name in enumerate(PRESETS)}
+        pictures = {label(name): image.filter(ImageFilter.GaussianBlur(i)) for i, name in enumerate(THREE)}
         for name, picture in {BASE: image.resize((128, 128), Image.Resampling.BOX), **pictures}.items():
             picture.save(own / f"{name}.png")
             (own / f"{name}.json").write_text(json.dumps([100, 1.5 + index]))
@@ -184,7 +185,7 @@ def test_scores_of_pictures_that_were_drawn_otherwise_are_refused(build, tmp_pat
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(b"others")
     assert "with checkpoint" in refused(monkeypatch, capsys, tmp_path, *own, "--model", tmp_path)
-    monkeypatch.setitem(TABLES, "Parts", replace(TABLES["Parts"], methods=PRESETS))
+    monkeypatch.setitem(TABLES, "Parts", replace(TABLES["Parts"], methods=THREE))
     line = refused(monkeypatch, capsys, tmp_path, "--tables", "Parts", "--no-draw", "--model", tmp_path)
     assert "the scores of one report are of one checkpoint" in line, "at another size"
 

@@ -257,7 +257,7 @@ def test_a_new_user(page, server, tmp_path_factory):
     page.keyboard.press("ArrowLeft")
     page.wait_for_function("document.querySelector('.demofusion-preset-help').innerText.startsWith('Paper: ')")
     assert "14 times the base image's model calls" in preset_help(page)
-    for name in ("Paper", "Fast", "Turbo"):
+    for name in PRESETS:
         radio = page.locator(f"#{FORM}_preset input[value={name}]")
         described = radio.evaluate("radio => [radio.title, radio.closest('label').title]")
         assert described[0] == described[1]

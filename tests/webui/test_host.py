@@ -614,7 +614,7 @@ def test_phases_of_few_steps_show_themselves_at_no_more_cost_than_the_base(host,
 def test_xyz_plot_over_our_settings(host, calls):
     plot = host.scripts.scripts_txt2img.script("x/y/z plot")
     labels = [option.label for option in plot.current_axis_options]
-    assert sum(label.startswith("[DemoFusion]") for label in labels) == 17
+    assert sum(label.startswith("[DemoFusion]") for label in labels) == 17 + 11
     x, y = labels.index("[DemoFusion] scale"), labels.index("[DemoFusion] jitter")
     args = [x, "2,3", [], y, "", ["True", "False"], 0, "", [], False, True, False, False, False, False, False, 0, False]
     reply = host.generate(script_name="x/y/z plot", script_args=args)
@@ -646,7 +646,7 @@ def test_a_refused_cell_of_a_plot_leaves_the_others_and_says_why(host, order):
 def test_a_preset_that_is_none_is_a_cell_that_says_so(host):
     args = plot(host, "[DemoFusion] preset", "Turbo,Tubro", "Steps", "4,8")
     reply = host.generate(script_name="x/y/z plot", script_args=args)
-    says = "no preset called 'Tubro'; there are: Paper, Fast, Turbo"
+    says = "no preset called 'Tubro'; there are: Paper, Fast, Faithful, Turbo"
     assert [says in text for text in reply.infotexts[1:]] == [False, True] * 2
 
 

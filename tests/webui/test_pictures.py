@@ -142,13 +142,13 @@ def test_large_phases_are_encoded_in_tiles(host, monkeypatch):
     assert "encode_first_stage" not in vars(host.shared.sd_model)
 
 
-@pytest.mark.parametrize("preset", ["Fast", "Turbo"])
+@pytest.mark.parametrize("preset", ["Fast", "Faithful", "Turbo"])
 def test_presets(host, calls, preset):
     """Fast is what the API makes of a scale alone."""
     webui = host.webui
     config = webui.settings.DemoFusionConfig.preset(preset, scale=3.0)
     named = {f: getattr(config, f) for f in webui.settings.PRESET_SETTINGS}
-    reply = host.generate(*([True, 3.0, named] if preset == "Turbo" else [True, 3.0, 0]), steps=8)
+    reply = host.generate(*([True, 3.0, named] if preset != "Fast" else [True, 3.0, 0]), steps=8)
     p = SimpleNamespace(sampler_name="Euler", scheduler="Automatic", width=64, height=64, steps=8, cfg_scale=7.0)
     assert calls.rows == webui.checks.plan_for(p, config).evaluations
     assert reply.images[0].size == (192, 192)

@@ -69,12 +69,18 @@ PICTURE, RESULT = STARTS = ("Picture", "img2img result")  # what a job of img2im
 START_KEY = f"{INFOTEXT_PREFIX} start"  # in the infotext of what was made from a picture
 PRESET = "Fast"
 FORM = DemoFusionConfig.preset(PRESET, scale=2.0)  # what the form shows at first, and the API's values for what is left out
-_TURBO = DemoFusionConfig.preset("Turbo")
+_FAITHFUL, _TURBO = (DemoFusionConfig.preset(name) for name in ("Faithful", "Turbo"))
+_LAST = "the last {:.0f} % of at most {} steps a phase".format
 PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the rest of the form
     "Paper": ("DemoFusion as published", "Where the others add too little detail, and time does not matter"),
     "Fast": ("the last 40 % of each phase's steps, in fewer phases and windows", "For most pictures"),
+    "Faithful": (
+        f"{_LAST(100 * _FAITHFUL.denoising_strength, _FAITHFUL.most_phase_steps)}, held and without guidance in flat "
+        "areas, else as Fast",
+        "Where small copies of the subject appear; plain areas, skin and sky among them, get little new detail",
+    ),
     "Turbo": (
-        f"the last {100 * _TURBO.denoising_strength:.0f} % of at most {_TURBO.most_phase_steps} steps a phase, else as Fast",
+        f"{_LAST(100 * _TURBO.denoising_strength, _TURBO.most_phase_steps)}, without guidance in flat areas, else as Fast",
         "While you look for a prompt, and on slow machines",
     ),
     "Few-step": (
