@@ -22,6 +22,7 @@ ROWS = {  # setting -> values, the paper's among them
     "stride": (0.25, 0.5, 1.0),
     "denoising_strength": (0.3, 0.6, 1.0),
     "hold_flat": (0.0, 6.0, 20.0),
+    "unguided_flat": (0.0, 25.0, 50.0),
 }
 
 

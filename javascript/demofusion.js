@@ -202,7 +202,8 @@ function demofusionPlan(form) {
         [height, width] = size;
         phases += 1;
         if (height === before[0] && width === before[1]) {
-            return {refused: `scale ${form.scale} adds no latent pixel to a base of ${w}x${h}; choose a larger one`};
+            const asked = form.resize.some(Boolean) ? "the size to resize to" : `scale ${form.scale}`;
+            return {refused: `${asked} adds no latent pixel to a base of ${w}x${h}; choose a larger one`};
         }
         const few = lacking(later, calls, phaseSteps, skipped);
         if (few) return {refused: few};

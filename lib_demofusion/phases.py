@@ -187,7 +187,8 @@ def make_plan(
         if math.prod(size) <= WORTH * begin and scale != largest:
             continue
         if size == phases[-1].size:
-            raise ValueError(f"scale {config.scale:g} adds no latent pixel to a base of {w}x{h}; choose a larger one")
+            asked = "the size to resize to" if config.resize_width or config.resize_height else f"scale {config.scale:g}"
+            raise ValueError(f"{asked} adds no latent pixel to a base of {w}x{h}; choose a larger one")
         local, dilated = len(local_views(size, window, stride)), len(dilated_views(window, math.ceil(scale)))
         number, made = len(phases) + 1, calls(phase_steps, late)
         phases.append(Phase(number, scale, size, phase_steps, late, made, local, dilated, branches[1]))

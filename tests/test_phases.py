@@ -92,6 +92,7 @@ def test_phases_can_have_steps_of_their_own():
     [
         ((16, 16), 0, {}, "steps must be at least 1"),
         ((4, 4), 10, {"scale": 1.05}, "scale 1.05 adds no latent pixel to a base of 4x4"),
+        ((4, 4), 10, {"scale": 1.05, "resize_width": 34}, "the size to resize to adds no latent pixel to a base of 4x4"),
         ((0, 4), 10, {}, "at least one latent pixel"),
     ],
 )

@@ -969,6 +969,7 @@ def test_pictures_that_are_there_already_are_told(host):
         ([True, "4"], "scale must be a number, got '4'"),
         ([True, None], "scale must be a number, got None"),
         ([True, 1.05], "scale 1.05 adds no latent pixel to a base of 8x8; choose a larger one"),
+        ([True, 2, {"resize_width": 67}], "the size to resize to adds no latent pixel to a base of 8x8; choose a larger one"),
         ([True, 2, 1.5], "phase steps must be a whole number, got 1.5"),
         ([True, 2, {"denoising_strength": 0}], "denoising strength must be above 0 and at most 1, got 0"),
         ([True, 2, {"stride": 99}], "stride must be above 0 and at most 1, got 99"),
