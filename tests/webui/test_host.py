@@ -287,6 +287,7 @@ def test_nan_keeps_the_last_good_phase(host, monkeypatch):
 
 
 FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12, "", 0]
+FULL += [5, "DPM++ 2M", "Karras", 2.5, 'a disc: "red",\nstriped', '"blue"', "Use same checkpoint", "Lanczos", 160, 160, 12.5]
 
 
 def test_the_infotext_makes_the_same_picture_again(host):
@@ -312,14 +313,23 @@ def test_pasting_restores_the_form_exactly(host):
 def test_pasting_resets_what_is_the_papers(host):
     values = pasted(host, host.generate(True, 2).infotexts[0])
     values = settings_of(host.webui, [values.get(control) for control in host.script.controls])
-    assert values == [True, 2.0, 0, 1.0, False, False, 0.5, False, 0.0, True, 3.0, 1.0, 1.0, 1.0, 0, 50, 0]
+    settings = host.webui.settings
+    shown = [
+        settings.shown(name, getattr(settings.DemoFusionConfig(), name))
+        for name in settings_of(host.webui, settings.ARGUMENTS)[2:]
+    ]
+    assert values == [True, 2.0, *shown]
 
 
 def test_an_image_made_without_unticks_it(host):
     values = pasted(host, host.generate().infotexts[0])
     assert values[host.script.controls[0]] is False
-    *settings, resume, unread = list(values.values())[1:]
-    assert (settings, resume, unread["value"]) == ([None] * 16, "", "")
+    named = dict(zip(host.script.controls, host.webui.settings.ARGUMENTS))
+    told = [named[control] for control, value in values.items() if value is not None and control in named]
+    assert told == ["enabled", "resume"]
+    assert len(values) == len(host.webui.settings.ARGUMENTS) - 2 + 1, "all but two, and why there are none"
+    *_, unread = values.values()
+    assert unread["value"] == ""
 
 
 def test_script_info_shows_names_and_ranges(host):
@@ -327,7 +337,7 @@ def test_script_info_shows_names_and_ranges(host):
     args = {a["label"]: a for a in info["args"]}
     assert [*args][:2] == ["DemoFusion", "Scale"]
     assert (args["Scale"]["minimum"], args["Scale"]["maximum"], args["Scale"]["value"]) == (1.05, 8, 2.0)
-    assert len(args) == 20 + 3  # which nobody sends
+    assert len(info["args"]) == len(host.webui.settings.ARGUMENTS) + 3  # which nobody sends
 
 
 @pytest.mark.parametrize(
@@ -401,7 +411,7 @@ def test_the_gallerys_button_goes_before(host, monkeypatch):
 def test_the_form_can_run_here(host):
     """On the host that the tests run on: nothing private or younger than that is needed."""
     assert host.script.process.__globals__["problem"] is None
-    assert len(host.script.controls) == 20 + 3
+    assert len(host.script.controls) == len(host.webui.settings.ARGUMENTS) + 3
     names = {getattr(control, "elem_id", "") for control in host.script.controls}
     assert "script_demofusion_scale" in names
     assert host.script.title() == "DemoFusion Upscale"
@@ -614,7 +624,7 @@ def test_phases_of_few_steps_show_themselves_at_no_more_cost_than_the_base(host,
 def test_xyz_plot_over_our_settings(host, calls):
     plot = host.scripts.scripts_txt2img.script("x/y/z plot")
     labels = [option.label for option in plot.current_axis_options]
-    assert sum(label.startswith("[DemoFusion]") for label in labels) == 17 + 11
+    assert sum(label.startswith("[DemoFusion]") for label in labels) == 28
     x, y = labels.index("[DemoFusion] scale"), labels.index("[DemoFusion] jitter")
     args = [x, "2,3", [], y, "", ["True", "False"], 0, "", [], False, True, False, False, False, False, False, 0, False]
     reply = host.generate(script_name="x/y/z plot", script_args=args)
