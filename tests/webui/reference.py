@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts import diffusers
-from lib_demofusion.phases import upscale
+from lib_demofusion.hosts import diffusers, diffusers_run
+from lib_demofusion.saved import SavedPhase
 
 PROMPT, NEGATIVE, STEPS, CFG = "two red striped rings on grass", "blue", 5, 5.0
 
@@ -27,18 +27,23 @@ def main(out, scale, h, w, settings, control):
         controls = [diffusers.Control(controlnet, Image.open(control).convert("RGB"))]
     config = DemoFusionConfig(scale=scale, jitter=False, view_batch_size=3, **settings)
     plan = diffusers.plan_for(pipe, config, height=8 * h, width=8 * w, steps=STEPS, cfg_scale=CFG)
-    euler, nothing = diffusers.SAMPLERS["Euler"], (None, None, None, None)
-    run = diffusers._Run(pipe, plan, config, euler, STEPS, CFG, [0], *nothing, controls)
     generator = torch.Generator().manual_seed(7)
     base = torch.randn(1, 4, h, w, generator=generator)
     base[..., : w // 2] = 0  # a plain half
     noises = {p.number: torch.randn(1, 4, *p.size, generator=generator) for p in plan.phases[1:]}
-    arrays = {"base": base, "sigmas": run.phase_schedule.sigmas}
-    with torch.inference_mode():
-        run.encode_prompts(PROMPT, NEGATIVE)
-        for phase, latents in upscale(plan, base, lambda p: noises[p.number], run.denoise, enlarge=run.enlarge):
-            arrays[f"noise{phase.number}"] = noises[phase.number]
-            arrays[f"latents{phase.number}"] = latents
+    arrays = {"base": base}
+
+    def noise(run, phase):
+        arrays["sigmas"] = run.phase_schedule.sigmas
+        return noises[phase.number]
+
+    diffusers_run.Run.noise = noise
+    job = dict(config=config, height=8 * h, width=8 * w, steps=STEPS, cfg_scale=CFG, controls=controls)
+    saved = SavedPhase(1, base, base, "command", torch.Generator().get_state()[None])
+    result = diffusers.generate(pipe, PROMPT, negative_prompt=NEGATIVE, resume=saved, **job)
+    for phase, latents in result.phases[1:]:
+        arrays[f"noise{phase.number}"] = noises[phase.number]
+        arrays[f"latents{phase.number}"] = latents
     np.savez(out, **{name: array.numpy() for name, array in arrays.items()})
 
 
