@@ -365,7 +365,7 @@ def test_each_preset_says_what_it_is_what_it_costs_and_when_to_take_it(webui, mo
 def test_the_presets_texts_say_the_presets_settings(webui):
     fast = webui.settings.DemoFusionConfig.preset("Fast")
     assert f"the last {fast.denoising_strength:.0%}".replace("%", " %") in webui.settings.PRESET_HELP["Fast"][0]
-    for name in ("Faithful", "Turbo"):
+    for name in ("Faithful", "Turbo", "Few-step"):
         preset = webui.settings.DemoFusionConfig.preset(name)
         phase = webui.checks.make_plan((64, 64), 50, preset).phases[-1]
         said = f"the last {preset.denoising_strength:.0%} of at most {phase.steps} steps".replace("%", " %")

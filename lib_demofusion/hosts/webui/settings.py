@@ -69,22 +69,26 @@ PICTURE, RESULT = STARTS = ("Picture", "img2img result")  # what a job of img2im
 START_KEY = f"{INFOTEXT_PREFIX} start"  # in the infotext of what was made from a picture
 PRESET = "Fast"
 FORM = DemoFusionConfig.preset(PRESET, scale=2.0)  # what the form shows at first, and the API's values for what is left out
-_FAITHFUL, _TURBO = (DemoFusionConfig.preset(name) for name in ("Faithful", "Turbo"))
-_LAST = "the last {:.0f} % of at most {} steps a phase".format
+
+
+def _last_steps(preset: str) -> str:
+    config = DemoFusionConfig.preset(preset)
+    return f"the last {100 * config.denoising_strength:.0f} % of at most {config.most_phase_steps} steps a phase"
+
+
 PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the rest of the form
     "Paper": ("DemoFusion as published", "Where the others add too little detail, and time does not matter"),
     "Fast": ("the last 40 % of each phase's steps, in fewer phases and windows", "For most pictures"),
     "Faithful": (
-        f"{_LAST(100 * _FAITHFUL.denoising_strength, _FAITHFUL.most_phase_steps)}, held and without guidance in flat "
-        "areas, else as Fast",
+        f"{_last_steps('Faithful')}, held and without guidance in flat areas, else as Fast",
         "Where small copies of the subject appear; plain areas, skin and sky among them, get little new detail",
     ),
     "Turbo": (
-        f"{_LAST(100 * _TURBO.denoising_strength, _TURBO.most_phase_steps)}, without guidance in flat areas, else as Fast",
+        f"{_last_steps('Turbo')}, without guidance in flat areas, else as Fast",
         "While you look for a prompt, and on slow machines",
     ),
     "Few-step": (
-        "Turbo without guidance, with the sampler LCM",
+        f"{_last_steps('Few-step')}, without guidance, with the sampler LCM, else as Fast",
         "For few-step weights alone: put an LCM, Lightning or DMD2 LoRA into the second pass's prompt, or use such a "
         "checkpoint",
     ),
