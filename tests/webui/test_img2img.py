@@ -444,7 +444,7 @@ def test_the_button_enlarges_without_making_the_base_again(host, calls, coloured
     reply = click(host, text, ticked, 3, late, seed=5, batch_size=2, n_iter=2, width=64, height=64, steps=10)
     assert [image.size for image in reply.images] == [(288, 192)]
     config = host.webui.settings.DemoFusionConfig(scale=3.0, **late)
-    p = SimpleNamespace(sampler_name="Euler", scheduler="Automatic", steps=10, width=96, height=64)
+    p = SimpleNamespace(sampler_name="Euler", scheduler="Automatic", steps=10, width=96, height=64, cfg_scale=7.0)
     plan = host.webui.checks.plan_for(p, config)
     assert calls.rows == plan.evaluations - plan.phases[0].evaluations * 2, "txt2img's own phases"
     assert "Seed: 8" in reply.infotexts[0]
