@@ -5,7 +5,7 @@ from command import assert_same
 
 LATE = {"denoising_strength": 0.6, "stride": 0.75, "feather": True}
 FLAT = {"hold_flat": 10.0}
-UNGUIDED = {"unguided_flat": 20.0, "pixel_upsampling": True}
+UNGUIDED = {"unguided_flat": 20.0}
 
 
 @pytest.mark.parametrize(
