@@ -297,7 +297,7 @@ def test_areas_that_are_not_guided_are_drawn_as_at_cfg_1(pipes, kind, sampler, m
 def test_what_is_flat_in_an_image_is_not_guided_in_any_seeds_picture(sd15, mask):
     image = Image.new("RGB", (205, 131), (90, 120, 150))
     image.paste(Image.effect_noise((100, 131), 90).convert("RGB"), (0, 0))
-    job = dict(image=image, mask=mask and mask.resize(image.size), steps=2, cfg_scale=9.0)
+    job = dict(image=image, mask=mask and mask.resize(image.size), steps=2, cfg_scale=30.0)
     config = DemoFusionConfig(scale=2.0, unguided_flat=12.0)
     both = generate(sd15, "a ring", config=config, seed=[1, 2], **job).phases[-1][1]
     one = generate(sd15, "a ring", config=config, seed=2, **job).phases[-1][1]
