@@ -300,7 +300,7 @@ PRESETS: dict[str, Method] = {
     "Faithful": demofusion(preset="Faithful"),
     "Turbo": demofusion(preset="Turbo"),
 }
-# The presets with a setting that none of them has.
+# The presets that do not hold flat areas, with these held.
 HELD: dict[str, Method] = {f"{name}, hold flat 6": demofusion(preset=name, hold_flat=6.0) for name in ("Fast", "Turbo")}
 # The presets with the tile ControlNet, which is shown the phase before: in all steps of a phase, and in their first half.
 CONTROL: dict[str, Method] = {

@@ -108,7 +108,7 @@ class DemoFusionScript(scripts.Script):
                     controls["hold_steps"] = self.slider("hold_steps", "Hold steps", maximum=150, step=1)
                 with gr.Row():
                     controls["hold_flat"] = self.slider("hold_flat", "Hold flat areas", maximum=20, step=0.5)
-                    controls["unguided_flat"] = self.slider("unguided_flat", "Unguided flat areas", maximum=20, step=0.5)
+                    controls["unguided_flat"] = self.slider("unguided_flat", "Unguided flat areas", maximum=50, step=0.5)
                 with gr.Row():
                     controls["alpha2"] = self.slider("alpha2", "Dilated sampling α2", maximum=10, step=0.1)
                     controls["alpha3"] = self.slider("alpha3", "Gaussian blur α3", maximum=10, step=0.1)
