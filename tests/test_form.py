@@ -8,7 +8,7 @@ import fake_webui
 import pytest
 from readout import NODE, in_node
 
-from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.config import PRESETS, DemoFusionConfig
 
 SECOND = {
     "phase_sampler": "LCM",
@@ -262,3 +262,12 @@ def test_a_preset_on_an_axis_sets_all_that_presets_set(host, axes, monkeypatch):
         axes["preset"].apply(p, name, [])
         args = p.script_args[host.script.args_from : host.script.args_to]
         assert settings.read_settings(args).config == settings.DemoFusionConfig.preset(name, scale=2.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_sliders_reach_what_the_presets_set(host, preset):
+    config, controls = DemoFusionConfig.preset(preset), dict(zip(host.webui.settings.ARGUMENTS, host.script.controls))
+    ranges = {name: controls[name] for name in host.webui.settings.PRESET_SETTINGS if hasattr(controls[name], "maximum")}
+    assert "unguided_flat" in ranges
+    for name, slider in ranges.items():
+        assert slider.minimum <= getattr(config, name) <= slider.maximum, name
