@@ -155,8 +155,9 @@ class _WholeStatistics:
         else:
             self.sums[norm] = self.sums.get(norm, 0) + _sums(norm, self.part.own(x))
         mean, std = self.used[norm].repeat_interleave(norm.num_channels // norm.num_groups, 1).to(x.device, torch.float32)
-        # batch_norm is torch's norm that takes statistics, and computes in single precision whatever x is.
-        return F.batch_norm(x, mean, std**2, norm.weight.float(), norm.bias.float(), eps=0)
+        # batch_norm is torch's norm that takes statistics, and computes in single precision whatever x is. Its eps, which the
+        # statistics have in them already, is lost in any of them; some versions of torch refuse 0.
+        return F.batch_norm(x, mean, std**2, norm.weight.float(), norm.bias.float(), eps=1e-30)
 
     def _foresee(self, norm: nn.GroupNorm, sums: Tensor) -> Tensor:
         """The whole image's statistics, from the sums over its sample."""

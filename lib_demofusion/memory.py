@@ -71,6 +71,11 @@ def free_memory(device: torch.device) -> int:
     return 4 * 2**30
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on a device, where whatever the device is busy with goes on meanwhile."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def taken_before(device: torch.device) -> int:
     """The most bytes that were ever taken beside what is taken now, since torch's last reset; 0 where torch does not say."""
     if device.type != "cuda":
@@ -82,8 +87,9 @@ class ViewBatch:
     """How many views go into one model call. One for all phases, since what does not fit once will not fit later.
 
     setting: the user's number; 0: automatic. On CUDA that starts from one view, which is what the base image's own
-    call was, and doubles while the memory for it is free and the time per view falls by 5 %. Elsewhere it is a fixed
-    number, so that a seed gives one picture to the bit: a batch's size moves the last bits of a float.
+    call was, and doubles while the memory for it is free and the time per view falls by 5 %; then a step's views are shared
+    out evenly, since a last call of few costs more. Elsewhere it is a fixed number, so that a seed gives one picture to the
+    bit: a batch's size moves the last bits of a float.
 
     Either is halved when memory runs out, for good. view: what the user calls what has a view's size.
     """
@@ -91,7 +97,8 @@ class ViewBatch:
     def __init__(self, setting: int, device: torch.device, view: str = "base image"):
         self.device = device
         self.view = view
-        self.growing = setting == 0 and device.type == "cuda"
+        self.automatic = setting == 0 and device.type == "cuda"
+        self.growing = self.automatic
         self.size = setting or (1 if self.growing else FIXED_SIZE)
         self.fitted = 0  # the largest call that went well
         self._warm = False  # whether a call of this size has been made
@@ -104,7 +111,10 @@ class ViewBatch:
         """
         start = 0
         while start < len(views):
-            batch = views[start : start + self.size]
+            size, left = self.size, len(views) - start
+            if self.automatic and not self.growing:
+                size = math.ceil(left / math.ceil(left / size))
+            batch = views[start : start + size]
             began = self._now()
             answer = unless_out_of_memory(partial(call, batch), self.device)
             if answer is None:

@@ -208,6 +208,22 @@ def test_the_statistics_are_those_of_the_whole(monkeypatch):
         torch.testing.assert_close(std.float(), (seen[norm].var(1, correction=0) + norm.eps).sqrt(), atol=1e-4, rtol=1e-3)
 
 
+def test_no_version_of_torch_refuses_the_norm(autoencoder, monkeypatch):
+    normalise = F.batch_norm
+
+    def strict(*args, eps, **kwargs):
+        if eps <= 0:  # as torch 2.11 has it
+            raise ValueError(f"batch_norm eps must be positive, but got {eps}")
+        return normalise(*args, eps=eps, **kwargs)
+
+    monkeypatch.setattr(F, "batch_norm", strict)
+    (decodes, decoder), _ = autoencoder
+    z = smooth(4, 40, 20)
+    with torch.no_grad():
+        whole = decodes(z)
+    assert decibels(decode(decodes, z, decoder, tile=24), whole) > 55
+
+
 def test_an_image_that_fits_is_computed_at_once(autoencoder):
     for (function, network), tiled, x in zip(autoencoder, (decode, encode), (smooth(4, 12, 20), smooth(3, 96, 160))):
         calls = []

@@ -164,7 +164,7 @@ def test_on_a_gpu_it_doubles_while_that_is_faster(gpu):
     size, sizes = sizes_of(gpu)
     assert size == 8
     assert sizes[:10] == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16]  # each size once to warm up, once to measure
-    assert set(sizes[10:-1]) == {8}
+    assert sizes[10:] == [8] * 12 + [7] * 6  # the other 138, evenly
     assert gpu.emptied == 1
 
 
@@ -188,6 +188,15 @@ def test_a_gpu_that_runs_out_while_growing_goes_on_with_what_fitted(gpu, monkeyp
     size, sizes = sizes_of(gpu)
     assert size == 4
     assert sizes[:8] == [1, 1, 2, 2, 4, 4, 8, 4]
+
+
+def test_on_a_gpu_the_views_of_a_step_are_shared_out_evenly(gpu):
+    gpu.free = 70
+    view_batch = ViewBatch(0, CUDA)
+    answers(view_batch, gpu.call, range(200))
+    gpu.sizes.clear()
+    assert answers(view_batch, gpu.call, range(13)) == [*range(13)]
+    assert gpu.sizes == [4, 3, 3, 3]
 
 
 def test_a_number_is_not_measured(gpu):

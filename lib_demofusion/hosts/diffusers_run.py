@@ -20,7 +20,7 @@ from lib_demofusion.hosts.diffusers_checkpoints import device_of
 from lib_demofusion.hosts.diffusers_controlnet import Control, Controls
 from lib_demofusion.hosts.diffusers_lora import Adapters
 from lib_demofusion.hosts.diffusers_schedules import Sampling, draws_noise, make_schedule, prediction_type, sigma_at, take_steps
-from lib_demofusion.memory import ViewBatch
+from lib_demofusion.memory import ViewBatch, sent
 from lib_demofusion.original import Original
 from lib_demofusion.phases import Phase, Plan, Upscaler, enlarge, enlarged_size, fusion_for
 from lib_demofusion.pictures import Given
@@ -114,7 +114,7 @@ class Part:
     def schedule(self, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """The scheduler with its steps set; more: settings on top."""
         sampling = self.sampling
-        return make_schedule(self.pipe.scheduler, sampling.kind, sampling.steps, more, self.device, sampling.schedule)
+        return make_schedule(self.pipe.scheduler, sampling.kind, sampling.steps, more, schedule=sampling.schedule)
 
     def levels(self, sigma: float) -> tuple[float, float]:
         """How much noise and how much signal the sampler's x holds at noise level sigma."""
@@ -320,7 +320,8 @@ class Run:
         if part.pooled is not None:
             ids = self._size_ids(phase, views).repeat_interleave(rows // len(views), 0).repeat(branches, 1)
             pooled = part.pooled.repeat_interleave(rows, 0)
-            conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.to(self.device, pooled.dtype)}
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sent(ids.to(pooled.dtype), self.device)}
+        t = sent(t, self.device)
         inputs = x.repeat(branches, 1, 1, 1).to(part.dtype)
         added = self.controls.residuals(views, inputs, t, branches, conditions)
         output = part.pipe.unet(inputs, t, return_dict=False, **conditions, **added)[0].float()

@@ -234,10 +234,9 @@ def make_schedule(
     sampler: Sampler,
     steps: int,
     more: Mapping[str, Any] = MappingProxyType({}),
-    device: torch.device | str = "cpu",
     schedule: str = "",
 ) -> Any:
-    """A scheduler for so many steps of a sampler, from the checkpoint's own.
+    """A scheduler for so many steps of a sampler, from the checkpoint's own; its levels are on the CPU, where they are read.
 
     more: settings on top. schedule: in SCHEDULES, one that check_schedule lets pass.
 
@@ -259,9 +258,9 @@ def make_schedule(
         own = type(scheduler).__name__
         raise ValueError(f"{kind.__name__} cannot take over the noise levels of this checkpoint's {own}; use another {way_out}")
     if _given_timesteps(sampler, schedule):
-        made.set_timesteps(timesteps=_timesteps(schedule, trained, steps), device=device)
+        made.set_timesteps(timesteps=_timesteps(schedule, trained, steps))
     else:
-        made.set_timesteps(steps, device=device)
+        made.set_timesteps(steps)
     if sigma_at(made, 0) > 1e4:  # zero terminal SNR; schedulers that can take it stop at 4096
         way_out = "another checkpoint" if sampler is SAMPLERS["Euler"] else "Euler"
         raise InfiniteNoise(f"this checkpoint starts at infinite noise, which this sampler divides by; use {way_out}")
