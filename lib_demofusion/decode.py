@@ -155,9 +155,10 @@ class _WholeStatistics:
         else:
             self.sums[norm] = self.sums.get(norm, 0) + _sums(norm, self.part.own(x))
         mean, std = self.used[norm].repeat_interleave(norm.num_channels // norm.num_groups, 1).to(x.device, torch.float32)
+        weight, bias = (value.to(mean) for value in (norm.weight, norm.bias))  # which a host may keep in main memory
         # batch_norm is torch's norm that takes statistics, and computes in single precision whatever x is. Its eps, which the
         # statistics have in them already, is lost in any of them; some versions of torch refuse 0.
-        return F.batch_norm(x, mean, std**2, norm.weight.float(), norm.bias.float(), eps=1e-30)
+        return F.batch_norm(x, mean, std**2, weight, bias, eps=1e-30)
 
     def _foresee(self, norm: nn.GroupNorm, sums: Tensor) -> Tensor:
         """The whole image's statistics, from the sums over its sample."""
@@ -256,7 +257,7 @@ class _Attention:
 
 def _project(layer: nn.Module, tokens: Tensor) -> Tensor:
     """A linear layer, or a convolution of one pixel, over tokens [1, N, C]."""
-    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+    return F.linear(tokens, layer.weight.flatten(1).to(tokens), None if layer.bias is None else layer.bias.to(tokens))
 
 
 @contextmanager

@@ -29,9 +29,10 @@ def cannot_load(error):
 try:
     from modules.ui_components import InputAccordion, ToolButton
 
-    from lib_demofusion.hosts.webui import a1111, checks, choices, gallery, loop, neighbours, plot, readout, settings
+    from lib_demofusion.hosts.webui import checks, choices, gallery, loop, neighbours, plot, readout, settings
+    from lib_demofusion.hosts.webui.host import host
 
-    problem = a1111.unsupported()
+    problem = host.unsupported()
 except Exception as error:  # whatever it is, what is asked for from now on must be refused
     problem = cannot_load(error)
 

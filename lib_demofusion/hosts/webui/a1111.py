@@ -10,23 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from modules import devices, extra_networks, sd_models, sd_samplers, sd_samplers_common, shared
+from modules import devices, extra_networks, sd_models, shared
 from modules.sd_hijack import model_hijack
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib_demofusion.fusion import crops_of
-from lib_demofusion.hosts.webui.samplers import SAMPLERS
+from lib_demofusion.hosts.webui import units
+from lib_demofusion.hosts.webui.sampling import FACTOR, rolled
+from lib_demofusion.memory import ViewBatch
 from lib_demofusion.phases import Phase
-from lib_demofusion.views import View
-
-FACTOR = 8  # image pixels per latent pixel, as the host has it
+from lib_demofusion.views import Size, View
 
 
 def unsupported() -> str | None:
     """Why this host cannot run the extension, and what to do, in one line; None if it can."""
-    for package, host in (("modules_forge", "Forge"), ("modules.processing_diffusers", "SD.Next")):
+    for package, host in (("modules_forge", "this Forge"), ("modules.processing_diffusers", "SD.Next")):
         if importlib.util.find_spec(package) is not None:
-            return f"{host} calls its UNet in a way of its own; version 1.10 of AUTOMATIC1111's WebUI works"
+            works = "version 1.10 of AUTOMATIC1111's WebUI works, and so do Forge, Forge Neo and ersatzForge"
+            return f"{host} calls its UNet in a way of its own; {works}"
     from modules import scripts, sd_samplers_cfg_denoiser
 
     needed = {
@@ -39,21 +40,62 @@ def unsupported() -> str | None:
     return f"it has no {', '.join(missing)}; update the WebUI to version 1.10, which has" if missing else None
 
 
-def check_model() -> None:
-    """Raises ValueError, one line, for a checkpoint that cannot be enlarged with."""
+def check_model(p: Any) -> None:
+    """Raises ValueError, one line, for a checkpoint that p cannot be enlarged with."""
     if getattr(shared.sd_model, "is_sd3", False):
         raise ValueError("Stable Diffusion 3 has no UNet; a Stable Diffusion 1.x, 2.x or XL checkpoint works")
     if getattr(shared.sd_model, "cond_stage_key", None) == "edit":
         raise ValueError("an instruct-pix2pix checkpoint edits a given image; a text-to-image checkpoint works")
 
 
+check_controls = units.check_hooked  # of ControlNet, when every script has had its turn
+
+
+def loaded_model() -> Any:
+    """The loaded checkpoint's; None while none is, where shared.sd_model would load one."""
+    return sd_models.model_data.sd_model
+
+
 def latent_channels() -> int:
     return getattr(shared.sd_model, "latent_channels", 4)
+
+
+def unet(model: Any) -> nn.Module:
+    return model.model.diffusion_model
+
+
+def coder(model: Any, kind: str) -> nn.Module | None:
+    """The network that would encode or decode ("encode", "decode"), in this process; None where another does."""
+    network = getattr(model.first_stage_model, f"{kind}r", None)
+    if network is None or getattr(network.forward, "__func__", None) is not type(network).forward:  # Tiled VAE, for one
+        return None
+    return network
+
+
+def coding(model: Any, kind: str, whole: Callable, x: Tensor, base: Size) -> tuple[Callable[[Tensor], Any], Tensor]:
+    """What encodes or decodes x by that network, which can now be run in tiles, and x as it takes it.
+
+    whole: the model's own method. base: (h, w), latent pixels, of what the model makes at once.
+    """
+    return whole, x
 
 
 def autocast() -> Any:
     """How the host samples."""
     return devices.without_autocast() if devices.unet_needs_upcast else devices.autocast()
+
+
+without_autocast = devices.without_autocast
+
+
+def check_finite(latents: Tensor) -> None:
+    """Raises the host's NansException for latents that are not finite anywhere; the host would see the first pixel."""
+    devices.test_for_nans((0 * latents).sum(), "unet")
+
+
+def tiles(p: Any) -> bool:
+    """Whether the image is to tile."""
+    return bool(p.tiling)
 
 
 @contextmanager
@@ -73,6 +115,32 @@ def wrap_around(enable: bool) -> None:
     model_hijack.apply_circular(enable)
 
 
+def layers_that_wrap() -> Any:
+    """The layers that the host knows of, for tiling; for `load_again`."""
+    return model_hijack.layers
+
+
+def load_checkpoint(p: Any, info: Any, again: bool = False) -> None:
+    """Load a checkpoint (the host's CheckpointInfo) in place of the loaded one. again: even if it seems to be loaded."""
+    if shared.sd_model is not None:  # what failed to load leaves none
+        sd_models.apply_token_merging(shared.sd_model, 0)
+    with sd_models.SkipWritingToConfig():
+        sd_models.reload_model_weights(info=info, forced_reload=again)
+    devices.torch_gc()
+    sd_models.apply_alpha_schedule_override(shared.sd_model, p)
+    sd_models.apply_token_merging(shared.sd_model, p.get_token_merging_ratio())
+
+
+def load_again(p: Any, info: Any, known: Any) -> None:
+    """The checkpoint that was loaded before, with the layers that the host knew of then."""
+    model_hijack.apply_circular(False)
+    layers = model_hijack.layers
+    load_checkpoint(p, info)
+    if model_hijack.layers is layers and known is not None:  # the host has put an older model in its place
+        model_hijack.layers = known
+    model_hijack.apply_circular(bool(p.tiling))
+
+
 def native_side() -> float:
     """The side of the square images that the loaded checkpoint was made for, latent pixels."""
     model = shared.sd_model
@@ -81,13 +149,6 @@ def native_side() -> float:
     if getattr(model, "is_sd2", False) and model.parameterization == "v":  # whose configuration says 512
         return 768 / FACTOR
     return getattr(model, "image_size", 512 / FACTOR)
-
-
-def base_steps(p: Any) -> tuple[int, int]:
-    """The steps of the base's schedule, and how many of the first ones are not run, as img2img's denoising strength has it."""
-    steps, encoded = sd_samplers_common.setup_img2img_steps(p)
-    run = encoded if SAMPLERS[p.sampler_name].timesteps else encoded + 1
-    return steps, steps - run
 
 
 def sees_picture(sampler: Any) -> bool:
@@ -133,40 +194,25 @@ def set_up_model(p: Any, phase: Phase, checkpoint: Any = None) -> bool:
     return anew
 
 
-def create_sampler(p: Any) -> Any:
-    """A sampler of p's own kind, as a phase needs it."""
-    sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
-    if p.sampler_name == "UniPC":
-        sampler.func = _unipc_without_corrector
-    return sampler
-
-
-def sample(p: Any, sampler: Any, phase: Phase, noise: Tensor, image_conditioning: Tensor) -> Tensor:
-    """The host's sampler over the steps of a phase that are not skipped; the hook, which knows the level, sets its first x."""
-    if not phase.skipped:
-        return sampler.sample(p, noise.clone(), p.c, p.uc, steps=phase.steps, image_conditioning=image_conditioning)
-    run, before = phase.steps - phase.skipped, p.denoising_strength
-    if SAMPLERS[p.sampler_name].timesteps:
-        run += 1  # the host drops one
-    p.denoising_strength = run / (phase.steps + 0.5)  # from which, and from run, the host works out the phase's steps
-    try:
-        return sampler.sample_img2img(p, noise, noise, p.c, p.uc, steps=run, image_conditioning=image_conditioning)
-    finally:
-        p.denoising_strength = before
-
-
-def adds_noise(p: Any, sampler: Any) -> bool:
-    kind = SAMPLERS[p.sampler_name].noise
-    if kind == "eta":
-        eta = p.eta if p.eta is not None else getattr(shared.opts, sampler.eta_option_field, 0)
-        return eta > 0
-    if kind == "churn":
-        return getattr(shared.opts, "s_churn", p.s_churn) > 0
-    return kind == "always"
+def levels_of(p: Any) -> Any:
+    """While it lasts the model's noise levels are those that the host samples p with."""
+    return nullcontext()
 
 
 @contextmanager
-def unguided(denoiser: Any, areas: Tensor | None) -> Iterator[None]:
+def sampling(p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, unguided: Tensor | None) -> Iterator[None]:
+    """While it lasts a phase can be sampled: other scripts have had their turn, and a prediction is in the model's place.
+
+    reference, noise: [B, C, H, W], of the phase. unguided: areas without guidance, [B or 1, 1, H, W] in 0..1; None: nowhere.
+    """
+    if p.scripts is not None:
+        p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
+    with autocast(), _unguided(p.sampler.model_wrap_cfg, unguided):
+        yield
+
+
+@contextmanager
+def _unguided(denoiser: Any, areas: Tensor | None) -> Iterator[None]:
     """The denoiser combines prompts and negative prompt as at CFG scale 1 in these areas, [B or 1, 1, H, W] in 0..1."""
     if areas is None:
         yield
@@ -184,49 +230,30 @@ def unguided(denoiser: Any, areas: Tensor | None) -> Iterator[None]:
         del denoiser.combine_denoised
 
 
-def _unipc_without_corrector(model, x, timesteps, extra_args=None, callback=None, disable=None, is_img2img=False):
-    """The host's UniPC by its predictor alone.
-
-    Its corrector takes every step again from the state before the skip residual, which would undo it.
-    """
-    from modules import sd_samplers_timesteps_impl as host
-
-    class Predictor(host.UniPCCFG):
-        def multistep_uni_pc_update(self, *args, use_corrector=True, **kwargs):
-            return super().multistep_uni_pc_update(*args, use_corrector=False, **kwargs)
-
-    schedule = host.uni_pc.NoiseScheduleVP("discrete", alphas_cumprod=model.inner_model.inner_model.alphas_cumprod)
-    opts = shared.opts
-    solver = Predictor(model, extra_args, callback, schedule, predict_x0=True, variant=opts.uni_pc_variant)
-    return solver.sample(
-        x,
-        steps=len(timesteps),
-        t_start=timesteps[-1] / 1000 + 1 / 1000 if is_img2img else None,
-        skip_type=opts.uni_pc_skip_type,
-        method="multistep",
-        order=opts.uni_pc_order,
-        lower_order_final=opts.uni_pc_lower_order_final,
-    )
-
-
 class Prediction:
     """What one phase puts in place of the model's own prediction, and how it calls the model for single views.
 
     fused: (x, sigma, call, first) -> what the inner model's forward is to answer for x [rows, C, H, W] at sigma [rows];
     first: these are the first rows of a step. Its `call` takes crops [len(views) * rows, C, h, w], their views and by how
     much the plane is rolled, (rows, columns), and asks the model. around: (ask, crops, views, roll) -> the answer of
-    ask(crops, views), where something is to be shown to others meanwhile (`controlnet.Hints`).
+    ask(crops, views), where something is to be shown to others meanwhile (`controlnet.Hints`). timesteps: whether the
+    sampler's sigma is a timestep; then x is as `samplers.Sampler` says, and what is answered is noise, not the denoised x.
+    window: (h, w) of a view. view_batch: how many of them go into a call.
     """
 
     def __init__(
         self,
         phase: Phase,
         fused: Callable[[Tensor, Tensor, Callable, bool], Tensor],
-        around: Callable[[Callable, Tensor, Sequence[View], Sequence[int]], Tensor] | None = None,
+        around: Callable[[Callable, Tensor, Sequence[View], Sequence[int]], Tensor] | None,
+        timesteps: bool,
+        window: Size,
+        view_batch: ViewBatch,
     ):
         self.phase = phase
         self.fused = fused
         self.around = around
+        self.timesteps = timesteps
 
     def on_step(self, params: Any) -> None:
         """The host is about to ask its inner model, in one call or in several, rows of the prompt first."""
@@ -304,10 +331,6 @@ class Prediction:
                 numbers = torch.tensor(values, device=vector.device, dtype=torch.float32)
                 vector[:, start:end] = embedder(numbers).to(vector.dtype).repeat_interleave(len(vector) // len(views), 0)
             end = start
-
-
-def rolled(x: Tensor, shifts: Sequence[int]) -> Tensor:
-    return torch.roll(x, tuple(shifts), (-2, -1)) if any(shifts) else x
 
 
 def _rows(value: Any, rows: int) -> Any:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules import devices, errors, sd_models, shared
-from modules.sd_hijack import model_hijack
+from modules import errors, sd_models, shared
 
 from lib_demofusion.config import first_line
-from lib_demofusion.hosts.webui import a1111
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.settings import NAME, say
 from lib_demofusion.memory import OutOfMemory, is_out_of_memory
 
@@ -82,7 +81,7 @@ def _kind_of(model: Any) -> Kind:
     """Of a model that is loaded."""
     if getattr(model, "is_sd3", False):
         return Kind(SD3, None)
-    inputs = getattr(model.model.diffusion_model, "in_channels", None)
+    inputs = getattr(host.unet(model), "in_channels", None)
     return Kind(SDXL if getattr(model, "is_sdxl", False) else SD, inputs)
 
 
@@ -119,7 +118,7 @@ class Checkpoint:
     def load(self) -> None:
         """In place of what is loaded. Raises RuntimeError or ValueError, one line, if it cannot be, or is of another kind."""
         base, self.before = _kind_of(shared.sd_model), shared.sd_model.sd_checkpoint_info
-        self.hash, self.layers = shared.opts.data.get("sd_checkpoint_hash"), model_hijack.layers
+        self.hash, self.layers = shared.opts.data.get("sd_checkpoint_hash"), host.layers_that_wrap()
         shared.state.textinfo = f"{NAME} loads {self.info.name_for_extra}"
         try:
             self._swap(self.info)
@@ -129,7 +128,7 @@ class Checkpoint:
                 raise OutOfMemory(f"out of memory in loading {self.info.name_for_extra}; a smaller one needs less") from error
             raise RuntimeError(f"{self.info.name_for_extra} could not be loaded: {first_line(error)}") from error
         _check_alike(_kind_of(shared.sd_model), base, self.info)
-        a1111.wrap_around(False)  # as of all models while phases run
+        host.wrap_around(False)  # as of all models while phases run
         self.activate()
 
     def put_back(self) -> bool:
@@ -141,12 +140,8 @@ class Checkpoint:
             return False
         info, self.before, self.info = self.before, None, None
         try:
-            model_hijack.apply_circular(False)
-            layers = model_hijack.layers
-            self._swap(info)
-            if model_hijack.layers is layers and self.layers is not None:  # the host has put an older model in its place
-                model_hijack.layers = self.layers
-            model_hijack.apply_circular(bool(self.p.tiling))
+            shared.state.current_latent = None
+            host.load_again(self.p, info, self.layers)
         except Exception as error:
             errors.report(f"{NAME}: {info.name_for_extra} was not loaded again", exc_info=True)
             say(self.p, "note", f"{info.name_for_extra} could not be loaded again: {first_line(error)}; choose it once more")
@@ -157,16 +152,10 @@ class Checkpoint:
         """What fails to load leaves the host without a model, or with one that is taken apart."""
         self.layers = None
         try:
-            self._swap(self.before, forced_reload=True)
+            self._swap(self.before, again=True)
         except Exception:  # `put_back` tells of it
             errors.report(f"{NAME}: {self.before.name_for_extra} was not loaded again", exc_info=True)
 
-    def _swap(self, info: Any, forced_reload: bool = False) -> None:
+    def _swap(self, info: Any, again: bool = False) -> None:
         shared.state.current_latent = None  # no preview by half a model
-        if shared.sd_model is not None:  # what failed to load leaves none
-            sd_models.apply_token_merging(shared.sd_model, 0)
-        with sd_models.SkipWritingToConfig():
-            sd_models.reload_model_weights(info=info, forced_reload=forced_reload)
-        devices.torch_gc()
-        sd_models.apply_alpha_schedule_override(shared.sd_model, self.p)
-        sd_models.apply_token_merging(shared.sd_model, self.p.get_token_merging_ratio())
+        host.load_checkpoint(self.p, info, again)

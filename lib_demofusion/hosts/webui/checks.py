@@ -11,12 +11,13 @@ from typing import Any
 from modules import devices, shared
 
 from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig
-from lib_demofusion.hosts.webui import a1111, neighbours, second_pass, units
-from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui import neighbours, sampling, second_pass, units
 from lib_demofusion.hosts.webui.checkpoints import another
 from lib_demofusion.hosts.webui.gallery import Selected
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.picture import LATENT_RESIZE, Start
 from lib_demofusion.hosts.webui.samplers import SAMPLERS, least_calls, model_calls
+from lib_demofusion.hosts.webui.sampling import FACTOR
 from lib_demofusion.hosts.webui.second_pass import resolved
 from lib_demofusion.hosts.webui.settings import CONFIG_FIELDS, NAME, PICTURE, RESULT, Settings, describe, read_settings, say
 from lib_demofusion.memory import check_fits
@@ -38,13 +39,13 @@ def plan_for(p: Any, config: DemoFusionConfig, start: Start | None = None) -> Pl
     more["final"] = resize_target(_own_size(p, start), config, FACTOR)
     if start is not None and start.from_picture:
         if start.window is None or config.window:
-            return plan_from_picture(start.size, a1111.native_side(), p.steps, config, factor=FACTOR, **more)
+            return plan_from_picture(start.size, host.native_side(), p.steps, config, factor=FACTOR, **more)
         h, w = (side // FACTOR for side in start.window)
         return make_plan((h, w), p.steps, config, from_image=True, **more)
     if config.window:
         raise ValueError("a window is for a picture that is given; here it is the base's size, so set window to 0")
     more["base_calls"] = _calls_of(p.sampler_name, p.scheduler)
-    base = None if start is None else a1111.base_steps(p)
+    base = None if start is None else sampling.base_steps(p)
     return make_plan((p.height // FACTOR, p.width // FACTOR), p.steps, config, base=base, **more)
 
 
@@ -105,7 +106,7 @@ def prepare(p: Any, args: Sequence[Any], selected: Selected | None = None) -> St
         _stand_aside(p)
         return None
     _refuse_hires_fix(p)
-    a1111.check_model()
+    host.check_model(p)
     neighbours.check(p, NAME)
     settings = replace(settings, config=resolved(settings.config))
     units.check(p, bool(another(settings.config.phase_checkpoint)))
@@ -211,8 +212,8 @@ def before_batch(p: Any, args: Sequence[Any], start: Start | None = None) -> Non
             say(p, "note", "the settings' noise multiplier changes nothing here, since no base is sampled")
     _refuse_hires_fix(p)
     neighbours.check_again(p)
-    units.check_hooked(p, 0 if start is None else len(start.pictures))
-    note = neighbours.note_on(p.sd_model)
+    host.check_controls(p, 0 if start is None else len(start.pictures))
+    note = neighbours.note_on(p.sd_model, host.unet(p.sd_model))
     if note:
         say(p, "note", note)
     _check_fits(p, plan_for(p, settings.config, start), settings.config, start)
@@ -220,7 +221,7 @@ def before_batch(p: Any, args: Sequence[Any], start: Start | None = None) -> Non
 
 def _check_fits(p: Any, plan: Plan, config: DemoFusionConfig, start: Start | None) -> None:
     size, scale, what = plan.phases[-1].size, _scale_of(p, plan, config, start), "picture" if plan.from_picture else "base"
-    check_fits(size, scale, devices.device, a1111.latent_channels(), p.batch_size, FACTOR, PICTURES, what)
+    check_fits(size, scale, devices.device, host.latent_channels(), p.batch_size, FACTOR, PICTURES, what)
 
 
 def _refuse_hires_fix(p: Any) -> None:
@@ -252,8 +253,8 @@ def _check_resume(p: Any, saved: SavedPhase, plan: Plan) -> None:
     images, channels = saved.latents.shape[:2]
     if images != 1:
         raise ValueError(f"the saved phase is of {images} images; the WebUI saves each in a file of its own")
-    if channels != a1111.latent_channels():
-        own = a1111.latent_channels()
+    if channels != host.latent_channels():
+        own = host.latent_channels()
         raise ValueError(
             f"the saved phase has {channels} channels, and latents of this checkpoint {own}; take that of its image's PNG Info"
         )

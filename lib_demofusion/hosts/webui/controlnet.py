@@ -25,10 +25,11 @@ from torch import Tensor
 
 from lib_demofusion.control import Hint, coarse_size, few_colours, seen_by
 from lib_demofusion.fusion import crops_of
-from lib_demofusion.hosts.webui import a1111, units
-from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui import sampling, units
 from lib_demofusion.hosts.webui.decoding import encode
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.picture import Start
+from lib_demofusion.hosts.webui.sampling import FACTOR
 from lib_demofusion.phases import Phase, Plan
 from lib_demofusion.views import Size, View
 
@@ -127,7 +128,7 @@ def _unit(making: _Making, plan: Plan, phase: Phase) -> _Unit:
     latents = None
     if "colorfix" in param.preprocessor["name"]:
         model = making.p.sd_model
-        with a1111.autocast():
+        with host.autocast():
             latents = encode(model, fine[:, :3].float().div(127.5).sub(1), plan.window)
     return _Unit(param, kind, hint, latents=latents)
 
@@ -251,7 +252,7 @@ class Hints:
             shown = shown.repeat_interleave(rows, 0)
         put(param, "used_hint_cond", shown)
         if unit.latents is not None:
-            latents = crops_of(a1111.rolled(unit.latents, roll), views).repeat_interleave(rows, 0)
+            latents = crops_of(sampling.rolled(unit.latents, roll), views).repeat_interleave(rows, 0)
             put(param, "used_hint_cond_latent", latents.to(devices.dtype_unet))
         if unit.kind == "T2I_Adapter":
             put(model, "control", None)  # what it has made of the hint before

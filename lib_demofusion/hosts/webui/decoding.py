@@ -12,15 +12,14 @@ from modules import devices, processing, sd_samplers_common, shared
 from torch import Tensor
 
 from lib_demofusion import decode as tiles
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.views import Size
 
 
 def may_use_tiles(model: Any, kind: str = "decode") -> bool:
     """Whether the host would decode, or encode, with the whole of a network that we can run in tiles, and nobody else does."""
-    network = getattr(model.first_stage_model, f"{kind}r", None)
+    network = host.coder(model, kind)
     if network is None or getattr(shared.opts, f"sd_vae_{kind}_method") != "Full":
-        return False
-    if getattr(network.forward, "__func__", None) is not type(network).forward:  # Tiled VAE, for one, has taken its place
         return False
     try:
         tiles.resamplers(network)
@@ -63,9 +62,10 @@ def _in_tiles(model: Any, base: Size, kind: str, tiled: Callable) -> Iterator[No
     whole = getattr(model, name)
 
     def code(x: Tensor) -> Any:
-        network = getattr(model.first_stage_model, f"{kind}r")
+        network = host.coder(model, kind)
         with _coding:
-            return tiled(whole, x, network, tile=tiles.tile_for(network, x.device, base))
+            function, x = host.coding(model, kind, whole, x, base)
+            return tiled(function, x, network, tile=tiles.tile_for(network, x.device, base))
 
     latents, shared.state.current_latent = shared.state.current_latent, None  # nor does the host begin a preview now
     try:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from lib_demofusion.config import DemoFusionConfig, first_line
 from lib_demofusion.fusion import Cancelled
-from lib_demofusion.hosts.webui import a1111, controlnet, neighbours
-from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui import controlnet, neighbours
 from lib_demofusion.hosts.webui.checks import plan_for, reached, read_resumed, settings_for
 from lib_demofusion.hosts.webui.decoding import decode, may_use_tiles
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.phases import Phases
 from lib_demofusion.hosts.webui.picture import Start
 from lib_demofusion.hosts.webui.progress import BaseHooks, Progress
+from lib_demofusion.hosts.webui.sampling import FACTOR
 from lib_demofusion.hosts.webui.second_pass import SecondPass
 from lib_demofusion.hosts.webui.settings import NAME, Settings, describe, say, write_down
 from lib_demofusion.hosts.webui.step import PhaseHooks
@@ -183,7 +184,7 @@ class _Job:
                 self.start.reached = tuple(side * FACTOR for side in phase.size)
             theirs = self.own_checkpoint and phase.number > 1
             if theirs:
-                a1111.wrap_around(bool(p.tiling))
+                host.wrap_around(host.tiles(p))
                 if shared.opts.sd_vae_decode_method != "Full":
                     p.extra_generation_params["VAE Decoder"] = shared.opts.sd_vae_decode_method  # as the host says it
             else:
@@ -257,7 +258,7 @@ def _restored(p: Any) -> Iterator[None]:
     try:
         for name in {"mask", "nmask"} & before.keys():
             setattr(p, name, None)  # of the base's size; samplers would take them
-        with a1111.untiled(p), controlnet.kept(p):
+        with host.untiled(p), controlnet.kept(p):
             yield
     finally:
         for name, value in before.items():

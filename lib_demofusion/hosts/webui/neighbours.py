@@ -162,9 +162,9 @@ def _refuse_replaced(*functions: Callable | None) -> None:
             raise ValueError(f"the extension {extension} has replaced the host's sampling, and {WINDOWS}; switch it off")
 
 
-def note_on(model: Any) -> str | None:
+def note_on(model: Any, unet: Any) -> str | None:
     """What the user should know of a model that an extension has changed in a way that may be right or wrong here."""
-    for function in (vars(model).get("apply_model"), _beneath_controlnet(model.model.diffusion_model, "forward")):
+    for function in (vars(model).get("apply_model"), _beneath_controlnet(unet, "forward")):
         extension = _extension_of(function)
         if extension:
             return f"the extension {extension} has changed the model, and {WINDOWS}; if that does not fit, switch it off"

@@ -11,12 +11,13 @@ from torch import Tensor
 from lib_demofusion.areas import Areas, asks_for_areas
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.fusion import Cancelled
-from lib_demofusion.hosts.webui import a1111, controlnet, neighbours
-from lib_demofusion.hosts.webui.a1111 import FACTOR
+from lib_demofusion.hosts.webui import controlnet, neighbours, sampling
 from lib_demofusion.hosts.webui.decoding import decode, encode
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.picture import Start
 from lib_demofusion.hosts.webui.progress import Progress
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
+from lib_demofusion.hosts.webui.sampling import FACTOR
 from lib_demofusion.hosts.webui.second_pass import SecondPass
 from lib_demofusion.hosts.webui.settings import NAME
 from lib_demofusion.hosts.webui.step import PhaseHooks
@@ -61,7 +62,7 @@ class Phases:
         """The images' own noise at the phase's size; the host's generators then also feed samplers that want more."""
         p = self.p
         p.rng = rng.ImageRNG(
-            (a1111.latent_channels(), *phase.size),
+            (host.latent_channels(), *phase.size),
             p.seeds,
             subseeds=p.subseeds,
             subseed_strength=p.subseed_strength,
@@ -84,8 +85,8 @@ class Phases:
         def as_latents(image: Tensor) -> Tensor:
             return encode(self.p.sd_model, image, self.plan.window)
 
-        with a1111.autocast():
-            return enlarge(latents, size, self.config, as_image, as_latents, FACTOR, self.p.tiling, self.upscaler)
+        with host.autocast():
+            return enlarge(latents, size, self.config, as_image, as_latents, FACTOR, host.tiles(self.p), self.upscaler)
 
     def _image(self, z: Tensor) -> Tensor:
         return decode(self.p.sd_model, z, self.plan.window)[0].float()[None]
@@ -101,9 +102,9 @@ class Phases:
         upscaler = self.upscaler
         if asks_for_areas(self.config) or (upscaler.images if upscaler else self.config.pixel_upsampling):
             none = Upscaler(images=lambda image, size: image[..., :1, :1].clone())
-            with a1111.autocast():
+            with host.autocast():
                 config = replace(self.config, hold_flat=0.0, unguided_flat=0.0)
-                enlarge(latents, size, config, as_image, lambda image: latents[:1], FACTOR, self.p.tiling, none)
+                enlarge(latents, size, config, as_image, lambda image: latents[:1], FACTOR, host.tiles(self.p), none)
         return made
 
     def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, areas: Areas) -> Tensor:
@@ -114,9 +115,19 @@ class Phases:
         if seconds is not None and SAMPLERS[p.sampler_name].counts != "unknown":
             shared.state.textinfo += f" (about {clock_time(seconds)})"
         shared.state.current_image_sampling_step = 0  # the steps count from 0 again, and previews with them
-        if a1111.set_up_model(p, phase, self.second.checkpoint.info):
+        if host.set_up_model(p, phase, self.second.checkpoint.info):
             controlnet.mark(p)
-        p.sampler = sampler = a1111.create_sampler(p)
+        with host.levels_of(p):
+            latents = self._sampled(phase, reference, noise, areas)
+        if stopped():
+            raise Cancelled
+        self.progress.pause(phase.number)
+        host.check_finite(latents)
+        return latents
+
+    def _sampled(self, phase: Phase, reference: Tensor, noise: Tensor, areas: Areas) -> Tensor:
+        p = self.p
+        p.sampler = sampler = sampling.create_sampler(p)
         neighbours.check_sampler(sampler)
         hints = controlnet.hints(p, self.plan, phase, self.start, self.preprocessed)
         fusion = fusion_for(
@@ -125,30 +136,23 @@ class Phases:
             self.config,
             reference,
             noise,
-            fresh_noise=a1111.adds_noise(p, sampler),
+            fresh_noise=sampling.adds_noise(p, sampler),
             cancelled=stopped,
             held=areas.held,
             view_batch=self.view_batch,
         )
         denoiser = sampler.model_wrap_cfg
-        denoiser.demofusion = hooks = PhaseHooks(phase, fusion, SAMPLERS[p.sampler_name], p.tiling, self.progress, hints)
+        denoiser.demofusion = hooks = PhaseHooks(phase, fusion, SAMPLERS[p.sampler_name], host.tiles(p), self.progress, hints)
         sampler.callback_state = hooks.told_by(sampler.callback_state)
         handle = denoiser.register_forward_pre_hook(hooks.before_step)
         try:
-            if p.scripts is not None:
-                p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
-            with a1111.autocast(), a1111.unguided(denoiser, areas.unguided):
+            with host.sampling(p, hooks.prediction, reference, noise, areas.unguided):
                 if hasattr(p, "init_images"):
                     image_conditioning = self.start.conditioning(noise, self.plan.window)
                 else:
                     h, w = phase.size
                     image_conditioning = p.txt2img_image_conditioning(noise, width=w * FACTOR, height=h * FACTOR)
-                latents = a1111.sample(p, sampler, phase, noise, image_conditioning)
+                return sampling.sample(p, sampler, phase, noise, image_conditioning)
         finally:
             handle.remove()
             del denoiser.demofusion
-        if stopped():
-            raise Cancelled
-        self.progress.pause(phase.number)
-        devices.test_for_nans((0 * latents).sum(), "unet")  # not finite anywhere: NaN; the host would see the first pixel
-        return latents

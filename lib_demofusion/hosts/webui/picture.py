@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lib_demofusion.areas import Areas, areas_of, asks_for_areas
 from lib_demofusion.config import DemoFusionConfig
-from lib_demofusion.hosts.webui import a1111
-from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.decoding import encode, encoding
+from lib_demofusion.hosts.webui.host import host
+from lib_demofusion.hosts.webui.sampling import FACTOR
 from lib_demofusion.hosts.webui.settings import PICTURE
 from lib_demofusion.hosts.webui.upscalers import is_latent, pixels_of, resized, stopped, upscaler_for
 from lib_demofusion.original import Original
@@ -108,7 +108,7 @@ class Start:
     def conditioning(self, latents: Tensor, base: Size) -> Tensor:
         """What inpainting, depth and unCLIP checkpoints see of the picture, as the host shows it, at the latents' size."""
         height, width = (side * FACTOR for side in latents.shape[-2:])
-        if not a1111.sees_picture(self.p.sampler):
+        if not host.sees_picture(self.p.sampler):
             return latents.new_zeros(len(latents), 5, 1, 1)
         mask = None if self.mask is None else self._resized(self.mask, height, width)
         seen = []
@@ -178,13 +178,13 @@ class Start:
         own = tuple(max(round(side / FACTOR), 1) for side in self.size)
         if is_latent(self.upscaler) and math.prod(size) > math.prod(own):
             how = upscaler_for(self.upscaler)
-            return enlarge(self._encoded(own), size, DemoFusionConfig(), None, None, FACTOR, self.p.tiling, how)[0]
+            return enlarge(self._encoded(own), size, DemoFusionConfig(), None, None, FACTOR, host.tiles(self.p), how)[0]
         height, width = (side * FACTOR for side in size)
         base = (self.p.height // FACTOR, self.p.width // FACTOR)
         encoded = []
-        with a1111.autocast():
+        with host.autocast():
             for i in range(len(self.pictures)):
-                if self.p.tiling:
+                if host.tiles(self.p):
                     z = encode(self.p.sd_model, pixels_of(self._wrapped(i, height, width)), base)
                     margin = WRAPPED // FACTOR
                     encoded.append(z[..., margin:-margin, margin:-margin])

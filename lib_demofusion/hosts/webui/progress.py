@@ -11,8 +11,9 @@ from modules import errors, sd_samplers_common, shared
 from torch import Tensor
 
 from lib_demofusion import decode as tiles
-from lib_demofusion.hosts.webui import a1111, readout
+from lib_demofusion.hosts.webui import readout
 from lib_demofusion.hosts.webui.decoding import may_use_tiles
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.settings import NAME
 from lib_demofusion.phases import Pace, Plan
 
@@ -87,7 +88,8 @@ class _Previews:
         if latents is None or shared.opts.show_progress_type != "Full" or not may_use_tiles(model):
             return
         h, w = latents.shape[-2:]
-        share = tiles.tile_for(model.first_stage_model.decoder, latents.device, self.sides) / math.sqrt(h * w)
+        tile = tiles.tile_for(host.coder(model, "decode"), latents.device, self.sides)
+        share = tile / math.sqrt(h * w)
         if share < 1:
             size = [max(math.floor(side * share), 1) for side in (h, w)]
             shared.state.current_latent = torch.nn.functional.interpolate(latents, size=size, mode="area")
@@ -112,7 +114,7 @@ class _Previews:
 
 def _show(latents: Tensor) -> None:
     try:
-        with a1111.autocast():
+        with host.autocast():
             shared.state.assign_current_image(sd_samplers_common.sample_to_image(latents))
     except Exception:  # no preview is worth a phase
         errors.report(f"{NAME}: no preview", exc_info=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modules import devices, sd_models, sd_samplers, sd_schedulers, shared
+from modules import devices, sd_samplers, sd_schedulers, shared
 
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import PRESETS, DemoFusionConfig
-from lib_demofusion.hosts.webui import a1111
-from lib_demofusion.hosts.webui.a1111 import FACTOR
 from lib_demofusion.hosts.webui.checks import PICTURES
 from lib_demofusion.hosts.webui.choices import choices
 from lib_demofusion.hosts.webui.decoding import may_use_tiles
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
+from lib_demofusion.hosts.webui.sampling import FACTOR
 from lib_demofusion.hosts.webui.settings import CONFIG_FIELDS, PRESET_HELP, SAME
 from lib_demofusion.memory import free_memory, latents_bytes, picture_bytes
 from lib_demofusion.phases import FITTING, LARGEST, WORTH
@@ -73,7 +73,7 @@ def facts() -> dict[str, Any]:
         "checkpoint": shared.opts.sd_model_checkpoint,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "paces": {str(area): seconds for area, seconds in paces.get(shared.opts.sd_model_checkpoint, {}).items()},
-        "native": None if sd_models.model_data.sd_model is None else a1111.native_side(),
+        "native": None if host.loaded_model() is None else host.native_side(),
         "memory": None if shared.state.job else _memory(device),
     }
 
@@ -84,13 +84,13 @@ def _memory(device: torch.device) -> dict[str, Any]:
     device, main: [its name, what is free there]. latents, pictures: for each image made at once. features: of decoding
     with the checkpoint's VAE as well as it can be done (`decode`); None where others decode.
     """
-    model = sd_models.model_data.sd_model  # None while none is loaded; shared.sd_model would load one
+    model = host.loaded_model()
     ours = model is not None and may_use_tiles(model)
-    channels = tiles.widths(model.first_stage_model.decoder)[0] if ours else 0
+    channels = tiles.widths(host.coder(model, "decode"))[0] if ours else 0
     return {
         "device": [f"{device.type} memory" if device.type != "cpu" else "main memory", free_memory(device)],
         "main": ["main memory", free_memory(torch.device("cpu"))],
-        "latents": latents_bytes((1, 1), getattr(model, "latent_channels", 4)),
+        "latents": latents_bytes((1, 1), 4 if model is None else host.latent_channels()),
         "pictures": PICTURES * picture_bytes((1, 1), FACTOR),
         "features": int(tiles.LIVE_FEATURES * channels * devices.dtype_vae.itemsize) if ours else None,
         "tile": tiles.SMALLEST_TILE,

@@ -15,9 +15,9 @@ from typing import Any
 from modules import extra_networks, sd_samplers, sd_schedulers, shared
 
 from lib_demofusion.config import INFOTEXT_PREFIX, DemoFusionConfig
-from lib_demofusion.hosts.webui import a1111
 from lib_demofusion.hosts.webui.checkpoints import Checkpoint, another, check_kind, checkpoint_named
 from lib_demofusion.hosts.webui.decoding import in_turns
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
 from lib_demofusion.hosts.webui.settings import say
 from lib_demofusion.hosts.webui.upscalers import one_of, upscaler_named
@@ -236,7 +236,7 @@ class SecondPass:
 
     def _activate(self) -> None:
         p = self.p
-        a1111.activate(p, p.extra_network_data)
+        host.activate(p, p.extra_network_data)
         self.hashes.update(getattr(p, "lora_hashes", {}))
         loras = _host_loras()
         active = {lora.mentioned_name for lora in loras.loaded_networks} if loras else set()
@@ -248,7 +248,7 @@ class SecondPass:
     def _activate_bases(self) -> None:
         p = self.p
         words = p.extra_generation_params.get(HASHES)
-        a1111.activate(p, p.extra_network_data)
+        host.activate(p, p.extra_network_data)
         _restore(vars(p), self.before, ("lora_hashes",))
         _restore(p.extra_generation_params, {} if words is None else {HASHES: words}, (HASHES,))
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from modules import devices, sd_samplers_common, shared
+from modules import sd_samplers_common, shared
 from torch import Tensor
 
 from lib_demofusion.fusion import Cancelled, Fusion
-from lib_demofusion.hosts.webui import a1111
+from lib_demofusion.hosts.webui import sampling
 from lib_demofusion.hosts.webui.controlnet import Hints
+from lib_demofusion.hosts.webui.host import host
 from lib_demofusion.hosts.webui.progress import Progress
 from lib_demofusion.hosts.webui.samplers import Sampler
 from lib_demofusion.phases import Phase
@@ -32,17 +33,21 @@ class PhaseHooks:
         self.tiling = tiling
         self.progress = progress
         self.done = progress.ends[phase.number - 1]
-        self.prediction = a1111.Prediction(phase, self.fused, None if hints is None else hints.around)
+        around = None if hints is None else hints.around
+        self.prediction = host.Prediction(phase, self.fused, around, self.timesteps, fusion.window, fusion.view_batch)
         self.calls: list[tuple[Tensor, float]] = []  # x and t of each since the sampler has last told of a step
         self.since: float | None = None  # t where the last step began that it has told of; None before the first
         self.told_midway = False  # rather than at a step's end
-        self.log_alphas = a1111.log_alphas()
+        self.log_alphas = host.log_alphas()
         self.log_sigmas = 0.5 * (np.log1p(-np.exp(self.log_alphas)) - self.log_alphas)
         self.steps = np.arange(len(self.log_alphas))
 
-    def levels(self, sigma: float) -> tuple[float, float, float]:
-        """(t, noise, signal): the training timestep of the host's sigma, and x = signal * z + noise * n there."""
-        if self.timesteps:
+    def levels(self, sigma: float, timesteps: bool | None = None) -> tuple[float, float, float]:
+        """(t, noise, signal): the training timestep of the host's sigma, and x = signal * z + noise * n there.
+
+        timesteps: whether that sigma is a timestep; as the sampler has it unless given.
+        """
+        if self.timesteps if timesteps is None else timesteps:
             kept = math.exp(np.interp(sigma, self.steps, self.log_alphas))
             return sigma, math.sqrt(1 - kept), math.sqrt(kept)
         return float(np.interp(math.log(sigma), self.log_sigmas, self.steps)), sigma, 1.0
@@ -89,9 +94,9 @@ class PhaseHooks:
         self.progress.show(self.done)
 
     def fused(self, x: Tensor, sigma: Tensor, call: Callable, first: bool) -> Tensor:
-        """The model's answer, as the host's inner model gives it, from its answers for the views (`a1111.Prediction`)."""
-        level = float(sigma[0])
-        t, noise, _ = self.levels(level)
+        """The model's answer, as the host's inner model gives it, from its answers for the views (`host.Prediction`)."""
+        level, answers_noise = float(sigma[0]), self.prediction.timesteps
+        t, noise, _ = self.levels(level, answers_noise)
         # Where the image is to tile, the plane is rolled by another offset at every step, so that no border stays one.
         generator = jitter_generator(-self.phase.number, t)
         h, w = self.phase.size
@@ -102,15 +107,15 @@ class PhaseHooks:
             self.progress.calls += len(crops)
             if first:
                 self._count(len(views))
-            return out if self.timesteps else (crops - out) / noise
+            return out if answers_noise else (crops - out) / noise
 
         try:
-            with devices.without_autocast():
-                eps = self.fusion.predict(a1111.rolled(x, roll), t, denoise, noise)
+            with host.without_autocast():
+                eps = self.fusion.predict(sampling.rolled(x, roll), t, denoise, noise)
         except Cancelled:
             raise sd_samplers_common.InterruptedException from None
-        eps = a1111.rolled(eps, [-shift for shift in roll])
-        return eps if self.timesteps else x - noise * eps
+        eps = sampling.rolled(eps, [-shift for shift in roll])
+        return eps if answers_noise else x - noise * eps
 
     def _count(self, views: int) -> None:
         self.progress.pace.count(self.phase.number, views)

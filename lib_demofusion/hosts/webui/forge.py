@@ -1,0 +1,404 @@
+"""What only the hosts of Forge's kind do in their way: Forge, Forge Neo and ersatzForge.
+
+There a model is a set of patchers (`forge_objects`), of which every sampling has a copy of its own. What a phase puts in the
+place of the model's prediction hangs on a clone of that copy's UNet patcher, and is gone with it. The host asks it for
+all rows of a step in one call or in several, those of the negative prompt first; x is z + sigma * n for every sampler, and
+what is answered is denoised. Samplers whose sigma is a timestep get their own x and noise from the host's denoiser.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from backend import memory_management
+from backend.modules.k_prediction import rescale_zero_terminal_snr_sigmas
+from backend.patcher.unet import UnetPatcher
+from modules import extra_networks, scripts, sd_models, sd_samplers_common, shared
+from modules_forge.utils import apply_circular_forge
+from torch import Tensor, nn
+
+from lib_demofusion.fusion import crops_of
+from lib_demofusion.hosts.webui import units
+from lib_demofusion.hosts.webui.patched_controls import Controls
+from lib_demofusion.hosts.webui.sampling import FACTOR, rolled
+from lib_demofusion.memory import ViewBatch
+from lib_demofusion.phases import Phase
+from lib_demofusion.views import Size, View
+
+autocast = without_autocast = nullcontext  # its models cast by themselves
+EMBEDDED = 256  # numbers that the host makes of one of SDXL's sizes
+
+
+def unsupported() -> str | None:
+    """Why this host cannot run the extension, and what to do, in one line; None if it can."""
+    needed = {
+        "Script.post_sample": (scripts.Script, "post_sample"),
+        "Script.process_before_every_sampling": (scripts.Script, "process_before_every_sampling"),
+        "UnetPatcher.add_conditioning_modifier": (UnetPatcher, "add_conditioning_modifier"),
+        "UnetPatcher.set_model_unet_function_wrapper": (UnetPatcher, "set_model_unet_function_wrapper"),
+        "UnetPatcher.memory_required": (UnetPatcher, "memory_required"),
+        "sd_models.forge_model_reload": (sd_models, "forge_model_reload"),
+        "memory_management.load_models_gpu": (memory_management, "load_models_gpu"),
+    }
+    missing = [name for name, (thing, attribute) in needed.items() if not hasattr(thing, attribute)]
+    return f"it has no {', '.join(missing)}; update this extension, and the WebUI" if missing else None
+
+
+def check_model(p: Any) -> None:
+    """Raises ValueError, one line, for a checkpoint that p cannot be enlarged with."""
+    predictor = _patcher().model.predictor
+    if not hasattr(unet(shared.sd_model), "input_blocks") or predictor.prediction_type == "const":
+        raise ValueError(
+            "this checkpoint has no UNet of Stable Diffusion, or was trained for rectified flow; a Stable Diffusion 1.x, 2.x "
+            "or XL checkpoint works"
+        )
+    if isinstance(p.tiling, str) and p.tiling not in ("None", "XY"):
+        raise ValueError(f"the image is to tile along {p.tiling} alone; choose XY, or None")
+    refiner = getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none")
+    if refiner and hasattr(sd_samplers_common, "ORIGINAL_CHECKPOINT"):
+        raise ValueError("this host's refiner does not go back to the first checkpoint within a picture; untick it")
+
+
+def check_controls(p: Any, pictures: int = 0) -> None:
+    """Every script has had its turn. Raises ValueError, one line, for units of ControlNet that the views cannot follow."""
+    script, _ = units.script_of(p)
+    for params in (getattr(script, "current_params", None) or {}).values():
+        kind = type(params.model).__name__
+        if kind not in ("ControlNetPatcher", "IPAdapterPatcher", "ControlModelPatcher"):
+            raise ValueError(f"ControlNet's {kind} draws by the whole image, and here the model sees windows; {units.INSTEAD}")
+
+
+def loaded_model() -> Any:
+    """The loaded checkpoint's; None while none is."""
+    model = sd_models.model_data.sd_model
+    return model if getattr(model, "forge_objects", None) is not None else None
+
+
+def latent_channels() -> int:
+    return shared.sd_model.forge_objects.vae.latent_channels
+
+
+def unet(model: Any) -> nn.Module:
+    return model.forge_objects.unet.model.diffusion_model
+
+
+def _patcher() -> Any:
+    return shared.sd_model.forge_objects.unet
+
+
+def coder(model: Any, kind: str) -> nn.Module | None:
+    """The network that would encode or decode ("encode", "decode") at once; None where it is tiled by the host, or another."""
+    vae = model.forge_objects.vae
+    if memory_management.VAE_ALWAYS_TILED or vae.patcher.model_options.get(f"model_vae_{kind}_wrapper") is not None:
+        return None
+    network = getattr(vae.first_stage_model, f"{kind}r", None)
+    if network is None or getattr(network.forward, "__func__", None) is not type(network).forward:
+        return None
+    return network
+
+
+def coding(model: Any, kind: str, whole: Callable, x: Tensor, base: Size) -> tuple[Callable[[Tensor], Any], Tensor]:
+    """What encodes or decodes x by that network, which can now be run in tiles, and x as it takes it.
+
+    Around the host's own method, `whole`, which asks memory for all of x. base: (h, w), latent pixels, of what the model makes
+    at once; so much is asked for.
+    """
+    vae = model.forge_objects.vae
+    network, (h, w) = vae.first_stage_model, base
+    if kind == "decode":
+        needed = vae.memory_used_decode((1, vae.latent_channels, h, w), vae.vae_dtype)
+        made = network.process_out(x)
+    else:
+        needed = vae.memory_used_encode((1, 3, h * FACTOR, w * FACTOR), vae.vae_dtype)
+        made = x
+    memory_management.load_models_gpu([vae.patcher], memory_required=needed)
+
+    def decode(z: Tensor) -> Tensor:
+        return network.decode(z).float().clamp(-1, 1)
+
+    def encode(image: Tensor) -> Tensor:
+        return network.process_in(network.encode(image).to(x))
+
+    return decode if kind == "decode" else encode, made.to(vae.device, vae.vae_dtype)
+
+
+def check_finite(latents: Tensor) -> None:
+    """Raises ValueError, one line, for latents that are not finite everywhere."""
+    if not torch.isfinite(latents).all():
+        raise ValueError("the model gave NaN; start the host with its option for a UNet in single precision")
+
+
+@functools.cache
+def _tiling_works() -> bool:
+    """Whether the host makes convolutions wrap around; some of the family have the setting alone."""
+    layer = nn.Conv2d(1, 1, 3, padding=1)
+    objects = SimpleNamespace(
+        unet=SimpleNamespace(model=SimpleNamespace(diffusion_model=layer)), vae=SimpleNamespace(first_stage_model=layer)
+    )
+    model = SimpleNamespace(tiling_enabled=False, forge_objects=objects, is_webui_legacy_model=lambda: True)
+    apply_circular_forge(model, True)
+    return layer.padding_mode == "circular"
+
+
+def tiles(p: Any) -> bool:
+    """Whether the image is to tile, and can."""
+    return p.tiling == "XY" if isinstance(p.tiling, str) else bool(p.tiling) and _tiling_works()
+
+
+@contextmanager
+def untiled(p: Any) -> Iterator[None]:
+    """The model's convolutions do not wrap around: a window must not be made to tile with itself (`step.PhaseHooks.fused`)."""
+    wrap_around(False)
+    try:
+        yield
+    finally:
+        apply_circular_forge(shared.sd_model, p.tiling)
+
+
+def wrap_around(enable: bool) -> None:
+    """Whether the loaded model's convolutions wrap around."""
+    by_name = isinstance(getattr(shared.sd_model, "tiling_enabled", False), str)
+    apply_circular_forge(shared.sd_model, ("XY" if enable else "None") if by_name else enable)
+
+
+def layers_that_wrap() -> None:
+    """Nothing: the host goes by the model."""
+
+
+def load_checkpoint(p: Any, info: Any, again: bool = False) -> None:
+    """Load a checkpoint (the host's CheckpointInfo) in place of the loaded one. again: even if it seems to be loaded.
+
+    The host's own choice stays what it is, so that its next job begins with that.
+    """
+    data = sd_models.model_data
+    chosen = data.forge_loading_parameters
+    if again:
+        data.forge_hash = ""
+    try:
+        data.forge_loading_parameters = {**chosen, "checkpoint_info": info}
+        sd_models.forge_model_reload()
+    finally:
+        data.forge_loading_parameters = chosen
+
+
+def load_again(p: Any, info: Any, known: Any) -> None:
+    """The checkpoint that was loaded before."""
+    load_checkpoint(p, info)
+    apply_circular_forge(shared.sd_model, p.tiling)
+
+
+def native_side() -> float:
+    """The side of the square images that the loaded checkpoint was made for, latent pixels."""
+    model = shared.sd_model
+    if getattr(model, "is_sdxl", False):
+        return 1024 / FACTOR
+    if getattr(model, "is_sd2", False) and _patcher().model.predictor.prediction_type == "v_prediction":
+        return 768 / FACTOR
+    return getattr(model, "image_size", 512 / FACTOR)
+
+
+def sees_picture(sampler: Any) -> bool:
+    """Whether the checkpoint gets a given picture as a condition: it inpaints."""
+    return bool(shared.sd_model.is_inpaint)
+
+
+def log_alphas() -> np.ndarray:
+    """The logarithms of the model's alphas_cumprod, by timestep, in double precision."""
+    return -np.log1p(_patcher().model.predictor.sigmas.double().cpu().numpy() ** 2)
+
+
+def activate(p: Any, networks: Any) -> None:
+    """Make a prompt's extra networks (the host's, by kind) the active ones, and no others."""
+    if p.disable_extra_networks:
+        return
+    prompts, model = p.all_prompts, shared.sd_model
+    model.forge_objects = model.forge_objects_original.shallow_copy()
+    extra_networks.activate(p, networks)
+    model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
+    p.all_prompts = prompts  # to which the host adds the network of its settings each time
+
+
+def set_up_model(p: Any, phase: Phase, checkpoint: Any = None) -> bool:
+    """The phases' model again if the refiner has taken its place, and prompts on the phase's own steps.
+
+    checkpoint: the phases' own (the host's CheckpointInfo), which is loaded already. Returns whether p's conditions have been
+    set up anew, as they are where p has none.
+    """
+    refined = p.refiner_checkpoint_info is not None
+    if refined:
+        load_checkpoint(p, checkpoint or sd_models.model_data.forge_loading_parameters["checkpoint_info"])
+        wrap_around(False)
+        activate(p, p.extra_network_data)
+    anew = refined or p.c is None or p.steps != phase.steps
+    if anew:
+        p.steps = phase.steps
+        p.setup_conds()
+    return anew
+
+
+@contextmanager
+def levels_of(p: Any) -> Iterator[None]:
+    """While it lasts the model's noise levels are those that the host samples p with: it changes them around the base alone."""
+    model = shared.sd_model
+    predictor = model.forge_objects.unet.model.predictor
+    before = predictor.sigmas
+    if shared.opts.sd_noise_schedule == "Zero Terminal SNR" or getattr(model.model_config, "ztsnr", False):
+        predictor.set_sigmas(rescale_zero_terminal_snr_sigmas(before))
+    try:
+        yield
+    finally:
+        if predictor.sigmas is not before:
+            predictor.set_sigmas(before)
+
+
+@contextmanager
+def sampling(p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, unguided: Tensor | None) -> Iterator[None]:
+    """While it lasts a phase can be sampled: other scripts have had their turn, and a prediction is in the model's place.
+
+    reference, noise: [B, C, H, W], of the phase. unguided: areas without guidance, [B or 1, 1, H, W] in 0..1; None: nowhere.
+    """
+    model = shared.sd_model
+    objects = model.forge_objects
+    model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
+    sd_models.apply_token_merging(model, p.get_token_merging_ratio())
+    prediction.unguided = unguided
+    try:
+        if p.scripts is not None:
+            p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
+        prediction.install()
+        yield
+    finally:
+        model.forge_objects = objects
+
+
+class Prediction:
+    """What one phase puts in place of the model's own prediction, and how it calls the model for single views.
+
+    fused: (x, sigma, call, first) -> what is to be answered for x [rows, C, H, W] at sigma [rows]; first: these are the first
+    rows of a step. Its `call` takes crops [len(views) * rows, C, h, w], their views and by how much the plane is rolled,
+    (rows, columns), and asks the model. window: (h, w) of a view. view_batch: how many of them go into a call. The host has
+    its own ControlNet (`Controls`), and `around` is another's.
+    """
+
+    timesteps = False  # whatever the sampler is
+    unguided: Tensor | None = None
+
+    def __init__(self, phase: Phase, fused: Callable, around: Any, timesteps: bool, window: Size, view_batch: ViewBatch):
+        self.phase = phase
+        self.fused = fused
+        self.window = window
+        self.view_batch = view_batch
+        self.installed: Any = None  # a patcher
+        self.controls: Controls | None = None
+        self.row = 0
+
+    def __deepcopy__(self, memo: dict) -> Prediction:
+        """Who clones the patcher has the same phase's on it."""
+        return self
+
+    def install(self) -> None:
+        """On a clone of the loaded model's patcher, with what other extensions have put on it."""
+        before = _patcher()
+        if before is self.installed:
+            return
+        self.installed = ours = before.clone()
+        options = ours.model_options
+        ours.add_conditioning_modifier(self._take_controls)
+        ours.set_model_unet_function_wrapper(functools.partial(self.forward, options.get("model_function_wrapper")))
+        options["sampler_post_cfg_function"] = [self._unguide, *options.get("sampler_post_cfg_function", [])]
+        h, w = self.window
+
+        def memory_required(shape: Sequence[int]) -> float:
+            """Of a call: the host counts the whole latent."""
+            return before.memory_required([shape[0] * self.view_batch.size, shape[1], h, w])
+
+        ours.memory_required = options["memory_peak_estimation_modifier"] = memory_required
+        shared.sd_model.forge_objects.unet = ours
+        self.controls = Controls(before.controlnet_linked_list, self.phase, self.window)
+
+    def on_step(self, params: Any) -> None:
+        """The host is about to ask its model; a refiner's has nothing on it yet."""
+        self.install()
+        self.row = 0
+
+    @staticmethod
+    def _take_controls(model, x, timestep, uncond, cond, *rest):
+        """The host would ask its control models for the whole latent."""
+        for part in (*cond, *(uncond or ())):
+            part.pop("control", None)
+        return model, x, timestep, uncond, cond, *rest
+
+    def _unguide(self, args: dict) -> Tensor:
+        if self.unguided is None or args["uncond"] is None:
+            return args["denoised"]
+        weight = sum(part.get("strength", 1) for part in args["cond"])
+        plain = torch.lerp(args["uncond_denoised"], args["cond_denoised"], float(weight))
+        return torch.lerp(args["denoised"], plain, self.unguided.to(plain))
+
+    def forward(self, theirs: Callable | None, apply_model: Callable, args: dict) -> Tensor:
+        """In place of the model. args: input [rows, C, H, W], timestep (sigma) [rows], c, and cond_or_uncond: the kind of each
+        block of rows. theirs: another extension's wrapper.
+        """
+        sigma, kinds = args["timestep"], list(args["cond_or_uncond"])
+        first, self.row = self.row == 0, self.row + 1
+
+        def call(crops: Tensor, views: Sequence[View], roll: Sequence[int]) -> Tensor:
+            sigmas, c = sigma.repeat(len(views)), self._cond_for(args["c"], views, roll, kinds)
+            self.controls.show(crops, sigmas, c, views, roll, len(kinds))
+            if theirs is None:
+                return apply_model(crops, sigmas, **c)
+            return theirs(apply_model, {"input": crops, "timestep": sigmas, "c": c, "cond_or_uncond": kinds * len(views)})
+
+        return self.fused(args["input"], sigma, call, first)
+
+    def _cond_for(self, cond: dict, views: Sequence[View], roll: Sequence[int], kinds: list) -> dict:
+        """The host's conditions of some rows [rows, ...], once for each view; what has the image's size is cropped."""
+
+        def each(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.ndim == 4 and value.shape[-2:] == self.phase.size:
+                return crops_of(rolled(value, roll), views)
+            return value.repeat(len(views), *[1] * (value.ndim - 1))
+
+        made = {key: each(value) for key, value in cond.items()}
+        options, blocks = dict(cond["transformer_options"]), kinds * len(views)
+        rows = len(options["cond_mark"]) // len(kinds)
+        indices = {
+            kind: [
+                i
+                for block, other in enumerate(blocks)
+                if (other == 0) == (kind == 0)
+                for i in range(block * rows, (block + 1) * rows)
+            ]
+            for kind in (0, 1)
+        }
+        marks = dict(cond_mark=options["cond_mark"].repeat(len(views)), cond_indices=indices[0], uncond_indices=indices[1])
+        made["transformer_options"] = {**options, **marks, "cond_or_uncond": blocks}
+        if "y" in made:
+            self._set_size_ids(made["y"], views)
+        return made
+
+    def _set_size_ids(self, vector: Tensor, views: Sequence[View]) -> None:
+        """SDXL, in place: `vector` [views * rows, .] ends in embeddings of original size, crop and target size.
+
+        Sizes are the phase's; the crop is where the window lies, from the corner set in the host's settings. A refiner's has
+        its aesthetic score in the place of the target size.
+        """
+        embedder = getattr(shared.sd_model, "embedder", None)
+        numbers = vector.shape[1] % (5 * EMBEDDED) // EMBEDDED + 5  # pooled text is 1280 wide
+        if embedder is None or numbers not in (5, 6):
+            return
+        h, w = (side * FACTOR for side in self.phase.size)
+        top, left = shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left
+        corners = [view.crop_pixels(FACTOR) for view in views]
+        ids = [[h, w, top + y, left + x, *([h, w] if numbers == 6 else [])] for y, x in corners]
+        made = torch.stack([embedder(torch.tensor(row, dtype=torch.float32)).flatten() for row in ids]).to(vector)
+        start = vector.shape[1] - numbers * EMBEDDED
+        vector[:, start : start + made.shape[1]] = made.repeat_interleave(len(vector) // len(views), 0)
