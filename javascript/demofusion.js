@@ -12,6 +12,7 @@ function demofusionCalls([counts, levels, discards], scheduler, steps, skipped) 
     if (scheduler === "DDIM" && counts !== "unknown") {
         run = Math.ceil((levels - 1) / Math.max(Math.floor(levels / (steps + discards)), 1)) - discards - skipped;
     }
+    if (counts === "heunpp") return run > 1 ? 3 * run - 3 : run;
     return counts === "second" ? 2 * run - (scheduler === "KL Optimal" ? 0 : 1) : run;
 }
 

@@ -91,9 +91,10 @@ def test_only_the_hosts_the_command_and_saved_phases_know_other_packages():
             assert not outside
 
 
-# The files of the WebUI's package, each of which may import those before it. A second host of the family replaces A1111.
-WEBUI = ["embedded", "neighbours", "units", "settings", "choices", "samplers", "a1111", "decoding", "upscalers", "picture"]
-WEBUI += ["gallery", "controlnet", "checkpoints", "second_pass", "checks", "readout", "progress", "step", "phases", "loop"]
+# The files of the WebUI's package, each of which may import those before it.
+WEBUI = ["embedded", "neighbours", "units", "settings", "choices", "samplers", "sampling", "patched_controls"]
+WEBUI += ["a1111", "forge", "host", "decoding", "upscalers", "picture", "gallery", "controlnet", "checkpoints", "second_pass"]
+WEBUI += ["checks", "readout", "progress", "step", "phases", "loop"]
 SIDEWAYS = ["plot"]  # nothing imports these
 
 
@@ -110,6 +111,35 @@ def test_the_webuis_files_import_one_way_and_fit_a_sitting():
                 rest = node.module.removeprefix(package).lstrip(".")
                 for other in [rest] if rest else [alias.name for alias in node.names]:
                     assert other in before, f"{name} imports {other}"
+
+
+def test_what_only_one_host_has_is_in_its_module():
+    """`host` picks the module, and nobody else knows which it is."""
+    folder, own = ROOT / "hosts" / "webui", {"a1111": {"modules.sd_hijack"}, "forge": {"backend", "modules_forge"}}
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            named = [alias.name for alias in node.names]
+            whole = named if isinstance(node, ast.Import) else [f"{node.module}.{name}" for name in named]
+            for module, packages in own.items():
+                if path.stem not in (module, "host"):
+                    assert f"lib_demofusion.hosts.webui.{module}" not in whole, f"{path.name} imports {module}"
+                if path.stem != module:
+                    assert not [name for name in whole if name.startswith(tuple(packages))], f"{path.name} knows of {module}"
+
+
+def test_the_hosts_modules_have_the_same_names():
+    def public(name):
+        names = set()
+        for node in ast.parse((ROOT / "hosts" / "webui" / f"{name}.py").read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Assign):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        return {name for name in names if not name.startswith("_") and not name.isupper()}
+
+    assert public("a1111") == public("forge")
 
 
 # The files of the diffusers host, each of which may import those before it.

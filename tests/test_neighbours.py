@@ -171,11 +171,11 @@ def test_a_host_as_it_is_is_no_neighbour(foreign, way):
 def test_a_changed_model_gets_a_note(foreign):
     for change in ("apply_model", "forward"):
         model = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
-        assert note_on(model) is None
+        assert note_on(model, model.model.diffusion_model) is None
         setattr(model if change == "apply_model" else model.model.diffusion_model, change, hosts)
-        assert note_on(model) is None
+        assert note_on(model, model.model.diffusion_model) is None
         setattr(model if change == "apply_model" else model.model.diffusion_model, change, foreign("extensions", "sd-theirs"))
-        assert note_on(model).startswith("the extension sd-theirs has changed the model")
+        assert note_on(model, model.model.diffusion_model).startswith("the extension sd-theirs has changed the model")
 
 
 def test_controlnets_hooks_are_known_and_what_lies_beneath_them_is_looked_at(foreign):
@@ -194,14 +194,14 @@ def test_controlnets_hooks_are_known_and_what_lies_beneath_them_is_looked_at(for
     p, model = job(), SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
     p.sample, model.model.diffusion_model.forward = hook, hook
     check_again(p)
-    assert note_on(model) is None
+    assert note_on(model, model.model.diffusion_model) is None
     p.sample_before_CN_hack = model.model.diffusion_model._original_forward = hosts
     check_again(p)
-    assert note_on(model) is None
+    assert note_on(model, model.model.diffusion_model) is None
     p.sample_before_CN_hack = model.model.diffusion_model._original_forward = theirs
     with pytest.raises(ValueError, match="^the extension sd-theirs has replaced"):
         check_again(p)
-    assert note_on(model).startswith("the extension sd-theirs has changed the model")
+    assert note_on(model, model.model.diffusion_model).startswith("the extension sd-theirs has changed the model")
     hook.__qualname__ = "another"
     with pytest.raises(ValueError, match="^the extension sd-webui-controlnet has replaced"):
         check_again(p)

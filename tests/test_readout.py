@@ -261,7 +261,7 @@ def test_where_tiles_would_not_see_one_another_it_says_what_decoding_takes(webui
     memory = webui.readout._memory(torch.device("cuda"))
     assert memory["device"] == ["cuda memory", free]
     made = []
-    tiles, model = webui.decoding.tiles, webui.readout.sd_models.model_data.sd_model
+    tiles, model = webui.decoding.tiles, webui.a1111.loaded_model()
     monkeypatch.setattr(tiles, "free_memory", lambda device: free)
     monkeypatch.setattr(tiles, "_features", lambda *args: made.append(args) or torch.zeros(1, 16, 80, 80))
     monkeypatch.setattr(tiles, "_in_passes", lambda *args: torch.zeros(1, 3, 640, 640))
@@ -288,7 +288,7 @@ def test_what_decoding_takes_is_of_the_checkpoints_own_autoencoder(webui, monkey
             block_out_channels=channels,
             layers_per_block=2,
         )
-    monkeypatch.setattr(webui.readout.sd_models.model_data, "sd_model", SimpleNamespace(first_stage_model=vae))
+    monkeypatch.setattr(webui.a1111.sd_models.model_data, "sd_model", SimpleNamespace(first_stage_model=vae))
     features = webui.readout._memory(torch.device("cpu"))["features"]
     latents = torch.empty(1, 4, *size, device="meta")
     takes = call_bytes(vae, lambda z: _features(lambda z: vae.decode(z).sample, z, vae.decoder), latents)
@@ -303,7 +303,7 @@ def test_of_memory_it_says_nothing_where_nothing_is_known_and_of_decoding_where_
     assert memory["features"] is None
     known, unknown = readouts([dict(form, facts={"memory": memory}), dict(form, facts={"memory": None})])
     assert known == f"{unknown}, fits in memory"
-    monkeypatch.setattr(webui.readout.sd_models.model_data, "sd_model", None)  # none is loaded yet
+    monkeypatch.setattr(webui.a1111.sd_models.model_data, "sd_model", None)  # none is loaded yet
     assert webui.readout._memory(torch.device("cuda"))["features"] is None
 
 

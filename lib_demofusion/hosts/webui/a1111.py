@@ -14,9 +14,8 @@ from modules import devices, extra_networks, sd_models, shared
 from modules.sd_hijack import model_hijack
 from torch import Tensor, nn
 
-from lib_demofusion.fusion import crops_of
 from lib_demofusion.hosts.webui import units
-from lib_demofusion.hosts.webui.sampling import FACTOR, rolled
+from lib_demofusion.hosts.webui.sampling import FACTOR, for_views, size_ids
 from lib_demofusion.memory import ViewBatch
 from lib_demofusion.phases import Phase
 from lib_demofusion.views import Size, View
@@ -299,9 +298,7 @@ class Prediction:
         def each(value: Any) -> Any:
             if isinstance(value, list):
                 return [each(item) for item in value]
-            if value.ndim == 4 and value.shape[-2:] == self.phase.size:
-                return crops_of(rolled(value, roll), views)
-            return value.repeat(len(views), *[1] * (value.ndim - 1))
+            return for_views(value, views, roll, self.phase.size)
 
         made = {key: each(value) for key, value in cond.items()}
         if "vector" in made:
@@ -309,18 +306,9 @@ class Prediction:
         return made
 
     def _set_size_ids(self, vector: Tensor, views: Sequence[View]) -> None:
-        """SDXL, in place: `vector` [views * rows, .] ends in embeddings of original size, crop and target size.
-
-        Sizes are the phase's; the crop is where the window lies, from the corner set in the host's settings.
-        """
-        h, w = (side * FACTOR for side in self.phase.size)
-        crops = [view.crop_pixels(FACTOR) for view in views]
-        top, left = shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left
-        ids = {
-            "original_size_as_tuple": [(h, w)] * len(views),
-            "crop_coords_top_left": [(top + y, left + x) for y, x in crops],
-            "target_size_as_tuple": [(h, w)] * len(views),
-        }
+        """SDXL, in place: `vector` [views * rows, .] ends in embeddings of original size, crop and target size."""
+        names = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+        ids = dict(zip(names, zip(*size_ids(self.phase.size, views))))
         end = vector.shape[1]
         for embedder in reversed(shared.sd_model.conditioner.embedders):
             if not hasattr(embedder, "outdim"):  # from here on pooled text

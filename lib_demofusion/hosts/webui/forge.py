@@ -23,10 +23,9 @@ from modules import extra_networks, scripts, sd_models, sd_samplers_common, shar
 from modules_forge.utils import apply_circular_forge
 from torch import Tensor, nn
 
-from lib_demofusion.fusion import crops_of
-from lib_demofusion.hosts.webui import units
+from lib_demofusion.hosts.webui import patched_controls
 from lib_demofusion.hosts.webui.patched_controls import Controls
-from lib_demofusion.hosts.webui.sampling import FACTOR, rolled
+from lib_demofusion.hosts.webui.sampling import FACTOR, for_views, size_ids
 from lib_demofusion.memory import ViewBatch
 from lib_demofusion.phases import Phase
 from lib_demofusion.views import Size, View
@@ -37,27 +36,19 @@ EMBEDDED = 256  # numbers that the host makes of one of SDXL's sizes
 
 def unsupported() -> str | None:
     """Why this host cannot run the extension, and what to do, in one line; None if it can."""
-    needed = {
-        "Script.post_sample": (scripts.Script, "post_sample"),
-        "Script.process_before_every_sampling": (scripts.Script, "process_before_every_sampling"),
-        "UnetPatcher.add_conditioning_modifier": (UnetPatcher, "add_conditioning_modifier"),
-        "UnetPatcher.set_model_unet_function_wrapper": (UnetPatcher, "set_model_unet_function_wrapper"),
-        "UnetPatcher.memory_required": (UnetPatcher, "memory_required"),
-        "sd_models.forge_model_reload": (sd_models, "forge_model_reload"),
-        "memory_management.load_models_gpu": (memory_management, "load_models_gpu"),
-    }
-    missing = [name for name, (thing, attribute) in needed.items() if not hasattr(thing, attribute)]
-    return f"it has no {', '.join(missing)}; update this extension, and the WebUI" if missing else None
+    needed = [(scripts.Script, "post_sample"), (scripts.Script, "process_before_every_sampling")]
+    needed += [(UnetPatcher, "add_conditioning_modifier"), (UnetPatcher, "set_model_unet_function_wrapper")]
+    needed += [(sd_models, "forge_model_reload"), (memory_management, "load_models_gpu")]
+    missing = [f"{thing.__name__}.{name}" for thing, name in needed if not hasattr(thing, name)]
+    return f"it has no {', '.join(missing)}; update this extension, or the WebUI" if missing else None
 
 
 def check_model(p: Any) -> None:
     """Raises ValueError, one line, for a checkpoint that p cannot be enlarged with."""
-    predictor = _patcher().model.predictor
+    predictor = shared.sd_model.forge_objects.unet.model.predictor
     if not hasattr(unet(shared.sd_model), "input_blocks") or predictor.prediction_type == "const":
-        raise ValueError(
-            "this checkpoint has no UNet of Stable Diffusion, or was trained for rectified flow; a Stable Diffusion 1.x, 2.x "
-            "or XL checkpoint works"
-        )
+        works = "a Stable Diffusion 1.x, 2.x or XL checkpoint works"
+        raise ValueError(f"this checkpoint has no UNet of Stable Diffusion, or was trained for rectified flow; {works}")
     if isinstance(p.tiling, str) and p.tiling not in ("None", "XY"):
         raise ValueError(f"the image is to tile along {p.tiling} alone; choose XY, or None")
     refiner = getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none")
@@ -65,13 +56,7 @@ def check_model(p: Any) -> None:
         raise ValueError("this host's refiner does not go back to the first checkpoint within a picture; untick it")
 
 
-def check_controls(p: Any, pictures: int = 0) -> None:
-    """Every script has had its turn. Raises ValueError, one line, for units of ControlNet that the views cannot follow."""
-    script, _ = units.script_of(p)
-    for params in (getattr(script, "current_params", None) or {}).values():
-        kind = type(params.model).__name__
-        if kind not in ("ControlNetPatcher", "IPAdapterPatcher", "ControlModelPatcher"):
-            raise ValueError(f"ControlNet's {kind} draws by the whole image, and here the model sees windows; {units.INSTEAD}")
+check_controls = patched_controls.check  # of ControlNet, when every script has had its turn
 
 
 def loaded_model() -> Any:
@@ -88,12 +73,8 @@ def unet(model: Any) -> nn.Module:
     return model.forge_objects.unet.model.diffusion_model
 
 
-def _patcher() -> Any:
-    return shared.sd_model.forge_objects.unet
-
-
 def coder(model: Any, kind: str) -> nn.Module | None:
-    """The network that would encode or decode ("encode", "decode") at once; None where it is tiled by the host, or another."""
+    """The network that would encode or decode ("encode", "decode") at once; None where the host, or another, tiles it."""
     vae = model.forge_objects.vae
     if memory_management.VAE_ALWAYS_TILED or vae.patcher.model_options.get(f"model_vae_{kind}_wrapper") is not None:
         return None
@@ -104,28 +85,20 @@ def coder(model: Any, kind: str) -> nn.Module | None:
 
 
 def coding(model: Any, kind: str, whole: Callable, x: Tensor, base: Size) -> tuple[Callable[[Tensor], Any], Tensor]:
-    """What encodes or decodes x by that network, which can now be run in tiles, and x as it takes it.
+    """What encodes or decodes x by that network, which can now be run in tiles, and x as it takes it. As in `a1111`.
 
-    Around the host's own method, `whole`, which asks memory for all of x. base: (h, w), latent pixels, of what the model makes
-    at once; so much is asked for.
+    Not the host's own method, `whole`, which asks memory for all of x: here it is asked for the base's.
     """
     vae = model.forge_objects.vae
     network, (h, w) = vae.first_stage_model, base
     if kind == "decode":
         needed = vae.memory_used_decode((1, vae.latent_channels, h, w), vae.vae_dtype)
-        made = network.process_out(x)
+        function, made = (lambda z: network.decode(z).float().clamp(-1, 1)), network.process_out(x)
     else:
         needed = vae.memory_used_encode((1, 3, h * FACTOR, w * FACTOR), vae.vae_dtype)
-        made = x
+        function, made = (lambda image: network.process_in(network.encode(image).to(x))), x
     memory_management.load_models_gpu([vae.patcher], memory_required=needed)
-
-    def decode(z: Tensor) -> Tensor:
-        return network.decode(z).float().clamp(-1, 1)
-
-    def encode(image: Tensor) -> Tensor:
-        return network.process_in(network.encode(image).to(x))
-
-    return decode if kind == "decode" else encode, made.to(vae.device, vae.vae_dtype)
+    return function, made.to(vae.device, vae.vae_dtype)
 
 
 def check_finite(latents: Tensor) -> None:
@@ -138,9 +111,8 @@ def check_finite(latents: Tensor) -> None:
 def _tiling_works() -> bool:
     """Whether the host makes convolutions wrap around; some of the family have the setting alone."""
     layer = nn.Conv2d(1, 1, 3, padding=1)
-    objects = SimpleNamespace(
-        unet=SimpleNamespace(model=SimpleNamespace(diffusion_model=layer)), vae=SimpleNamespace(first_stage_model=layer)
-    )
+    unet = SimpleNamespace(model=SimpleNamespace(diffusion_model=layer))
+    objects = SimpleNamespace(unet=unet, vae=SimpleNamespace(first_stage_model=layer))
     model = SimpleNamespace(tiling_enabled=False, forge_objects=objects, is_webui_legacy_model=lambda: True)
     apply_circular_forge(model, True)
     return layer.padding_mode == "circular"
@@ -198,7 +170,7 @@ def native_side() -> float:
     model = shared.sd_model
     if getattr(model, "is_sdxl", False):
         return 1024 / FACTOR
-    if getattr(model, "is_sd2", False) and _patcher().model.predictor.prediction_type == "v_prediction":
+    if getattr(model, "is_sd2", False) and shared.sd_model.forge_objects.unet.model.predictor.prediction_type == "v_prediction":
         return 768 / FACTOR
     return getattr(model, "image_size", 512 / FACTOR)
 
@@ -210,7 +182,7 @@ def sees_picture(sampler: Any) -> bool:
 
 def log_alphas() -> np.ndarray:
     """The logarithms of the model's alphas_cumprod, by timestep, in double precision."""
-    return -np.log1p(_patcher().model.predictor.sigmas.double().cpu().numpy() ** 2)
+    return -np.log1p(shared.sd_model.forge_objects.unet.model.predictor.sigmas.double().cpu().numpy() ** 2)
 
 
 def activate(p: Any, networks: Any) -> None:
@@ -225,11 +197,7 @@ def activate(p: Any, networks: Any) -> None:
 
 
 def set_up_model(p: Any, phase: Phase, checkpoint: Any = None) -> bool:
-    """The phases' model again if the refiner has taken its place, and prompts on the phase's own steps.
-
-    checkpoint: the phases' own (the host's CheckpointInfo), which is loaded already. Returns whether p's conditions have been
-    set up anew, as they are where p has none.
-    """
+    """The phases' model again if the refiner has taken its place, and prompts on the phase's own steps. As in `a1111`."""
     refined = p.refiner_checkpoint_info is not None
     if refined:
         load_checkpoint(p, checkpoint or sd_models.model_data.forge_loading_parameters["checkpoint_info"])
@@ -259,18 +227,16 @@ def levels_of(p: Any) -> Iterator[None]:
 
 @contextmanager
 def sampling(p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, unguided: Tensor | None) -> Iterator[None]:
-    """While it lasts a phase can be sampled: other scripts have had their turn, and a prediction is in the model's place.
-
-    reference, noise: [B, C, H, W], of the phase. unguided: areas without guidance, [B or 1, 1, H, W] in 0..1; None: nowhere.
-    """
+    """While it lasts a phase can be sampled, on a copy of the host's objects. As in `a1111`."""
     model = shared.sd_model
     objects = model.forge_objects
     model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
     sd_models.apply_token_merging(model, p.get_token_merging_ratio())
     prediction.unguided = unguided
     try:
-        if p.scripts is not None:
-            p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
+        with patched_controls.at_size(p, prediction.phase.size) as prediction.coarse:
+            if p.scripts is not None:
+                p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
         prediction.install()
         yield
     finally:
@@ -278,16 +244,13 @@ def sampling(p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, u
 
 
 class Prediction:
-    """What one phase puts in place of the model's own prediction, and how it calls the model for single views.
-
-    fused: (x, sigma, call, first) -> what is to be answered for x [rows, C, H, W] at sigma [rows]; first: these are the first
-    rows of a step. Its `call` takes crops [len(views) * rows, C, h, w], their views and by how much the plane is rolled,
-    (rows, columns), and asks the model. window: (h, w) of a view. view_batch: how many of them go into a call. The host has
-    its own ControlNet (`Controls`), and `around` is another's.
+    """What one phase puts in place of the model's own prediction, and how it calls the model for single views. As in `a1111`,
+    but that the host has a ControlNet of its own (`patched_controls`), and `around` is another's.
     """
 
     timesteps = False  # whatever the sampler is
     unguided: Tensor | None = None
+    coarse: Sequence[Tensor] = ()
 
     def __init__(self, phase: Phase, fused: Callable, around: Any, timesteps: bool, window: Size, view_batch: ViewBatch):
         self.phase = phase
@@ -304,7 +267,7 @@ class Prediction:
 
     def install(self) -> None:
         """On a clone of the loaded model's patcher, with what other extensions have put on it."""
-        before = _patcher()
+        before = shared.sd_model.forge_objects.unet
         if before is self.installed:
             return
         self.installed = ours = before.clone()
@@ -320,7 +283,7 @@ class Prediction:
 
         ours.memory_required = options["memory_peak_estimation_modifier"] = memory_required
         shared.sd_model.forge_objects.unet = ours
-        self.controls = Controls(before.controlnet_linked_list, self.phase, self.window)
+        self.controls = Controls(before.controlnet_linked_list, self.phase, self.window, self.coarse)
 
     def on_step(self, params: Any) -> None:
         """The host is about to ask its model; a refiner's has nothing on it yet."""
@@ -361,26 +324,15 @@ class Prediction:
         """The host's conditions of some rows [rows, ...], once for each view; what has the image's size is cropped."""
 
         def each(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if value.ndim == 4 and value.shape[-2:] == self.phase.size:
-                return crops_of(rolled(value, roll), views)
-            return value.repeat(len(views), *[1] * (value.ndim - 1))
+            return for_views(value, views, roll, self.phase.size) if isinstance(value, Tensor) else value
 
         made = {key: each(value) for key, value in cond.items()}
         options, blocks = dict(cond["transformer_options"]), kinds * len(views)
-        rows = len(options["cond_mark"]) // len(kinds)
-        indices = {
-            kind: [
-                i
-                for block, other in enumerate(blocks)
-                if (other == 0) == (kind == 0)
-                for i in range(block * rows, (block + 1) * rows)
-            ]
-            for kind in (0, 1)
-        }
-        marks = dict(cond_mark=options["cond_mark"].repeat(len(views)), cond_indices=indices[0], uncond_indices=indices[1])
-        made["transformer_options"] = {**options, **marks, "cond_or_uncond": blocks}
+        marks = options["cond_mark"].repeat(len(views))
+        rows = [blocks[row * len(blocks) // len(marks)] for row in range(len(marks))]
+        of = {kind: [row for row, own in enumerate(rows) if own == kind] for kind in (0, 1)}
+        options |= dict(cond_mark=marks, cond_indices=of[0], uncond_indices=of[1], cond_or_uncond=blocks)
+        made["transformer_options"] = options
         if "y" in made:
             self._set_size_ids(made["y"], views)
         return made
@@ -388,17 +340,10 @@ class Prediction:
     def _set_size_ids(self, vector: Tensor, views: Sequence[View]) -> None:
         """SDXL, in place: `vector` [views * rows, .] ends in embeddings of original size, crop and target size.
 
-        Sizes are the phase's; the crop is where the window lies, from the corner set in the host's settings. A refiner's has
-        its aesthetic score in the place of the target size.
+        A refiner's has an aesthetic score in the place of the last.
         """
-        embedder = getattr(shared.sd_model, "embedder", None)
-        numbers = vector.shape[1] % (5 * EMBEDDED) // EMBEDDED + 5  # pooled text is 1280 wide
-        if embedder is None or numbers not in (5, 6):
-            return
-        h, w = (side * FACTOR for side in self.phase.size)
-        top, left = shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left
-        corners = [view.crop_pixels(FACTOR) for view in views]
-        ids = [[h, w, top + y, left + x, *([h, w] if numbers == 6 else [])] for y, x in corners]
-        made = torch.stack([embedder(torch.tensor(row, dtype=torch.float32)).flatten() for row in ids]).to(vector)
-        start = vector.shape[1] - numbers * EMBEDDED
+        scored = vector.shape[1] % (5 * EMBEDDED) == 0  # pooled text is 1280 wide
+        ids = torch.tensor([sizes[: 3 - scored] for sizes in size_ids(self.phase.size, views)], dtype=torch.float32)
+        made = shared.sd_model.embedder(ids.flatten()).view(len(views), -1).to(vector)
+        start = vector.shape[1] - (5 if scored else 6) * EMBEDDED
         vector[:, start : start + made.shape[1]] = made.repeat_interleave(len(vector) // len(views), 0)

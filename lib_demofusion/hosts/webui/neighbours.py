@@ -22,8 +22,8 @@ WINDOWS = "here the model sees windows of the image"
 class Neighbour:
     """A script of another extension that cannot work beside this one.
 
-    title: of the script, letter by letter. name: as its form calls it. does: what cannot go together, in words that
-    follow the name. on: (p, the script, its arguments) -> whether it is asked to do that.
+    title: of the script, letter by letter, but for a bracket behind it. name: as its form calls it. does: what cannot go
+    together, in words that follow the name. on: (p, the script, its arguments) -> whether it is asked to do that.
     """
 
     title: str
@@ -80,6 +80,22 @@ NEIGHBOURS = [
         "it puts samplers of its own in place of the host's",
         _plotted("dynthres_enabled"),
     ),
+    # Those that hosts of the Forge family have built in.
+    Neighbour("MultiDiffusion Integrated", "MultiDiffusion", "it samples in tiles of its own", _ticked),
+    Neighbour(
+        "SelfAttentionGuidance Integrated",
+        "Self Attention Guidance",
+        f"it reads the attention of the whole image, and {WINDOWS}",
+        _ticked,
+    ),
+    Neighbour("StyleAlign Integrated", "StyleAlign", f"it joins all that the model sees in a call, and {WINDOWS}", _ticked),
+    Neighbour("Forge Couple", "Forge Couple", f"its regions are those of the whole, and {WINDOWS}", _ticked),
+    Neighbour(
+        "First Block Cache / TeaCache Integrated",
+        "First Block Cache",
+        f"it keeps what the model has made of one call for the next, and {WINDOWS}",
+        _ticked,
+    ),
     Neighbour("Soft Inpainting", "Soft Inpainting", "it blends at the base's size, and not at the phases'", _ticked),
 ]
 
@@ -89,7 +105,7 @@ def check(p: Any, own: str) -> None:
     for script, args in scripts_of(p):
         title = script.title()
         for known in NEIGHBOURS:
-            if known.title == title and known.on(p, script, args):
+            if (title == known.title or title.startswith(f"{known.title} (")) and known.on(p, script, args):
                 raise ValueError(f"{known.name} is on: {known.does}; untick it, or {own}")
 
 

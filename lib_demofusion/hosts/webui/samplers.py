@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from modules import shared
+from modules import sd_samplers_kdiffusion, shared
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Sampler:
     least: int = 1
 
 
-SAMPLERS = {
+SAMPLERS = {  # of all hosts of the family
     "DPM++ 2M": Sampler("first"),
     "DPM++ SDE": Sampler("second", "eta"),
     "DPM++ 2M SDE": Sampler("first", "eta", least=2),
@@ -48,7 +48,17 @@ SAMPLERS = {
     "PLMS": Sampler("grid", timesteps=True),
     "UniPC": Sampler("grid", timesteps=True),
     "LCM": Sampler("first", "always", levels=50),
+    "HeunPP2": Sampler("heunpp"),
+    "IPNDM": Sampler("first"),
+    "IPNDM_V": Sampler("first"),
+    "DEIS": Sampler("first"),
+    "DDPM": Sampler("first", "always"),
 }
+_OTHERS = {name for name, *_ in getattr(sd_samplers_kdiffusion, "samplers_k_diffusion", ())}
+if "LCM" in _OTHERS:  # of k-diffusion's kind, with all levels
+    SAMPLERS["LCM"] = Sampler("first", "always")
+if "UniPC" in _OTHERS:  # likewise; its corrector would undo the skip residual
+    del SAMPLERS["UniPC"]
 
 
 def model_calls(sampler: str, scheduler: str | None, steps: int, skipped: int = 0) -> int | None:
@@ -68,6 +78,8 @@ def model_calls(sampler: str, scheduler: str | None, steps: int, skipped: int = 
     if scheduler == "DDIM":
         stride = max(known.levels // (steps + known.discards), 1)
         run = math.ceil((known.levels - 1) / stride) - known.discards - skipped
+    if counts == "heunpp":  # three in a step, but for the last two
+        return 3 * run - 3 if run > 1 else run
     if counts == "second":  # the last step, to sigma 0, needs one; KL Optimal ends above 0
         return 2 * run - (scheduler != "KL Optimal")
     return run

@@ -9,8 +9,10 @@ import torch
 from modules import sd_samplers, sd_samplers_common, shared
 from torch import Tensor
 
+from lib_demofusion.fusion import crops_of
 from lib_demofusion.hosts.webui.samplers import SAMPLERS
 from lib_demofusion.phases import Phase
+from lib_demofusion.views import Size, View
 
 FACTOR = 8  # image pixels per latent pixel, as the host has it
 
@@ -56,6 +58,27 @@ def adds_noise(p: Any, sampler: Any) -> bool:
 
 def rolled(x: Tensor, shifts: Sequence[int]) -> Tensor:
     return torch.roll(x, tuple(shifts), (-2, -1)) if any(shifts) else x
+
+
+def for_views(value: Tensor, views: Sequence[View], roll: Sequence[int], size: Size) -> Tensor:
+    """One of the host's conditions [rows, ...], once for each view; what has the image's size, (H, W), is cropped.
+
+    roll: (rows, columns) by which the plane is rolled.
+    """
+    if value.ndim == 4 and value.shape[-2:] == size:
+        return crops_of(rolled(value, roll), views)
+    return value.repeat(len(views), *[1] * (value.ndim - 1))
+
+
+def size_ids(size: Size, views: Sequence[View]) -> list[tuple[Size, Size, Size]]:
+    """SDXL's original size, crop (top, left) and target size in pixels, for each view of an image of (H, W) latent pixels.
+
+    The crop is where the window lies, from the corner set in the host's settings.
+    """
+    h, w = (side * FACTOR for side in size)
+    top, left = shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left
+    corners = [view.crop_pixels(FACTOR) for view in views]
+    return [((h, w), (top + y, left + x), (h, w)) for y, x in corners]
 
 
 def _unipc_without_corrector(model, x, timesteps, extra_args=None, callback=None, disable=None, is_img2img=False):

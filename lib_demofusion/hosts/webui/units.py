@@ -21,6 +21,14 @@ GLOBAL = {"IPAdapter", "T2I_StyleAdapter", "ReVision"}
 
 UNKNOWN = "this version of ControlNet is not one that it knows; switch the unit off, or DemoFusion"
 INSTEAD = "switch that unit off, or DemoFusion"
+NOT_BEGUN = (
+    "a unit of ControlNet is on, and ControlNet did not begin, for want of an image or a model perhaps, as the console says; "
+    "mend that, or switch the unit off"
+)
+NO_IMAGE = (
+    "a unit of ControlNet has no image of its own and would show the first picture to all of them; give it one, or send each "
+    "picture by itself"
+)
 # Preprocessors whose effect is no control image, by what their names begin with or hold: what they do.
 WHOLE = {
     "reference": "it draws with the attention of the whole image",
@@ -43,7 +51,7 @@ def hook_of(p: Any) -> Any:
     return getattr(script_of(p)[0], "latest_network", None)
 
 
-def _asked(args: Sequence[Any]) -> list[Any]:
+def asked(args: Sequence[Any]) -> list[Any]:
     """The units among the script's arguments that say they are on; what becomes of others the extension decides."""
     units = [unit for unit in args if unit is not None and not isinstance(unit, (bool, str))]
     return [unit for unit in units if said(unit, "enabled") in (True, 1)]
@@ -61,14 +69,14 @@ def check(p: Any, own_checkpoint: bool = False) -> None:
             f"ControlNet's StyleAlign is on: it joins all that the model sees in a call, and {WINDOWS}; untick it "
             "under ControlNet's Batch Options, or DemoFusion"
         )
-    asked = _asked(args)
-    if asked and getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none"):
+    wanted = asked(args)
+    if wanted and getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none"):
         raise ValueError("ControlNet hangs on one checkpoint, and the refiner is another; untick one of the two")
-    if asked and own_checkpoint:
+    if wanted and own_checkpoint:
         raise ValueError(
             "ControlNet hangs on one checkpoint, and the phases have another; choose none for them, or switch the unit off"
         )
-    for unit in asked:
+    for unit in wanted:
         name = str(said(unit, "module") or "none").lower()
         if name == "inpaint_only" and getattr(p, "image_mask", None) is not None:
             continue  # there the extension itself makes it inpaint_global_harmonious
@@ -90,11 +98,8 @@ def check_hooked(p: Any, pictures: int = 0) -> None:
     script, args = script_of(p)
     network = hook_of(p)
     if network is None:
-        if _asked(args):
-            raise ValueError(
-                "a unit of ControlNet is on, and ControlNet did not begin, for want of an image or a model perhaps, as the "
-                "console says; mend that, or switch the unit off"
-            )
+        if asked(args):
+            raise ValueError(NOT_BEGUN)
         return
     _check_version(script, network)
     units, params = list(script.enabled_units), list(network.control_params or [])
@@ -103,10 +108,7 @@ def check_hooked(p: Any, pictures: int = 0) -> None:
     for unit, param in zip(units, params):
         _check_unit(unit, param, p.sd_model)
         if pictures > 1 and getattr(unit, "image", None) is None:
-            raise ValueError(
-                "a unit of ControlNet has no image of its own and would show the first picture to all of them; give it one, "
-                "or send each picture by itself"
-            )
+            raise ValueError(NO_IMAGE)
     separate = "Each ControlNet unit for each image in a batch"
     state = getattr(script, "ui_batch_option_state", None) or [None]
     if params and state[0] == separate and p.batch_size % len(params):
