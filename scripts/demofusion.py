@@ -129,6 +129,7 @@ class DemoFusionScript(scripts.Script):
                         tooltip="write the images of the phases before the last beside the output, with a suffix",
                     )
                 controls["resume"] = gr.Textbox(
+                    value="",
                     label="Resume from",
                     placeholder="the .safetensors beside a saved phase's image; first send that image here from PNG Info",
                     elem_id=self.elem_id("resume"),

@@ -123,6 +123,9 @@ def read_settings(args: Sequence[Any]) -> Settings | None:
     for name in ("enabled", "save_phases"):
         if not isinstance(values.setdefault(name, False), bool):
             raise ValueError(f"{name.replace('_', ' ')} must be true or false, got {values[name]!r}")
+    for name in ("resume", "start_from", *TEXTS):  # gradio 4 has None for an empty field
+        if values.get(name, "") is None:
+            values[name] = ""
     enabled, save_phases, resume = values.pop("enabled"), values.pop("save_phases"), values.pop("resume", "")
     start_from, more = values.pop("start_from", ""), args[len(ARGUMENTS) :]
     if not enabled and not selected_in(args):
