@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import betaincinv
 
 from lib_demofusion.views import View, dilated_views, jitter_generator, local_views, window_starts
 
@@ -77,7 +79,82 @@ def test_jitter_is_keyed_by_phase_and_noise_level():
         return torch.randint(0, 1000, (8,), generator=jitter_generator(phase, t)).tolist()
 
     assert draw(2, 901.0) == draw(2, 901.0)
-    assert len({tuple(draw(phase, t)) for phase in (2, 3, 4) for t in (1.0, 1.5, 500.0, 901.0)}) == 12
+    assert len({tuple(draw(phase, t)) for phase in (2, 3, 4) for t in (1.0, 2.0, 500.0, 901.0)}) == 12
+
+
+# Stable Diffusion's noise levels, by training timestep.
+KEPT = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+SIGMAS = np.sqrt((1 - KEPT) / KEPT)
+
+
+def timestep(sigma):
+    return np.interp(np.log(sigma), np.log(SIGMAS), np.arange(1000))
+
+
+def sigma_at(t):
+    return np.exp(np.interp(t, np.arange(1000), np.log(SIGMAS)))
+
+
+def between(low, high, n):
+    return high + np.linspace(0, 1, n) * (low - high)
+
+
+def align_your_steps(n, known):
+    known = np.log(known)
+    return np.exp(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(known)), known))
+
+
+LOW, HIGH = SIGMAS[[0, -1]]
+# The noise levels of the WebUI's schedules of n steps, by its names (modules/sd_schedulers.py); Automatic, Uniform and Normal
+# are one, and the timesteps of DDIM and of PLMS are whole, as those of Simple.
+SCHEDULES = {
+    "Automatic": lambda n: sigma_at(np.linspace(999, 0, n)),
+    "Karras": lambda n: between(LOW ** (1 / 7), HIGH ** (1 / 7), n) ** 7,
+    "Exponential": lambda n: np.exp(between(np.log(LOW), np.log(HIGH), n)),
+    "SGM Uniform": lambda n: sigma_at(np.linspace(999, 0, n + 1)[:-1]),
+    "KL Optimal": lambda n: np.tan(between(np.arctan(LOW), np.arctan(HIGH), n + 1)),
+    "Align Your Steps": lambda n: align_your_steps(
+        n, [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029]
+    ),
+    "Align Your Steps XL": lambda n: align_your_steps(
+        n, [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029]
+    ),
+    "Simple": lambda n: SIGMAS[[-1 - int(step * 1000 / n) for step in range(n)]],
+    "DDIM": lambda n: SIGMAS[1 :: 1000 // n][::-1],
+    "Beta": lambda n: LOW + betaincinv(0.6, 0.6, np.linspace(1, 0, n)) * (HIGH - LOW),
+}
+
+
+def seeds(ts):
+    return np.array([jitter_generator(2, t).initial_seed() for t in ts.tolist()])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_jitter_does_not_depend_on_the_rounding_of_noise_levels(name):
+    """Not at any step of 2 to 150 steps. float32 holds sigma to 6e-8 of it; timesteps are found from it less precisely."""
+    sigmas = np.unique(np.concatenate([SCHEDULES[name](n) for n in range(2, 151)]))
+    assert (seeds(timestep(sigmas * (1 - 3e-7))) != seeds(timestep(sigmas * (1 + 3e-7)))).sum() == 0
+    ts = np.unique(timestep(np.concatenate([SCHEDULES[name](n) for n in range(2, 51)])))
+    assert (seeds(ts - 8e-4) != seeds(ts + 8e-4)).sum() == 0
+
+
+@pytest.mark.parametrize("name", ["Karras", "Exponential", "Beta"])
+def test_jitter_of_a_host_that_rounds_its_timesteps_is_mostly_the_same(name):
+    ts = timestep(np.concatenate([SCHEDULES[name](n) for n in range(2, 51)]))
+    assert (seeds(ts) != seeds(ts.round())).mean() < 0.05
+
+
+def test_jitter_is_another_at_each_of_evenly_spaced_timesteps():
+    for n in (2, 10, 50, 150, 500, 999, 1000):
+        assert len(set(seeds(np.linspace(999, 0, n)))) == n
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_jitter_is_shared_by_close_steps_at_the_ends_alone(name):
+    for n in range(2, 151):
+        ts = timestep(SCHEDULES[name](n))
+        drawn = seeds(ts[(ts > 11) & (ts < 988)])
+        assert (drawn[1:] != drawn[:-1]).all()
 
 
 @given(geometries())
