@@ -58,7 +58,7 @@ def calls(host):
         seen.rows += len(args[0])
         seen.calls += 1
 
-    handle = host.shared.sd_model.model.diffusion_model.register_forward_pre_hook(count)
+    handle = host.unet.register_forward_pre_hook(count)
     yield seen
     handle.remove()
 

@@ -30,7 +30,7 @@ host.shared.opts.data.update(live_previews_enable=False)
 from modules import errors
 reports = []
 errors.report = lambda message, *, exc_info=False: reports.append(f"{message}: {sys.exc_info()[1]}")
-unet = host.shared.sd_model.model.diffusion_model
+unet = host.unet
 
 
 def hooks():
@@ -272,7 +272,7 @@ narrow.__enter__()
 control_models.make_all(Path(global_state.cn_models_dir))
 global_state.update_cn_models()
 host.load(control_models.make_relative(Path(checkpoints)))
-unet = host.shared.sd_model.model.diffusion_model
+unet = host.unet
 """
 
 

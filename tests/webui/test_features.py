@@ -98,7 +98,7 @@ def test_taesd_decodes_the_picture_and_the_previews(host, taesd, options):
     options(show_progress_type="TAESD", show_progress_every_n_steps=1)
     decoder, seen, previews = sd_vae_taesd.decoder_model(), [], []
     handle = decoder.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
-    unet, state = host.shared.sd_model.model.diffusion_model, host.shared.state
+    unet, state = host.unet, host.shared.state
 
     def look(module, args):
         state.set_current_image()

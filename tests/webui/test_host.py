@@ -56,7 +56,7 @@ def snapshot(host):
 @pytest.fixture
 def at_call(host):
     """at_call(n, action): runs action when the UNet is called for the n-th time from now."""
-    unet = host.shared.sd_model.model.diffusion_model
+    unet = host.unet
     handles = []
 
     def arrange(n, action):
@@ -172,7 +172,7 @@ def test_a_card_that_is_too_small(host, most, since):
         if seen[0] >= since and len(args[0]) > 2 * most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
-    handle = host.shared.sd_model.model.diffusion_model.register_forward_pre_hook(small)
+    handle = host.unet.register_forward_pre_hook(small)
     latents = host.latents(*eight, steps=STEPS)
     handle.remove()
     assert same_but_for_rounding(latents, expected)
@@ -194,9 +194,7 @@ def test_a_picture_that_memory_cannot_hold_is_refused(host, monkeypatch):
 def test_large_pictures_are_decoded_in_tiles(host, monkeypatch):
     whole = np.asarray(host.generate(True, SCALE, steps=STEPS).images[0], np.int16)
     before, seen = snapshot(host), []
-    handle = host.shared.sd_model.first_stage_model.decoder.register_forward_pre_hook(
-        lambda m, args: seen.append(args[0].shape)
-    )
+    handle = host.autoencoder.decoder.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
     monkeypatch.setattr(host.webui.decoding.tiles, "tile_for", lambda network, device, base: 20)
     tiled = np.asarray(host.generate(True, SCALE, steps=STEPS).images[0], np.int16)
     handle.remove()
@@ -268,7 +266,7 @@ def test_stopping_after_the_current_image_finishes_it(host, at_call):
 
 
 def test_nan_keeps_the_last_good_phase(host, monkeypatch):
-    unet, calls = host.shared.sd_model.model.diffusion_model, [0]
+    unet, calls = host.unet, [0]
 
     def spoil(module, args, out):
         calls[0] += 1
@@ -536,7 +534,7 @@ def test_the_reply_is_serialisable(host):
 @pytest.mark.parametrize(("sampler", "batches"), [("Euler", 1), ("Heun", 1), ("Euler a", 2)])
 def test_one_bar_over_phases_and_batches(host, sampler, batches):
     seen, jobs = [], []
-    unet, state = host.shared.sd_model.model.diffusion_model, host.shared.state
+    unet, state = host.unet, host.shared.state
 
     def look(module, args):
         request = host.progress.ProgressRequest(id_task=host.progress.current_task, live_preview=False)
@@ -567,7 +565,7 @@ def test_one_bar_over_phases_and_batches(host, sampler, batches):
 def test_previews_have_the_pictures_proportions(host, options, kind, content, sampler):
     options(show_progress_type=kind, live_preview_content=content, show_progress_every_n_steps=1)
     sizes = []
-    unet, state = host.shared.sd_model.model.diffusion_model, host.shared.state
+    unet, state = host.unet, host.shared.state
 
     def look(module, args):
         state.set_current_image()  # as the host does when the browser asks
@@ -604,7 +602,7 @@ def test_phases_of_few_steps_show_themselves_at_no_more_cost_than_the_base(host,
         state.set_current_image()
 
     monkeypatch.setattr(host.sd_samplers_common, "samples_to_images_tensor", count)
-    handle = host.shared.sd_model.model.diffusion_model.register_forward_pre_hook(look)
+    handle = host.unet.register_forward_pre_hook(look)
     try:
         reply = host.generate(True, 4, FAST, steps=20)
     finally:

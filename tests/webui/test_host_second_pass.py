@@ -88,7 +88,7 @@ def second(request, host, checkpoints, options, monkeypatch):
 @contextlib.contextmanager
 def looking(host, look):
     """look(p) at every call of the UNet of whatever model is loaded."""
-    jobs, kind = [], type(host.shared.sd_model.model.diffusion_model)
+    jobs, kind = [], type(host.unet)
     whole, begin = kind.forward, host.webui.loop.before_sampling
 
     def remember(p, *args):
@@ -447,7 +447,7 @@ def test_all_is_as_before_however_the_host_loads_it(host, loras, second, job):
 
 def test_the_pictures_are_decoded_by_the_models_that_made_them(host, second):
     """The second's decoder answers with another brightness."""
-    seen, kind = [], type(host.shared.sd_model.first_stage_model.decoder)
+    seen, kind = [], type(host.autoencoder.decoder)
     whole = kind.forward
 
     def forward(module, z):

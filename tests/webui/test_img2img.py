@@ -212,7 +212,7 @@ def test_an_inpainting_checkpoint_gets_the_mask_and_keeps_the_rest(host, checkpo
     checkpoint("inpainting.safetensors")
     picture, mask = coloured(128, 128), box_mask((128, 128), (32, 32, 96, 96))
     seen = []
-    unet = host.shared.sd_model.model.diffusion_model
+    unet = host.unet
     handle = unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 4:5].clone()))
     reply = host.from_pictures([picture], True, 2, {**PLAIN, "stride": 1.0}, mask=mask, mask_blur=0, steps=2)
     handle.remove()

@@ -132,7 +132,7 @@ def test_flat_areas_are_held(host):
 def test_large_phases_are_encoded_in_tiles(host, monkeypatch):
     settings, job = {"pixel_upsampling": True}, dict(width=128, height=128, steps=2)
     whole = host.latents(True, 3, settings, **job)
-    sizes, encoder = [], host.shared.sd_model.first_stage_model.encoder
+    sizes, encoder = [], host.autoencoder.encoder
     handle = encoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
     monkeypatch.setattr(host.webui.decoding.tiles, "tile_for", lambda network, device, base: 32)
     tiled = host.latents(True, 3, settings, **job)

@@ -1,7 +1,7 @@
 """The real WebUI in this process, started from nothing, as its webui.py starts it but without its web server."""
 
 import base64
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -11,11 +11,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import forge_host
 import pytest
 from arguments import script_arguments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WEBUI_DIR = os.environ.get("WEBUI_DIR")
+IS_FORGE = forge_host.is_forge(WEBUI_DIR)
+
+
+def only_on_a1111(reason):
+    """A mark for tests of what only AUTOMATIC1111's own WebUI has, or does in that way."""
+    return pytest.mark.skipif(IS_FORGE, reason=reason)
+
+
+def only_on_forge(reason):
+    """A mark for tests of what only hosts of Forge's kind have."""
+    return pytest.mark.skipif(not IS_FORGE, reason=reason)
 
 
 def command_python():
@@ -38,6 +50,8 @@ class Reply:
 class Host:
     """The host's modules by name, its API, and what the tests ask of it."""
 
+    is_forge = IS_FORGE
+
     def __init__(self, modules, client):
         self.__dict__.update(modules)
         self.client = client
@@ -58,9 +72,22 @@ class Host:
         """lib_demofusion.hosts.webui, as the script has it."""
         return sys.modules["lib_demofusion.hosts.webui"]
 
+    @property
+    def unet(self):
+        """The network of the loaded checkpoint's UNet."""
+        model = self.shared.sd_model
+        return model.forge_objects.unet.model.diffusion_model if self.is_forge else model.model.diffusion_model
+
+    @property
+    def autoencoder(self):
+        model = self.shared.sd_model
+        return model.forge_objects.vae.first_stage_model if self.is_forge else model.first_stage_model
+
     def load(self, checkpoint):
         """Make a checkpoint of the tests' folder, also one that has just come there, the loaded one; returns the model."""
         self.sd_models.list_models()
+        if self.is_forge:
+            return forge_host.load(checkpoint)
         self.shared.opts.data["sd_model_checkpoint"] = checkpoint
         self.sd_models.reload_model_weights()
         return self.shared.sd_model
@@ -150,8 +177,16 @@ def export_checkpoints(folder):
 
 def arguments(checkpoints, data):
     """The host's command line: on the CPU, with these checkpoints, everything else of its own in the folder `data`."""
+    if IS_FORGE:
+        return forge_host.arguments(WEBUI_DIR, checkpoints, data)
     flags = ["--use-cpu", "all", "--no-half", "--skip-torch-cuda-test", "--no-download-sd-model", "--no-hashing"]
     return ["webui.py", *flags, "--data-dir", str(data), "--ckpt-dir", str(checkpoints)]
+
+
+def write_settings(data, **settings):
+    """The host's file of settings, as it finds it at its first start."""
+    settings = {"sd_model_checkpoint": "demofusion-embedded.safetensors", **settings}
+    (data / "config.json").write_text(json.dumps({**(forge_host.SETTINGS if IS_FORGE else {}), **settings}))
 
 
 def start(checkpoints, data):
@@ -160,16 +195,19 @@ def start(checkpoints, data):
     extension = data / "extensions" / "demofusion"
     ignored = shutil.ignore_patterns(".git", ".venv*", "build", "out", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, extension, ignore=ignored)
-    (data / "config.json").write_text(json.dumps({"sd_model_checkpoint": "demofusion-embedded.safetensors"}))
+    write_settings(data)
     os.chdir(webui)
     sys.path.insert(0, str(webui))
     sys.argv = [*arguments(checkpoints, data), "--api", "--disable-console-progressbars"]
     sys.argv += os.environ.get("WEBUI_ARGS", "").split()
 
-    from modules import initialize
+    if IS_FORGE:
+        forge_host.initialize()
+    else:
+        from modules import initialize
 
-    initialize.imports()
-    initialize.initialize()
+        initialize.imports()
+        initialize.initialize()
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
     from modules import script_callbacks, shared, ui
@@ -194,9 +232,12 @@ def start(checkpoints, data):
     ]
     names += ["sd_models", "sd_samplers", "sd_samplers_cfg_denoiser", "sd_samplers_common", "sd_samplers_kdiffusion"]
     names += ["sd_samplers_timesteps", "sd_schedulers", "shared", "ui", "ui_tempdir"]
-    host = Host({name: importlib.import_module(f"modules.{name}") for name in names}, TestClient(app))
+    there = [name for name in names if importlib.util.find_spec(f"modules.{name}")]
+    host = Host({name: importlib.import_module(f"modules.{name}") for name in there}, TestClient(app))
     host.data = data
     for name, option in shared.opts.data_labels.items():  # the host only puts back overridden settings that it has saved
         shared.opts.data.setdefault(name, option.default)
+    if IS_FORGE:
+        forge_host.load()
     assert "demofusion-embedded" in shared.sd_model.sd_checkpoint_info.name
     return host

@@ -1,0 +1,57 @@
+"""Hosts of Forge's kind, which keep their models in `backend`: how such a host is told, started, and given a checkpoint."""
+
+import importlib
+from pathlib import Path
+
+import forge_models
+
+EMBEDDED = "demofusion-embedded.safetensors"
+SETTINGS = {  # its relatives begin with others, which make other pictures or load a model
+    "CLIP_stop_at_last_layers": 1,
+    "show_progress_type": "Approx cheap",
+}
+
+
+def is_forge(webui):
+    return bool(webui) and (Path(webui) / "backend" / "patcher" / "unet.py").is_file()
+
+
+def arguments(webui, checkpoints, data):
+    """The host's command line: on the CPU in float32, with these checkpoints, everything else of its own in `data`.
+
+    The relatives call some flags otherwise, and end at one that they do not know.
+    """
+    texts = [(Path(webui) / file).read_text(encoding="utf-8") for file in ("modules/cmd_args.py", "backend/args.py")]
+    known = {word for text in texts for word in text.split('"') if word.startswith("--")}
+    wanted = [("--always-cpu", "--cpu"), ("--all-in-fp32", "--force-fp32"), ("--no-download-sd-model",), ("--no-hashing",)]
+    wanted += [("--skip-torch-cuda-test",), ("--skip-version-check",), ("--no-prompt-history",)]
+    flags = [next((name for name in names if name in known), None) for names in wanted]
+    folder = next(name for name in ("--ckpt-dir", "--ckpt-dirs") if name in known)
+    return ["webui.py", *filter(None, flags), "--data-dir", str(data), folder, str(checkpoints)]
+
+
+def initialize():
+    """Its modules, in the order of its own start; then its loader is ours for the tests' checkpoints."""
+    for name in ("timer", "initialize_util"):
+        importlib.import_module(f"modules.{name}")
+    from modules import initialize
+    from modules_forge.initialization import initialize_forge
+
+    getattr(initialize, "shush", lambda: None)()
+    initialize_forge()
+    initialize.imports()
+    initialize.initialize()
+    from modules import sd_models
+
+    sd_models.forge_loader = forge_models.loader(sd_models.forge_loader)
+
+
+def load(checkpoint=EMBEDDED):
+    """Make a checkpoint of its list the loaded one; returns the model."""
+    from modules import sd_models, shared
+    from modules_forge import main_entry
+
+    shared.opts.data["sd_model_checkpoint"] = checkpoint
+    main_entry.refresh_model_loading_parameters()
+    model, _ = sd_models.forge_model_reload()
+    return model

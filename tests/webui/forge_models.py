@@ -1,0 +1,262 @@
+"""The tests' checkpoints as models of Forge: its own loader knows the sizes of published ones alone.
+
+In the host's process, once its modules are there. `loader` is for `sd_models.forge_loader`.
+"""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file, save_file
+
+CHECKPOINT = Path(__file__).resolve().parent.parent.parent / "lib_demofusion" / "checkpoint"  # in diffusers' layout
+SDXL = "tiny-sdxl"
+
+
+def loader(theirs):
+    """In place of the host's: what has a .yaml beside it is one of ours, or our tiny SDXL; `theirs` is for the others."""
+
+    def load(path, *args, **kwargs):
+        if Path(path).stem == SDXL:
+            return _load_sdxl(path)
+        if Path(path).with_suffix(".yaml").exists():
+            return _load(path)
+        return theirs(path, *args, **kwargs)
+
+    return load
+
+
+def _load(path):
+    """A relative of the embedded checkpoint."""
+    from backend.diffusion_engine.sd15 import StableDiffusion
+
+    weights = load_file(path)
+    params = json.loads(Path(path).with_suffix(".yaml").read_text())["model"]["params"]
+    text_encoder, tokenizer = _text_encoder(), _tokenizer()
+    unet, vae = _unet(params["unet_config"]["params"]["in_channels"]), _vae()
+    _fill(unet, weights, "model.diffusion_model.")
+    _fill(vae, weights, "first_stage_model.")
+    _fill(text_encoder, weights, "cond_stage_model.")
+    scheduler = _scheduler({"v": "v_prediction"}.get(params.get("parameterization"), "epsilon"))
+    parts = dict(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+    model = StableDiffusion(estimated_config=_Guess(unet.in_channels), huggingface_components=parts)
+    model.text_processing_engine.embeddings.expected_shape = text_encoder.transformer.config.hidden_size
+    return _with_own_scale(model)
+
+
+def _load_sdxl(path):
+    from backend.diffusion_engine.sdxl import StableDiffusionXL
+
+    parts, weights = dict(vae=_vae(), text_encoder=_text_encoder(), text_encoder_2=_text_encoder()), load_file(path)
+    with _building(32):
+        parts["unet"] = _placed(_sdxl_unet())
+    for name, prefix in SDXL_PREFIXES.items():
+        _fill(parts[name], weights, prefix)
+    parts |= dict(tokenizer=_tokenizer(), tokenizer_2=_tokenizer(), scheduler=_scheduler("epsilon"))
+    model = StableDiffusionXL(estimated_config=_Guess(4), huggingface_components=parts)
+    return _with_own_scale(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts, as the host builds them, in our sizes
+
+
+def _unet(inputs):
+    from backend.nn.unet import IntegratedUNet2DConditionModel
+
+    config = _config("unet")
+    widths, each = config["block_out_channels"], config["layers_per_block"]
+    attention = [int(kind.startswith("CrossAttn")) for kind in config["down_block_types"]]
+    with _building(config["norm_num_groups"]):
+        unet = IntegratedUNet2DConditionModel(
+            in_channels=inputs,
+            out_channels=4,
+            model_channels=widths[0],
+            channel_mult=[_Width(width) for width in widths],
+            num_res_blocks=[each] * len(widths),
+            num_heads=config["attention_head_dim"],
+            use_spatial_transformer=True,
+            context_dim=config["cross_attention_dim"],
+            transformer_depth=[there for there in attention for _ in range(each)],
+            transformer_depth_middle=1,
+            transformer_depth_output=[there for there in attention for _ in range(each + 1)],
+        )
+    return _placed(unet)
+
+
+def _vae():
+    from backend.nn.vae import IntegratedAutoencoderKL
+
+    config = _config("vae")
+    names = ["in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels"]
+    names += ["layers_per_block", "latent_channels", "scaling_factor"]
+    with _building(config["norm_num_groups"]):
+        vae = IntegratedAutoencoderKL(**{name: config[name] for name in names})
+    with torch.no_grad():
+        for parameter in vae.parameters():  # those of the attention, which the embedded one lacks, stay so and add nothing
+            parameter.zero_()
+    return vae
+
+
+def _text_encoder():
+    from backend import memory_management
+    from backend.nn.clip import IntegratedCLIP
+    from backend.operations import using_forge_operations
+    from transformers import CLIPTextConfig, CLIPTextModel, modeling_utils
+
+    place = dict(device=memory_management.cpu, dtype=torch.float32)
+    config = CLIPTextConfig.from_pretrained(CHECKPOINT / "text_encoder")
+    with modeling_utils.no_init_weights(), using_forge_operations(**place, manual_cast_enabled=True):
+        return IntegratedCLIP(CLIPTextModel, config, add_text_projection=True).to(**place)
+
+
+def _tokenizer():
+    """With a comma, which the host looks for and the embedded one has not as a token."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    vocabulary = tokenizer.get_vocab
+    tokenizer.get_vocab = lambda: {",</w>": -1, **vocabulary()}
+    return tokenizer
+
+
+def _scheduler(prediction):
+    from diffusers import DDIMScheduler
+
+    config = json.loads((CHECKPOINT / "scheduler" / "scheduler_config.json").read_text())
+    betas = {name: config[name] for name in ("beta_start", "beta_end")}
+    return DDIMScheduler(**betas, beta_schedule="scaled_linear", prediction_type=prediction)
+
+
+def _config(part):
+    return json.loads((CHECKPOINT / part / "config.json").read_text())
+
+
+class _Guess:
+    """What the host would have found out of a published checkpoint."""
+
+    ztsnr = False
+    sampling_settings: dict = {}
+    memory_usage_factor = 1.0
+
+    class model_type:
+        name = "EPS"
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def inpaint_model(self):
+        return self.inputs == 9
+
+    @property
+    def latent_format(self):
+        from huggingface_guess.latent import SD15
+
+        return SD15()
+
+
+class _Width(int):
+    """The channels of a level, where the host asks by how much a level's are more than the first's."""
+
+    def __mul__(self, other):
+        return int(self)
+
+    __rmul__ = __mul__
+
+
+@contextmanager
+def _building(groups):
+    """The host's layers, whose weights are none until they are loaded, with so many groups in a norm."""
+    from backend import memory_management
+    from backend.operations import using_forge_operations
+
+    with using_forge_operations(device=memory_management.cpu, dtype=torch.float32):
+        whole = torch.nn.GroupNorm
+
+        class Norm(whole):
+            def __init__(self, num_groups=32, num_channels=None, **kwargs):
+                super().__init__(groups, num_channels, **kwargs)
+
+        with mock.patch.object(torch.nn, "GroupNorm", Norm):
+            yield
+
+
+def _placed(unet):
+    """Says where it is, and where it computes."""
+    from backend import memory_management
+
+    unet.to(device=memory_management.cpu, dtype=torch.float32)
+    unet.storage_dtype = unet.computation_dtype = torch.float32
+    unet.load_device = memory_management.get_torch_device()
+    unet.initial_device = unet.offload_device = memory_management.cpu
+    return unet
+
+
+def _fill(module, weights, prefix):
+    """Weights by their names in a checkpoint's file; those that it lacks stay as they are."""
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    said = module.load_state_dict(own, strict=False)
+    odd = [name for name in said.unexpected_keys if not name.endswith("position_ids")]
+    assert not odd, odd
+    missing = [name for name in said.missing_keys if ".attn_1." not in name and "quant" not in name]
+    assert set(missing) <= {"logit_scale", "transformer.text_projection.weight"}, missing
+
+
+def _with_own_scale(model):
+    """Neo scales latents as the kind of checkpoint has it, instead of by the autoencoder's own factor."""
+    vae = model.forge_objects.vae.first_stage_model
+    if hasattr(vae, "latent_format"):
+        vae.latent_format.scale_factor = _config("vae")["scaling_factor"]
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A tiny SDXL
+
+SDXL_PREFIXES = {  # the parts, and what their weights' names begin with in the file
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "conditioner.embedders.0.",
+    "text_encoder_2": "conditioner.embedders.1.",
+}
+
+
+def _sdxl_unet():
+    from backend.nn.unet import IntegratedUNet2DConditionModel
+
+    return IntegratedUNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        model_channels=32,
+        channel_mult=[1, 2],
+        num_res_blocks=[1, 1],
+        num_head_channels=16,
+        num_classes="sequential",
+        adm_in_channels=64 + 6 * 256,
+        use_spatial_transformer=True,
+        use_linear_in_transformer=True,
+        context_dim=2 * 64,
+        transformer_depth=[0, 1],
+        transformer_depth_middle=1,
+        transformer_depth_output=[0, 0, 1, 1],
+    )
+
+
+def make_sdxl(folder):
+    """A tiny SDXL with a random UNet, and the embedded checkpoint's encoder, twice, and autoencoder. Returns its file name."""
+    given = load_file(folder / "demofusion-embedded.safetensors")
+
+    def of(prefix):
+        return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+
+    torch.manual_seed(0)
+    encoder = {**of("cond_stage_model."), "transformer.text_projection.weight": torch.eye(64)}
+    parts = dict(vae=of("first_stage_model."), text_encoder=encoder, text_encoder_2=encoder, unet={})
+    for name, value in _sdxl_unet().state_dict().items():
+        spread = 0.05 * torch.randn_like(value) if "out.2" in name else 0  # the last layer starts at zero
+        parts["unet"][name] = value + spread
+    weights = {SDXL_PREFIXES[part] + name: value.clone() for part, own in parts.items() for name, value in own.items()}
+    save_file(weights, folder / f"{SDXL}.safetensors")
+    return f"{SDXL}.safetensors"
