@@ -17,10 +17,15 @@ import webui_host  # noqa: E402
 
 def pytest_collection_modifyitems(items):
     if not webui_host.WEBUI_DIR:
-        reason = "needs the WebUI: WEBUI_DIR=... make test-webui"
-        for item in items:
-            if HERE in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason=reason))
+        _skip(items, HERE, "needs the WebUI: WEBUI_DIR=... make test-webui")
+    elif webui_host.IS_FORGE:
+        _skip(items, HERE / "control", "Forge has a ControlNet of its own instead of the extension: test_forge.py")
+
+
+def _skip(items, folder, reason):
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +39,14 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def host(checkpoints, tmp_path_factory):
     return webui_host.start(checkpoints, tmp_path_factory.mktemp("a host's data"))  # spaces, as user folders have them
+
+
+@pytest.fixture(autouse=True)
+def known_sampler(request):
+    """A test of a sampler that the host lacks is skipped: each has some that others have not."""
+    sampler = getattr(request.node, "callspec", SimpleNamespace(params={})).params.get("sampler")
+    if sampler and sampler not in {known.name for known in request.getfixturevalue("host").sd_samplers.all_samplers}:
+        pytest.skip(f"this host has no sampler {sampler}")
 
 
 @pytest.fixture

@@ -46,6 +46,30 @@ def initialize():
     sd_models.forge_loader = forge_models.loader(sd_models.forge_loader)
 
 
+def networks(model):
+    """The torch modules of a loaded checkpoint, by what they are."""
+    objects = model.forge_objects
+    return {
+        "unet": objects.unet.model,
+        "autoencoder": objects.vae.first_stage_model,
+        "text encoder": objects.clip.cond_stage_model,
+    }
+
+
+def state(model):
+    """What of a loaded checkpoint an extension could leave changed: its parts, their options, and its noise levels."""
+    unet = model.forge_objects.unet
+    stages = ("forge_objects", "forge_objects_original", "forge_objects_after_applying_lora")
+    return {
+        "parts": {stage: {name: id(part) for name, part in vars(getattr(model, stage)).items()} for stage in stages},
+        "options": repr(unet.model_options),
+        "unet": {name: repr(value) for name, value in vars(unet).items() if name != "model"},
+        "own": sorted(vars(unet.model)) + sorted(vars(model)),
+        "sigmas": unet.model.predictor.sigmas.tolist(),
+        "tiling": model.tiling_enabled,
+    }
+
+
 def load(checkpoint=EMBEDDED):
     """Make a checkpoint of its list the loaded one; returns the model."""
     from modules import sd_models, shared

@@ -18,18 +18,18 @@ SDXL = "tiny-sdxl"
 def loader(theirs):
     """In place of the host's: what has a .yaml beside it is one of ours, or our tiny SDXL; `theirs` is for the others."""
 
-    def load(path, *args, **kwargs):
+    def load(path, additional_state_dicts=None):
         if Path(path).stem == SDXL:
             return _load_sdxl(path)
         if Path(path).with_suffix(".yaml").exists():
-            return _load(path)
-        return theirs(path, *args, **kwargs)
+            return _load(path, additional_state_dicts)
+        return theirs(path, additional_state_dicts=additional_state_dicts)
 
     return load
 
 
-def _load(path):
-    """A relative of the embedded checkpoint."""
+def _load(path, vaes):
+    """A relative of the embedded checkpoint. vaes: paths; the last one's weights go before its own."""
     from backend.diffusion_engine.sd15 import StableDiffusion
 
     weights = load_file(path)
@@ -38,6 +38,8 @@ def _load(path):
     unet, vae = _unet(params["unet_config"]["params"]["in_channels"]), _vae()
     _fill(unet, weights, "model.diffusion_model.")
     _fill(vae, weights, "first_stage_model.")
+    for file in vaes or []:
+        _fill(vae, load_file(file), "")
     _fill(text_encoder, weights, "cond_stage_model.")
     scheduler = _scheduler({"v": "v_prediction"}.get(params.get("parameterization"), "epsilon"))
     parts = dict(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from webui_host import ROOT, encoded
+from webui_host import ROOT, encoded, only_on_a1111
+
+pytestmark = only_on_a1111("these extensions are for AUTOMATIC1111's WebUI; Forge has its own of most kinds built in")
 
 NEIGHBOURS_DIR = os.environ.get("NEIGHBOURS_DIR")
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from webui_host import ROOT
+from webui_host import ROOT, only_on_a1111
 
 sys.path.insert(0, str(ROOT / "tests"))
 import fake_webui  # noqa: E402
@@ -54,6 +54,10 @@ def assert_class_alike(fake, real, where):
             assert_callable_alike(value, getattr(real, name), f"{where}.{name}")
 
 
+of_the_fake = only_on_a1111("fake_webui.py is made after AUTOMATIC1111's WebUI")
+
+
+@of_the_fake
 @pytest.mark.parametrize("module", [name for name in fake_webui.MODULES if name != "modules"])
 def test_modules(host, module):
     real = importlib.import_module(module)
@@ -127,6 +131,7 @@ def public(thing):
     return [name for name in dir(thing) if not name.startswith("_") and name not in common]
 
 
+@of_the_fake
 @pytest.mark.parametrize("name", OBJECTS)
 def test_objects(host, name):
     fakes = {module.rpartition(".")[2]: made for module, made in fake_webui.build().items()}
@@ -140,6 +145,7 @@ def test_objects(host, name):
             assert_callable_alike(getattr(fake, attribute), getattr(real, attribute), where)
 
 
+@of_the_fake
 def test_the_chain_from_sampler_to_model(host):
     """The names by which the extension and samplers go from one to the next lead to the same place."""
     for sampler in ("Euler", "DDIM"):
@@ -154,6 +160,7 @@ def test_the_chain_from_sampler_to_model(host):
             assert made.config.name == sampler
 
 
+@of_the_fake
 def test_the_fakes_noise_levels_are_the_hosts(host):
     fake_webui.build()
     p = job(host.processing)

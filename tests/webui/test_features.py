@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from webui_host import ROOT
+from webui_host import IS_FORGE, ROOT, only_on_a1111
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ def old_files(monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *args: save(*args, _use_new_zipfile_serialization=False))
 
 
+@only_on_a1111("Forge has no hypernetworks")
 def test_hypernetworks(host, old_files):
     from modules.hypernetworks import hypernetwork
 
@@ -66,15 +67,13 @@ def another_vae(host, checkpoints):
 
 
 def test_a_vae_from_the_settings(host, another_vae):
-    from modules import sd_vae
-
-    sd_vae.refresh_vae_list()
+    host.refresh_vaes()
     before, latents = host.generate(True, 2).images[0], host.latents(True, 2)
-    with_vae = {"override_settings": {"sd_vae": another_vae}}
+    with_vae = {"override_settings": host.vae_setting(another_vae)}
     bright = host.generate(True, 2, **with_vae).images[0]
     assert 20 < np.asarray(bright, float).mean() - np.asarray(before, float).mean() < 40  # 0.25 of -1 to 1 is 32 of 256
     assert torch.equal(host.latents(True, 2, **with_vae), latents)
-    sd_vae.reload_vae_weights()
+    host.refresh_vaes()
     assert np.array_equal(np.asarray(host.generate(True, 2).images[0]), np.asarray(before))
 
 
@@ -207,7 +206,12 @@ assert host.generate(True, 3, sampler_name="DPM++ 2M").images[0].size == (192, 1
 """
 
 
-@pytest.mark.parametrize("switches", ["--medvram", "--lowvram", "--opt-sub-quad-attention", "--opt-split-attention-v1"])
+SWITCHES = ["--medvram", "--lowvram", "--opt-sub-quad-attention", "--opt-split-attention-v1"]
+if IS_FORGE:
+    SWITCHES = ["--attention-split", "--attention-pytorch", "--vae-in-cpu"]
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
 def test_the_hosts_switches_for_memory(host, checkpoints, tmp_path, switches, monkeypatch):
     """A host of its own with these switches makes the same picture."""
     monkeypatch.setenv("WEBUI_ARGS", switches)

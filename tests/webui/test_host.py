@@ -45,11 +45,12 @@ def snapshot(host):
                 getattr(m, "padding_mode", None),
                 sorted(k for k in vars(m) if "demofusion" in k),
             )
-            for name, m in model.named_modules()
+            for name, m in host.networks.items()
         },
         "options": dict(host.shared.opts.data),
         "state": (state.job, state.job_count, type(state.job_no), state.textinfo),
-        "circular": host.sd_hijack.model_hijack.circular_enabled,
+        "wraps around": host.wraps_around,
+        "own": host.own_state,
     }
 
 
@@ -683,7 +684,7 @@ def test_lora_and_textual_inversion(host):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    layer = "diffusion_model_middle_block_1_proj_in"
+    layer = "lora_unet_middle_block_1_proj_in"
     folder = host.data / "models" / "Lora"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -696,6 +697,7 @@ def test_lora_and_textual_inversion(host):
     import networks
 
     networks.list_available_networks()
+    host.load("demofusion-embedded.safetensors")  # with which Forge looks for embeddings
     plain = host.latents(True, 2, prompt="one red ring")
     for prompt in ("one red ring <lora:bend:1>", "one red ring thing"):
         base, large = host.latents(prompt=prompt), host.latents(True, 2, prompt=prompt)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from test_host import said, snapshot
-from webui_host import ROOT
+from webui_host import IS_FORGE, ROOT, make_sdxl
 
 STEPS = 4
 PROMPT = "two red striped rings on grass"
@@ -21,16 +22,18 @@ LORA_LAYERS = ("middle_block_1_transformer_blocks_0_attn1_to_q", "middle_block_1
 TEXT_LAYER = "transformer_text_model_encoder_layers_0_self_attn_q_proj"
 
 
-def tiny_lora(model, scale, text=True):
-    """A LoRA of rank 2 for some layers of the UNet, and for one of the text encoder, in the names of the host's own."""
+def tiny_lora(host, scale, text=True):
+    """A LoRA of rank 2 for some layers of the UNet, and for one of the text encoder."""
     torch.manual_seed(0)
-    known, out = model.network_layer_mapping, {}
-    layers = {name: f"lora_unet_{name.removeprefix('diffusion_model_')}" for name in known if name.endswith(LORA_LAYERS)}
-    assert len(layers) == len(LORA_LAYERS)
-    if text:
-        layers[TEXT_LAYER] = f"lora_te_{TEXT_LAYER.removeprefix('transformer_')}"
-    for name, key in layers.items():
-        weight = known[name].weight
+    layers, out = {}, {}
+    for name, module in host.networks.items():
+        name = name.replace(".", "_")
+        kind = "te" if name.endswith(TEXT_LAYER) and text else "unet" if name.endswith(LORA_LAYERS) else None
+        if kind:
+            layers[f"lora_{kind}_{re.split('diffusion_model_|transformer_(?=text_model)', name)[-1]}"] = module
+    assert len(layers) == len(LORA_LAYERS) + text
+    for key, module in layers.items():
+        weight = module.weight
         rest = weight.shape[1:]
         down, up = torch.randn(2, *rest), torch.randn(weight.shape[0], 2, *[1] * (len(rest) - 1))
         out |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": scale * up, f"{key}.alpha": torch.tensor(2.0)}
@@ -50,7 +53,7 @@ def loras(host):
 
     folder = Path(host.shared.cmd_opts.lora_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {"bend": tiny_lora(host.shared.sd_model, 0.05), "twist": tiny_lora(host.shared.sd_model, -0.05, text=False)}
+    weights = {"bend": tiny_lora(host, 0.05), "twist": tiny_lora(host, -0.05, text=False)}
     for name, tensors in weights.items():
         save_file(tensors, folder / f"{name}.safetensors", {"ss_output_name": f"the {name}"})
     (folder / "broken.safetensors").write_bytes(b"nothing")
@@ -65,7 +68,10 @@ def active():
     return [(net.name, net.unet_multiplier) for net in lora_module().loaded_networks]
 
 
-@pytest.fixture(params=["another configuration", "one configuration", "two models at once"])
+WAYS_TO_LOAD = ["another configuration"] if IS_FORGE else ["another configuration", "one configuration", "two models at once"]
+
+
+@pytest.fixture(params=WAYS_TO_LOAD)
 def second(request, host, checkpoints, options, monkeypatch):
     """The name of another checkpoint, loaded in each way that the host has: into a new model, into the same, or beside it."""
     if request.param == "one configuration":
@@ -79,7 +85,8 @@ def second(request, host, checkpoints, options, monkeypatch):
     host.load("refiner.safetensors")
     host.load("demofusion-embedded.safetensors")
     yield "refiner"
-    host.sd_models.model_data.loaded_sd_models[:] = [host.shared.sd_model]
+    if not host.is_forge:  # which never holds more than one
+        host.sd_models.model_data.loaded_sd_models[:] = [host.shared.sd_model]
     monkeypatch.undo()
     host.load("refiner.safetensors")
     host.load("demofusion-embedded.safetensors")
@@ -255,7 +262,7 @@ def test_samplers_after_another_make_as_many_calls_as_planned(host, sampler, sch
 
 def test_at_cfg_1_the_phases_leave_the_negative_prompt_out(host, calls):
     host.generate(True, 2, {"phase_cfg_scale": 1.0})
-    assert calls.rows == STEPS * (2 + VIEWS[2])
+    assert calls.rows == host.steps_rows(STEPS) + STEPS * VIEWS[2]
 
 
 @pytest.mark.parametrize(
@@ -273,10 +280,8 @@ def test_at_cfg_1_the_phases_leave_the_negative_prompt_out(host, calls):
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_before_anything_is_sampled(host, checkpoints, calls, settings, line):
-    import relatives
-
     if not (checkpoints / "tiny-sdxl.safetensors").exists():
-        relatives.make_sdxl(checkpoints)
+        make_sdxl(checkpoints)
         host.sd_models.list_models()
     reply = host.generate(True, 2, settings)
     assert reply.images == []

@@ -11,6 +11,7 @@ from arguments import script_arguments
 from PIL import Image
 from readout import NODE, readouts
 from test_host import at_call, snapshot  # noqa: F401
+from webui_host import make_sdxl
 
 PLAIN = {"jitter": False, "view_batch_size": 1}
 TWICE = [True, 2]
@@ -97,7 +98,7 @@ def test_the_model_is_called_as_often_as_the_readout_says(host, calls, coloured,
     form = dict(
         start="Picture", picture=[height, width], window=0, ownStrength=0.5, fixSteps=False, scale=scale, stride=1.0,
         doubling=True, strength=1, steps=2, phaseSteps=0, cfg=1, sampler="Euler", scheduler="Automatic", batchSize=1,
-        batchCount=1, hires=False, uniPcOrder=3, table=table, facts=dict(native=host.webui.a1111.native_side()),
+        batchCount=1, hires=False, uniPcOrder=3, table=table, facts=dict(native=host.webui.readout.facts()["native"]),
         width=64, height=64,
     )  # fmt: skip
     [line] = readouts([form])
@@ -128,12 +129,10 @@ def test_every_kind_of_sampler_enlarges(host, picture, coloured, sampler):
     ],
 )
 def test_features_and_kinds_of_checkpoints(host, checkpoint, checkpoints, options, picture, settings, name):
-    import relatives
-
     options(show_progress_type="Approx cheap")  # the usual preview of SDXL is a download
     window = {}
     if name == "sdxl":
-        name, window = relatives.make_sdxl(checkpoints), {"window": 128}
+        name, window = make_sdxl(checkpoints), {"window": 128}
     if name:
         checkpoint(name)
     reply = host.from_pictures([picture], True, 2, window, **settings)

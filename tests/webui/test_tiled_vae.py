@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from webui_host import ROOT
+from webui_host import ROOT, only_on_a1111
 
 TILED_VAE_DIR = os.environ.get("TILED_VAE_DIR")
 
@@ -59,6 +59,7 @@ assert error < 0.5
 """
 
 
+@only_on_a1111("the extension takes the place of parts that Forge has not; Forge decodes in tiles by itself")
 @pytest.mark.skipif(not TILED_VAE_DIR, reason="needs TILED_VAE_DIR, a folder with the Tiled VAE extension")
 def test_where_tiled_vae_is_active_it_decodes(checkpoints, tmp_path):
     """In a host of its own; enabled or not, the decoder is as it was afterwards."""

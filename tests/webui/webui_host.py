@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import forge_host
+import forge_models
 import pytest
+import relatives
 from arguments import script_arguments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,6 +85,57 @@ class Host:
     def autoencoder(self):
         model = self.shared.sd_model
         return model.forge_objects.vae.first_stage_model if self.is_forge else model.first_stage_model
+
+    @property
+    def networks(self):
+        """All torch modules of the loaded checkpoint, by name."""
+        model = self.shared.sd_model
+        parts = forge_host.networks(model) if self.is_forge else {"model": model}
+        return {f"{part}.{name}": m for part, whole in parts.items() for name, m in whole.named_modules()}
+
+    @property
+    def wraps_around(self):
+        """Whether the host has made convolutions wrap around, for tiling."""
+        if self.is_forge:
+            return any(getattr(m, "padding_mode", "zeros") == "circular" for m in self.networks.values())
+        return self.sd_hijack.model_hijack.circular_enabled
+
+    @property
+    def own_state(self):
+        """What a host of Forge's kind keeps beside its networks and modules."""
+        return forge_host.state(self.shared.sd_model) if self.is_forge else {}
+
+    def refresh_vaes(self):
+        """The list of VAEs is of the files that are there; and the checkpoint's own is loaded again."""
+        if self.is_forge:
+            importlib.import_module("modules_forge.main_entry").refresh_models()
+        else:
+            sd_vae = importlib.import_module("modules.sd_vae")
+            sd_vae.refresh_vae_list()
+            sd_vae.reload_vae_weights()
+
+    def vae_setting(self, file):
+        """What makes a file the VAE."""
+        return {"forge_additional_modules": [file]} if self.is_forge else {"sd_vae": file}
+
+    def steps_rows(self, steps, cfg_scale=7):
+        """How many rows the base shows to the UNet: Forge leaves the negative prompt's out where it has no weight."""
+        return steps * (1 if self.is_forge and cfg_scale == 1 else 2)
+
+    @contextmanager
+    def recorded_loads(self):
+        """The names of the checkpoints' files that the host reads meanwhile."""
+        loads, module = [], self.sd_models
+        name = "forge_loader" if self.is_forge else "load_model_weights"
+        load = getattr(module, name)
+
+        def record(*args, **kwargs):
+            loads.append(Path(args[0] if self.is_forge else args[1].filename).stem)
+            return load(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, record)
+            yield loads
 
     def load(self, checkpoint):
         """Make a checkpoint of the tests' folder, also one that has just come there, the loaded one; returns the model."""
@@ -169,10 +223,14 @@ def _image(data):
 
 def export_checkpoints(folder):
     """The embedded checkpoint in the host's format, and its relatives for other kinds of model."""
-    import relatives
 
     subprocess.run([command_python(), "-m", "training.export_webui", str(folder)], cwd=ROOT, check=True)
     relatives.make(folder)
+
+
+def make_sdxl(checkpoints):
+    """A tiny SDXL with random weights; needs the host's modules. Returns its file name."""
+    return (forge_models if IS_FORGE else relatives).make_sdxl(checkpoints)
 
 
 def arguments(checkpoints, data):
