@@ -188,7 +188,7 @@ class Host:
         return Reply([_image(data) for data in reply["images"]], json.loads(reply["info"]))
 
     def latents(self, *args, **payload):
-        """The last latents that reach the host's decoder, for comparisons to the bit."""
+        """The last latents that reach the host's decoder, for comparisons to the bit. pictures: those of img2img."""
         seen = []
         decode = self.processing.decode_latent_batch
 
@@ -196,9 +196,13 @@ class Host:
             seen.append(batch.clone())
             return decode(model, batch, *rest, **kwargs)
 
+        pictures = payload.pop("pictures", None)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.processing, "decode_latent_batch", record)
-            self.generate(*args, **payload)
+            if pictures is None:
+                self.generate(*args, **payload)
+            else:
+                self.from_pictures(pictures, *args, **payload)
         return seen[-1]
 
 
