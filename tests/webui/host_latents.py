@@ -60,10 +60,8 @@ def latents_of(host, name, base=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "post_sample", look)
         patch.setattr(host.shared.opts, "data", {**host.shared.opts.data, **SETTINGS})
-        if tab == "txt2img":
-            final = host.latents(*args, **payload)
-        else:
-            final = host.latents(*args, pictures=[picture()], **payload)
+        pictures = {"pictures": [picture()]} if tab == "img2img" else {}
+        final = host.latents(*args, **pictures, **payload)
     assert host.comments == []
     return kept[0], final
 
