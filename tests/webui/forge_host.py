@@ -57,14 +57,17 @@ def networks(model):
 
 
 def state(model):
-    """What of a loaded checkpoint an extension could leave changed: its parts, their options, and its noise levels."""
-    unet = model.forge_objects.unet
-    stages = ("forge_objects", "forge_objects_original", "forge_objects_after_applying_lora")
+    """What of a loaded checkpoint an extension could leave changed: its parts, their options, and its noise levels.
+
+    Of the parts that the last sampling had, which others may have patched for it, only whether anything of ours is there.
+    """
+    last, unet = model.forge_objects.unet, model.forge_objects_after_applying_lora.unet
+    stages = ("forge_objects_original", "forge_objects_after_applying_lora")
     return {
         "parts": {stage: {name: id(part) for name, part in vars(getattr(model, stage)).items()} for stage in stages},
-        "options": repr(unet.model_options),
-        "unet": {name: repr(value) for name, value in vars(unet).items() if name != "model"},
-        "own": sorted(vars(unet.model)) + sorted(vars(model)),
+        "patches": {name: repr(value) for name, value in vars(unet).items() if name != "model"},
+        "own": sorted(vars(unet.model)) + sorted(vars(model).keys() - {"alphas_cumprod"}),  # of DDIM, the host's
+        "ours": "lib_demofusion" in repr(vars(last)),
         "sigmas": unet.model.predictor.sigmas.tolist(),
         "tiling": model.tiling_enabled,
     }

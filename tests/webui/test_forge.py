@@ -51,6 +51,8 @@ JOBS = {
 def test_jobs(host, job):
     reply = host.generate(True, 2, **JOBS[job])
     assert host.comments == []
+    objects = host.shared.sd_model.forge_objects, host.shared.sd_model.forge_objects_after_applying_lora
+    assert vars(objects[0]) == vars(objects[1]) or job == "token merging"
     assert {image.size for image in reply.images[-JOBS[job].get("batch_size", 1) :]} == {(128, 128)}
 
 
@@ -71,7 +73,7 @@ def test_a_refiner(host):
 
 
 def test_saved_and_resumed(host):
-    whole = host.generate(True, 3, {"save_phases": True}, save_images=True, seed=93).images[0]
+    whole = host.generate(True, 3, {"save_phases": True}, save_images=True, seed=93).images[0].convert("RGB")
     [saved] = (host.data / "outputs").rglob("*93-demofusion-phase2.safetensors")
     again = host.generate(True, 3, {"resume": str(saved)}, seed=93).images[0]
     assert np.array_equal(np.asarray(again), np.asarray(whole))
@@ -233,7 +235,8 @@ class Network(torch.nn.Module):
             handle.remove()
 
     def forward(self, x, hint, timesteps, context, y=None):
-        assert len(x) == len(hint) == len(timesteps) == len(context)
+        assert len(x) == len(timesteps) == len(context)
+        hint = hint.expand(len(x), -1, -1, -1)  # one for all rows, or one for each
         self.hints.append(hint.clone())
         self.sizes.append(tuple(x.shape[-2:]))
         grey = hint.mean(1, keepdim=True) * self.strength
@@ -261,38 +264,31 @@ def controlled(host, monkeypatch):
 
 
 def ramp(height, width):
-    """Every pixel has a value of its own."""
-    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
-    return ((rows * width + columns).float() / (height * width)).expand(1, 3, height, width).clone()
+    """Each pixel says how far down and how far right its middle lies, in 0..1."""
+    rows, columns = ((torch.arange(side) + 0.5) / side for side in (height, width))
+    return torch.stack([rows[:, None].expand(height, width), columns.expand(height, width), torch.zeros(height, width)])[None]
 
 
-def test_each_view_is_steered_by_its_own_part_of_the_hint(host, controlled):
-    """A local one by the part under it, a dilated one by all of it."""
-    hint = ramp(128, 128)
+@pytest.mark.parametrize("side", [128, 64, 200])
+def test_the_hint_lies_where_the_view_does(host, controlled, side):
+    """To one pixel of the phase's, whatever the size of the image is; a local view of an image of the phase's has its part."""
+    hint = ramp(side, side)
     network = controlled(hint)
     host.generate(True, 2, PLAIN)
     assert host.comments == []
     assert set(network.sizes) == {(8, 8)}
     base, phase = network.hints[:STEPS], network.hints[STEPS:]
+    assert all(hints.mean((0, 2, 3))[:2].tolist() == pytest.approx([0.5, 0.5], abs=1 / 128) for hints in base)
     assert len(phase) == STEPS * (9 + 4)
-    small = hint[:, :, ::2, ::2], hint[:, :, 1::2, 1::2]  # which of its pixels the host takes is its own affair
-    for hints in base:
-        assert any(torch.equal(hints, other.expand_as(hints)) for other in small)
-    whole = base[0][:1]
-    local = [hint[:, :, y : y + 64, x : x + 64] for y in (0, 32, 64) for x in (0, 32, 64)]
-    for hints, part in zip(phase, (local + [whole] * 4) * STEPS, strict=True):
-        assert torch.equal(hints, part.expand_as(hints))
-
-
-def test_a_hint_of_the_bases_size_is_enlarged(host, controlled):
-    hint = ramp(64, 64)
-    network = controlled(hint)
-    host.generate(True, 2, PLAIN)
-    phase = network.hints[STEPS : STEPS + 13]
-    large = torch.nn.functional.interpolate(hint, scale_factor=2, mode="nearest-exact")
-    local = [large[:, :, y : y + 64, x : x + 64] for y in (0, 32, 64) for x in (0, 32, 64)]
-    for hints, part in zip(phase, [*local, *[hint] * 4], strict=True):
-        assert torch.equal(hints, part.expand_as(hints))
+    local = [((y + 4) / 16, (x + 4) / 16) for y in (0, 4, 8) for x in (0, 4, 8)]  # where their middles lie
+    dilated = [((y + 7.5) / 16, (x + 7.5) / 16) for y in (0, 1) for x in (0, 1)]
+    for number, (hints, middle) in enumerate(zip(phase, (local + dilated) * STEPS, strict=True)):
+        assert all(torch.equal(row, hints[0]) for row in hints)
+        assert hints.shape[-2:] == (64, 64)
+        assert hints[0].mean((1, 2))[:2].tolist() == pytest.approx(middle, abs=1 / 128)
+        if side == 128 and number % 13 < 9:
+            y, x = (round(128 * place) - 32 for place in middle)
+            assert torch.equal(hints[:1], hint[:, :, y : y + 64, x : x + 64])
 
 
 @pytest.mark.parametrize("job", [{}, dict(batch_size=2), dict(cfg_scale=1), dict(prompt="one ring AND two discs :0.5")])

@@ -148,7 +148,7 @@ def parameters(host, reply, picture=0):
 
 
 def pixels(reply, picture=0):
-    return np.asarray(reply.images[picture])
+    return np.asarray(reply.images[picture].convert("RGB"))  # Forge writes parameters into the alpha of what it saves
 
 
 def state_of(host):
