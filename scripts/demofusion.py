@@ -193,10 +193,14 @@ class DemoFusionScript(scripts.Script):
         parts = {}
 
         def make(last):
+            if problem:  # found since, in drawing the form
+                return
             tip = "Enlarge the selected picture with DemoFusion, by the settings of its form, ticked or not."
             parts["button"] = ToolButton("🔎", elem_id=self.elem_id("gallery"), tooltip=tip)
 
         def wire(infos):
+            if problem:
+                return
             self.in_browser(
                 parts["button"].click,
                 "(gallery, infos) => demofusionSelected(gallery, infos)",

@@ -1,4 +1,4 @@
-"""DemoFusion in the AUTOMATIC1111 WebUI; the only package that imports the host's `modules`.
+"""DemoFusion in the AUTOMATIC1111 WebUI and in Forge; the only package that imports the host's `modules`.
 
     settings.py    what the form and the API say: the arguments, their values, and what a picture's infotext holds of them
     choices.py     the lists that the form offers
@@ -19,15 +19,20 @@
     step.py        one step of a phase's sampler
     progress.py    the bar, and live previews
     decoding.py    the autoencoder in tiles
-    a1111.py       what only this host does in this way; a host of the family replaces this file
+    host.py        which host it is: picks one of
+    a1111.py       what only AUTOMATIC1111's WebUI does in its way, and
+    forge.py       what only the hosts of Forge's kind do, under the same names
+    patched_controls.py  the ControlNet that those have of their own
+    sampling.py    what the host's samplers are asked for, and how, in all of them
     embedded.py    the embedded checkpoint's networks, for the tests
 
 Phase 1 is the host's own sampling. `post_sample` runs the phases after it (`loop`). Each has a sampler of its own, made
 by the host and gone with the phase, and on that sampler's denoiser hang
 
 - a hook in front of it that gets the sampler's own x: the skip residual, Eq. 4 (`step.PhaseHooks.before_step`);
-- the fused prediction in place of its inner model's `forward`, put there from the host's `on_cfg_denoiser` callback at
-  every step, because a refiner switch makes a new inner model (`a1111.Prediction`, `step.PhaseHooks.predict`).
+- the fused prediction in place of the model's own, put there from the host's `on_cfg_denoiser` callback at every step,
+  because a refiner switch makes a new model (`step.PhaseHooks.fused`). On A1111 it stands in place of the inner model's
+  `forward` (`a1111.Prediction`), on Forge it hangs on a clone of the UNet's patcher (`forge.Prediction`).
 
 Nothing is put on the host's modules, classes or model; what a phase changes on `p` is put back when the phases end, and so
 are the active networks and the checkpoint.

@@ -47,6 +47,7 @@ def check_model(p: Any) -> None:
         raise ValueError("an instruct-pix2pix checkpoint edits a given image; a text-to-image checkpoint works")
 
 
+DECODES_PREVIEWS = True  # where its settings ask for full ones
 check_controls = units.check_hooked  # of ControlNet, when every script has had its turn
 
 

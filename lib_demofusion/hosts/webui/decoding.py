@@ -65,7 +65,9 @@ def _in_tiles(model: Any, base: Size, kind: str, tiled: Callable) -> Iterator[No
         network = host.coder(model, kind)
         with _coding:
             function, x = host.coding(model, kind, whole, x, base)
-            return tiled(function, x, network, tile=tiles.tile_for(network, x.device, base))
+            tile = tiles.tile_for(network, x.device, base)
+            made = [tiled(function, part, network, tile=tile) for part in x.split(1)]
+            return made[0] if len(made) == 1 else torch.cat(made)
 
     latents, shared.state.current_latent = shared.state.current_latent, None  # nor does the host begin a preview now
     try:

@@ -31,6 +31,7 @@ from lib_demofusion.phases import Phase
 from lib_demofusion.views import Size, View
 
 autocast = without_autocast = nullcontext  # its models cast by themselves
+DECODES_PREVIEWS = False  # not even where its settings ask for full ones
 EMBEDDED = 256  # numbers that the host makes of one of SDXL's sizes
 
 

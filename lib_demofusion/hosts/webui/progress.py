@@ -85,7 +85,8 @@ class _Previews:
     def fit(self) -> None:
         """The host decodes the whole of its latents at once: of what takes us tiles it gets a reduced copy."""
         model, latents = shared.sd_model, shared.state.current_latent
-        if latents is None or shared.opts.show_progress_type != "Full" or not may_use_tiles(model):
+        full = host.DECODES_PREVIEWS and shared.opts.show_progress_type == "Full"
+        if latents is None or not full or not may_use_tiles(model):
             return
         h, w = latents.shape[-2:]
         tile = tiles.tile_for(host.coder(model, "decode"), latents.device, self.sides)
@@ -101,11 +102,11 @@ class _Previews:
             self.last, self.views, self.shown = state.id_live_preview, 0, state.current_latent
         self.views += views
         latents, steps = state.current_latent, min(opts.show_progress_every_n_steps, PREVIEW_STEPS)
-        if not opts.live_previews_enable or steps < 1 or latents is None or latents is self.shown:
+        if not getattr(opts, "live_previews_enable", True) or steps < 1 or latents is None or latents is self.shown:
             return
         if self.views * self.window < steps * math.prod(latents.shape[-2:]):
             return
-        if shared.parallel_processing_allowed:  # due, by the host's own count, when the page asks next
+        if getattr(shared, "parallel_processing_allowed", True):  # due, by the host's own count, when the page asks next
             state.current_image_sampling_step = state.sampling_step - opts.show_progress_every_n_steps
         else:
             self.shown = latents
