@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def decode(model: Any, latents: Tensor, base: Size) -> Any:
     base: (h, w) of what the model makes at once, latent pixels.
     """
     with _in_tiles(model, base, "decode", tiles.decode):
-        return processing.decode_latent_batch(model, latents, devices.cpu, check_for_nans=True)
+        checked = {name: True for name in ("check_for_nans",) if name in signature(processing.decode_latent_batch).parameters}
+        return processing.decode_latent_batch(model, latents, devices.cpu, **checked)
 
 
 @contextmanager
