@@ -11,7 +11,8 @@ from lib_demofusion.config import PRESETS, DemoFusionConfig
 from lib_demofusion.decode import LIVE_FEATURES
 from lib_demofusion.phases import make_plan
 
-GUIDE = (Path(__file__).resolve().parent.parent / "docs" / "webui.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = (ROOT / "docs" / "webui.md").read_text(encoding="utf-8")
 WIDTH = 120
 
 
@@ -132,6 +133,20 @@ def test_the_apis_examples(webui):
         assert settings.config == webui.settings.DemoFusionConfig.preset(name, scale=float(scale)), text
     assert len(re.findall(r"`\[True", GUIDE)) == 5, "and two of img2img"
     assert "which are Fast at scale 2:" in GUIDE
+
+
+def test_the_hosts_table_says_what_becomes_of_each():
+    table = re.search(r"\| Host \| What tells it .*?\n\n", GUIDE, re.DOTALL)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    refused = {tells.strip("`") for _, tells, what, _ in rows if what == "refused"}
+    assert refused == {"modules_forge", "modules.processing_diffusers"}
+    for package in refused:
+        with fake_webui.installed(extra=(package,)) as host:
+            assert "calls its UNet in a way of its own" in host.webui.host.host.unsupported()
+    with fake_webui.installed() as host:
+        assert host.webui.host.host.unsupported() is None
+    [tells] = {tells.strip("`") for _, tells, what, _ in rows if what != "refused" and tells.startswith("`")}
+    assert f'find_spec("{tells}")' in (ROOT / "lib_demofusion/hosts/webui/host.py").read_text()
 
 
 def test_lines_are_of_one_width():
