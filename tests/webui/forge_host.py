@@ -3,8 +3,6 @@
 import importlib
 from pathlib import Path
 
-import forge_models
-
 EMBEDDED = "demofusion-embedded.safetensors"
 SETTINGS = {  # its relatives begin with others, which make other pictures or load a model
     "CLIP_stop_at_last_layers": 1,
@@ -30,8 +28,26 @@ def arguments(webui, checkpoints, data):
     return ["webui.py", *filter(None, flags), "--data-dir", str(data), folder, str(checkpoints)]
 
 
+LOADER = f"""
+import sys
+
+sys.path.append({str(Path(__file__).resolve().parent)!r})
+import forge_models
+from modules import sd_models
+
+sd_models.forge_loader = forge_models.loader(sd_models.forge_loader)
+"""
+
+
+def add_loader(data):
+    """An extension in the folder `data` by which the host can load the tests' checkpoints."""
+    scripts = data / "extensions" / "checkpoints of tests" / "scripts"
+    scripts.mkdir(parents=True)
+    (scripts / "loader_of_tests.py").write_text(LOADER)
+
+
 def initialize():
-    """Its modules, in the order of its own start; then its loader is ours for the tests' checkpoints."""
+    """Its modules, in the order of its own start."""
     for name in ("timer", "initialize_util"):
         importlib.import_module(f"modules.{name}")
     from modules import initialize
@@ -41,9 +57,6 @@ def initialize():
     initialize_forge()
     initialize.imports()
     initialize.initialize()
-    from modules import sd_models
-
-    sd_models.forge_loader = forge_models.loader(sd_models.forge_loader)
 
 
 def networks(model):

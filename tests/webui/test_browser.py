@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from webui_host import ROOT, WEBUI_DIR, arguments
+from webui_host import ROOT, WEBUI_DIR, arguments, prepare
 
 from lib_demofusion.config import PRESETS, DemoFusionConfig
 from lib_demofusion.phases import make_plan
@@ -42,7 +42,9 @@ def count(module, args):
 
 
 def watch(model):
-    model.model.diffusion_model.register_forward_pre_hook(count)
+    objects = getattr(model, "forge_objects", None)
+    unet = objects.unet.model.diffusion_model if objects else model.model.diffusion_model
+    unet.register_forward_pre_hook(count)
 
 
 class Counter(scripts.Script):
@@ -111,7 +113,7 @@ def server(checkpoints, tmp_path_factory):
     """A WebUI without the extension."""
     server = Server(tmp_path_factory.mktemp("a new user's data"), checkpoints)
     # For the pictures: what the host otherwise makes its previews with knows the colours of Stable Diffusion's latents alone.
-    (server.data / "config.json").write_text(json.dumps({"show_progress_type": "Full"}))
+    prepare(server.data, show_progress_type="Full")
     server.start()
     yield server
     server.stop()
@@ -129,8 +131,7 @@ def ready(checkpoints, tmp_path_factory):
     kept = {"txt2img/Checkpoint/value": "one that is gone", "txt2img/Upscaler/value": None, "img2img/Sampler/value": "LCM"}
     kept = {f"customscript/demofusion.py/{path}": value for path, value in kept.items()}
     (server.data / "ui-config.json").write_text(json.dumps(kept))
-    settings = {"show_progress_type": "Full", "sd_model_checkpoint": "demofusion-embedded.safetensors"}
-    (server.data / "config.json").write_text(json.dumps(settings))
+    prepare(server.data, show_progress_type="Full")
     server.start()
     yield server
     server.stop()

@@ -245,8 +245,10 @@ def arguments(checkpoints, data):
     return ["webui.py", *flags, "--data-dir", str(data), "--ckpt-dir", str(checkpoints)]
 
 
-def write_settings(data, **settings):
-    """The host's file of settings, as it finds it at its first start."""
+def prepare(data, **settings):
+    """The host's file of settings, as it finds it at its first start; and whatever it needs to load the tests' checkpoints."""
+    if IS_FORGE:
+        forge_host.add_loader(data)
     settings = {"sd_model_checkpoint": "demofusion-embedded.safetensors", **settings}
     (data / "config.json").write_text(json.dumps({**(forge_host.SETTINGS if IS_FORGE else {}), **settings}))
 
@@ -257,7 +259,7 @@ def start(checkpoints, data):
     extension = data / "extensions" / "demofusion"
     ignored = shutil.ignore_patterns(".git", ".venv*", "build", "out", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, extension, ignore=ignored)
-    write_settings(data)
+    prepare(data)
     os.chdir(webui)
     sys.path.insert(0, str(webui))
     sys.argv = [*arguments(checkpoints, data), "--api", "--disable-console-progressbars"]
