@@ -139,6 +139,7 @@ def _config(part):
 class _Guess:
     """What the host would have found out of a published checkpoint."""
 
+    huggingface_repo = "runwayml/stable-diffusion-v1-5"  # by which the host finds the names of a LoRA's layers
     ztsnr = False
     sampling_settings: dict = {}
     memory_usage_factor = 1.0

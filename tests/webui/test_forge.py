@@ -62,16 +62,6 @@ def test_samplers_leave_all_as_it_was(host, sampler):
     assert host.comments == []
 
 
-def test_a_refiner(host):
-    job = dict(refiner_checkpoint="refiner.safetensors", refiner_switch_at=0.5)
-    reply = host.generate(True, 2, **job)
-    assert reply.images[0].size == (128, 128)
-    assert "Refiner: refiner" in reply.infotexts[0]
-    # A switch is a new model in place of the old one, so that only its values can be as before.
-    assert np.array_equal(np.asarray(host.generate(True, 2, **job).images[0]), np.asarray(reply.images[0]))
-    host.load("demofusion-embedded.safetensors")
-
-
 def test_saved_and_resumed(host):
     whole = host.generate(True, 3, {"save_phases": True}, save_images=True, seed=93).images[0].convert("RGB")
     [saved] = (host.data / "outputs").rglob("*93-demofusion-phase2.safetensors")

@@ -208,20 +208,24 @@ def test_large_pictures_are_decoded_in_tiles(host, monkeypatch):
 @pytest.mark.parametrize("reached", [1, 2])
 def test_the_last_phase_that_can_be_decoded_is_not_lost(host, monkeypatch, reached):
     expected = host.generate(*([True, 2] if reached == 2 else []), steps=STEPS).images[0]
-    model = host.shared.sd_model
-    decode, before = model.decode_first_stage, snapshot(host)
+    before = snapshot(host)
+    owner, name = host.shared.sd_model, "decode_first_stage"
+    if host.is_forge:  # where the model's own is asked only for what is not decoded in tiles
+        owner, name = host.processing, "decode_latent_batch"
+    decode = getattr(owner, name)
 
-    def small(z):
+    def small(*args, **kwargs):
+        z = next(arg for arg in args if isinstance(arg, torch.Tensor))
         if z.shape[-1] > 8 * reached:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return decode(z)
+        return decode(*args, **kwargs)
 
-    model.decode_first_stage = small
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, small)
         reply = host.generate(True, SCALE, steps=STEPS)
-        assert model.decode_first_stage is small
-    finally:
-        del model.decode_first_stage
+        assert getattr(owner, name) is small
+    if not host.is_forge:
+        del owner.decode_first_stage  # put back as an attribute of its own
     assert np.array_equal(np.asarray(reply.images[0]), np.asarray(expected))
     assert ("DemoFusion scale: 2" in reply.infotexts[0]) == (reached == 2)
     assert "phase 3 of 3, 192x192, cannot be decoded: out of memory in the autoencoder" in host.comments[0]
@@ -289,6 +293,16 @@ FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.
 FULL += [5, "DPM++ 2M", "Karras", 2.5, 'a disc: "red",\nstriped', '"blue"', "Use same checkpoint", "Lanczos", 160, 160, 12.5]
 
 
+@pytest.fixture
+def api_that_pastes(host):
+    """Skips where the host's own API fails at parameters that are pasted, of whatever picture."""
+    try:
+        host.generate(infotext=host.generate().infotexts[0])
+    except TypeError:
+        pytest.skip("this host's API fails at pasted parameters, also at those of a picture without DemoFusion")
+
+
+@pytest.mark.usefixtures("api_that_pastes")
 def test_the_infotext_makes_the_same_picture_again(host):
     first = host.generate(*FULL)
     again = host.generate(infotext=first.infotexts[0])
@@ -476,6 +490,7 @@ def test_whatever_fails_after_the_base_is_told(host, monkeypatch, what):
     assert said(host, reply)["DemoFusion incomplete"].endswith("because the next failed: 'a surprise'")
 
 
+@pytest.mark.usefixtures("api_that_pastes")
 def test_pasted_junk_is_refused(host, calls):
     """By the API's own way to paste."""
     text = host.generate(True, 2).infotexts[0].replace("DemoFusion scale: 2", "DemoFusion scale: abc")
@@ -579,7 +594,8 @@ def test_previews_have_the_pictures_proportions(host, options, kind, content, sa
     finally:
         handle.remove()
     assert {w / h for w, h in sizes} == {2.0}
-    assert sorted(set(sizes)) in ([(128, 64), (256, 128)], [(16, 8), (32, 16)])
+    # Forge makes "Full" by a small network, which enlarges twice.
+    assert sorted(set(sizes)) in ([(128, 64), (256, 128)], [(16, 8), (32, 16)], [(32, 16), (64, 32)])
 
 
 FAST = dict(denoising_strength=0.4, doubling=True, stride=0.625, feather=True, view_batch_size=1)
@@ -661,7 +677,9 @@ def test_a_preset_that_is_none_is_a_cell_that_says_so(host):
 
 def test_a_refused_line_of_a_list_leaves_the_others(host):
     lines = "--prompt one --steps 4\n--prompt two --sampler_name DDIM --steps 1\n--prompt three --steps 4"
-    reply = host.generate(True, 2, script_name="prompts from file or textbox", script_args=[False, False, "start", lines])
+    title = "prompts from file or textbox"
+    args = host.arguments_of(host.scripts.scripts_txt2img, title, **{"list of prompt inputs": lines})
+    reply = host.generate(True, 2, script_name=title, script_args=args)
     assert len(reply.images) == len(reply.infotexts) == 3
     assert ["DDIM cannot do with 1 step" in text for text in reply.infotexts] == [False, True, False]
     assert ["DemoFusion scale: 2" in text for text in reply.infotexts] == [True, False, True]

@@ -151,6 +151,8 @@ class Host:
         defaults = dict(
             prompt="two red striped rings on grass", steps=4, width=64, height=64, seed=1, sampler_name="Euler", cfg_scale=7
         )
+        if self.is_forge and payload.get("enable_hr"):
+            defaults["hr_additional_modules"] = ["Use same choices"]  # without which its own API fails
         return self.client.post("/sdapi/v1/txt2img", json={**defaults, **payload})
 
     def generate(self, *args, **payload):
@@ -186,6 +188,16 @@ class Host:
         assert reply.status_code == 200, reply.text
         reply = reply.json()
         return Reply([_image(data) for data in reply["images"]], json.loads(reply["info"]))
+
+    def arguments_of(self, runner, title, **values):
+        """The arguments of a script that is chosen, as its form has them but for these, by their labels in lower case."""
+        script = next(script for script in runner.selectable_scripts if script.title().lower() == title.lower())
+        controls = runner.inputs[script.args_from : script.args_to]
+        labels = [(getattr(control, "label", None) or "").lower() for control in controls]
+        made = [getattr(control, "value", None) for control in controls]
+        for label, value in values.items():
+            made[labels.index(label.lower())] = value
+        return made
 
     def latents(self, *args, **payload):
         """The last latents that reach the host's decoder, for comparisons to the bit. pictures: those of img2img."""
