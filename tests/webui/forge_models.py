@@ -45,6 +45,7 @@ def _load(path, vaes):
     parts = dict(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
     model = StableDiffusion(estimated_config=_Guess(unet.in_channels), huggingface_components=parts)
     model.text_processing_engine.embeddings.expected_shape = text_encoder.transformer.config.hidden_size
+    model.image_size = params["image_size"]
     return _with_own_scale(model)
 
 
