@@ -28,6 +28,7 @@ from lib_demofusion.arguments import METHOD, parse, resumed
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.files import suffixed
 from lib_demofusion.fusion import Fusion
+from lib_demofusion.hosts.diffusers import load_pipeline
 from lib_demofusion.saved import SavedPhase, read_saved
 
 # For a process of its own: the package that is tested, whether or not one is installed.
@@ -232,10 +233,22 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M"])
-def test_a_killed_job_goes_on_from_its_last_phase(run, model, sampler):
-    """kill -9 in phase 3; the picture is that of the job that was left alone, and so is what it says of itself."""
-    args = ["one red ring", "--negative-prompt", "star", "--scale", "3", "--seed", "5", "--sampler", sampler, "--stride", "0.4"]
+def assert_resumed(whole, resumed, phase):
+    """The picture is that of the job that was left alone, and so is what it says of itself."""
+    assert main(["--resume", str(phase), "--compare", "-o", str(resumed)]) == 0
+    for a, b in ((whole, resumed), (suffixed(whole, "compare"), suffixed(resumed, "compare"))):
+        with Image.open(a) as a, Image.open(b) as b:
+            assert a.tobytes() == b.tobytes()
+            assert a.info == b.info
+
+
+def to_resume(sampler):
+    return ["one red ring", "--negative-prompt", "star", "--scale", "3", "--seed", "5", "--sampler", sampler, "--stride", "0.4"]
+
+
+def test_a_killed_job_goes_on_from_its_last_phase(run, model):
+    """kill -9 in phase 3."""
+    args = to_resume("Euler a")
     *_, whole = run(*args, "--compare", output="whole.png")
     killed = whole.with_name("killed.png")
     args += ["--model", model, "--steps", "3", "--device", "cpu", "--save-phases", "-o", str(killed)]
@@ -246,11 +259,12 @@ def test_a_killed_job_goes_on_from_its_last_phase(run, model, sampler):
     process.kill()
     process.wait()
     assert not killed.exists()
-    assert main(["--resume", str(killed.with_name("killed-phase2.safetensors")), "--compare", "-o", str(killed)]) == 0
-    for a, b in ((whole, killed), (suffixed(whole, "compare"), suffixed(killed, "compare"))):
-        with Image.open(a) as a, Image.open(b) as b:
-            assert a.tobytes() == b.tobytes()
-            assert a.info == b.info
+    assert_resumed(whole, killed, killed.with_name("killed-phase2.safetensors"))
+
+
+def test_a_sampler_that_looks_back_goes_on_from_a_saved_phase(run):
+    *_, whole = run(*to_resume("DPM++ 2M"), "--compare", "--save-phases", output="whole.png")
+    assert_resumed(whole, whole.with_name("again.png"), whole.with_name("whole-phase2.safetensors"))
 
 
 def test_each_image_of_several_can_be_resumed(run):
@@ -1475,10 +1489,20 @@ def test_the_plan_counts_the_phases_own_calls(run):
     ]
 
 
+@pytest.fixture(scope="module")
+def loaded_model(model):
+    return load_pipeline(model)
+
+
 @pytest.mark.parametrize("cfg", ["1", "7"])
 @pytest.mark.parametrize("sampler", ["Euler", "Heun", "LCM", "UniPC"])
 @pytest.mark.parametrize("steps", ["2", "8", "30"])
-def test_each_preset_asks_the_model_no_more_often_than_the_one_before(model, capsys, steps, sampler, cfg):
+def test_each_preset_asks_the_model_no_more_often_than_the_one_before(
+    model, loaded_model, monkeypatch, capsys, steps, sampler, cfg
+):
+    """The model is loaded once for all of them, and no memory is counted, which takes longer than the plan."""
+    monkeypatch.setattr("lib_demofusion.__main__.load", lambda *args: loaded_model)
+    monkeypatch.setattr("lib_demofusion.__main__.memory_line", lambda *args: "memory: not counted")
     calls = []
     for preset in ("Turbo", "Faithful", "Fast", "Paper"):
         args = ["ring", "--model", model, "--device", "cpu", "--plan", "--preset", preset, "--steps", steps]

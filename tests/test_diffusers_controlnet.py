@@ -133,7 +133,7 @@ def test_each_view_is_shown_its_own_part(sd15, net, size, scale, monkeypatch):
     seen = spy_phases(monkeypatch, net)
     control = Control(net, ramp(9 * size[1], 9 * size[0]))
     config = DemoFusionConfig(scale=scale, stride=0.6, view_batch_size=3)
-    made = dict(height=size[0], width=size[1], steps=2, seed=[1, 2])
+    made = dict(height=size[0], width=size[1], steps=1, seed=[1, 2])
     result = generate(sd15, "red", config=config, controls=[control], **made)
     kinds = set()
     for phase, views, hint in seen:
@@ -237,7 +237,7 @@ def test_what_several_controls_add_is_summed(pipes, nets, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_picture_is_the_same_in_a_batch_and_at_any_view_batch_size(pipes, nets, kind, cfg_scale):
     def made(seed, size):
-        config = DemoFusionConfig(scale=2.5, stride=1.0, view_batch_size=size)
+        config = DemoFusionConfig(scale=1.5, stride=1.0, view_batch_size=size)
         controls = [Control(nets[kind], noise(300, 300))]
         return last(generate(pipes[kind], "red", config=config, controls=controls, steps=2, cfg_scale=cfg_scale, seed=seed))
 
@@ -265,11 +265,11 @@ def test_a_control_is_on_from_its_start_to_its_end_in_each_phase(sd15, net, samp
     for start, end in ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.25, 0.7), (0.5, 0.5)):
         calls.clear()
         control = Control(net, noise(), start=start, end=end)
-        result = generate(sd15, "", config=config, controls=[control], steps=8, sampler=sampler)
+        result = generate(sd15, "", config=config, controls=[control], steps=8, sampler=sampler, cfg_scale=1)
         assert torch.isfinite(last(result)).all()
         counts = [sum(i / n >= start and (i + 1) / n <= end for i in range(n)) for n in (p.calls for p in result.plan.phases)]
         assert len(calls) == sum(counts)
-        assert sum(len(call.sample) > 2 for call in calls) == counts[1]
+        assert sum(len(call.sample) > 1 for call in calls) == counts[1]
 
 
 def test_a_control_of_no_scale_and_none_change_nothing(sd15, net, monkeypatch):

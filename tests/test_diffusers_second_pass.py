@@ -1,6 +1,7 @@
 """The phases after the base with settings of their own, on the diffusers host: sampler, schedule, guidance, prompts, model."""
 
 import copy
+import functools
 import math
 
 import diffusers
@@ -215,16 +216,29 @@ OWN = {  # settings of the phases, and how a job has them that goes on from the 
 }
 
 
-@pytest.mark.parametrize("controlled", [False, True])
-@pytest.mark.parametrize("name", OWN)
-@pytest.mark.parametrize("kind", KINDS)
-def test_phases_with_a_setting_of_their_own_are_those_of_a_job_with_it(pipes, kind, name, controlled):
+@pytest.fixture(scope="module")
+def job(pipes):
+    """By kind of pipeline, and whether there is a ControlNet: a job's settings, its result, and its base as a saved phase."""
+
+    @functools.cache
+    def job(kind, controlled):
+        made = dict(steps=4, seed=[1, 2], negative_prompt="star")
+        if controlled:
+            made["controls"] = [Control(tiny_controlnet(pipes[kind]), photo((64, 64)), scale=2.0)]
+        return made, *saved_base(pipes[kind], "one red ring", config=TWICE, **made)
+
+    return job
+
+
+# Each setting on each kind, and on one kind at least with a ControlNet and without; each kind with and without.
+OWN_JOBS = [(kind, name, (i + j) % 2 == 1) for i, kind in enumerate(KINDS) for j, name in enumerate(OWN)]
+
+
+@pytest.mark.parametrize(("kind", "name", "controlled"), OWN_JOBS)
+def test_phases_with_a_setting_of_their_own_are_those_of_a_job_with_it(pipes, job, kind, name, controlled):
     """The base is to the bit the one without it; what follows is what a job with that setting makes of this base."""
     pipe, (own, plain) = pipes[kind], OWN[name]
-    made = dict(steps=4, seed=[1, 2], negative_prompt="star")
-    if controlled:
-        made["controls"] = [Control(tiny_controlnet(pipe), photo((64, 64)), scale=2.0)]
-    without, saved = saved_base(pipe, "one red ring", config=TWICE, **made)
+    made, without, saved = job(kind, controlled)
     result = generate(pipe, "one red ring", config=DemoFusionConfig(scale=2.0, **own), **made)
     expected = generate(pipe, **{"prompt": "one red ring", **made, **plain}, config=TWICE, resume=saved)
     assert same_phases(result, without) == [True, False]
@@ -287,7 +301,7 @@ def test_the_phases_can_be_automatic_where_the_base_is_not(sd15):
 @pytest.mark.parametrize("sampler", ["Euler", "LCM"])
 def test_a_given_picture_has_the_settings_of_the_phases(sd15, sampler):
     """All that is made of it are phases after the base: the base's own settings count only where these are silent."""
-    made = dict(image=photo(), mask=spot(), seed=3, steps=4)
+    made = dict(image=photo((120, 80)), mask=spot((120, 80), (36, 24, 84, 58)), seed=3, steps=4)
     own = dict(phase_sampler=sampler, phase_cfg_scale=2.0, phase_prompt="red", phase_schedule="Uniform")
     a = generate(sd15, "blue", config=DemoFusionConfig(scale=2.0, **own), cfg_scale=9, sampler="Heun", **made)
     b = generate(sd15, "red", config=TWICE, cfg_scale=2, sampler=sampler, schedule="Uniform", **made)
