@@ -9,6 +9,7 @@ what is answered is denoised. Samplers whose sigma is a timestep get their own x
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from lib_demofusion.views import Size, View
 autocast = without_autocast = nullcontext  # its models cast by themselves
 DECODES_PREVIEWS = False  # not even where its settings ask for full ones
 EMBEDDED = 256  # numbers that the host makes of one of SDXL's sizes
+TILES_BY_NAME = isinstance([*inspect.signature(apply_circular_forge).parameters.values()][-1].default, str)  # "XY", "None"
 
 
 def unsupported() -> str | None:
@@ -50,7 +52,7 @@ def check_model(p: Any) -> None:
     if not hasattr(unet(shared.sd_model), "input_blocks") or predictor.prediction_type == "const":
         works = "a Stable Diffusion 1.x, 2.x or XL checkpoint works"
         raise ValueError(f"this checkpoint has no UNet of Stable Diffusion, or was trained for rectified flow; {works}")
-    if isinstance(p.tiling, str) and p.tiling not in ("None", "XY"):
+    if TILES_BY_NAME and p.tiling in ("X", "Y"):
         raise ValueError(f"the image is to tile along {p.tiling} alone; choose XY, or None")
     refiner = getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none")
     if refiner and hasattr(sd_samplers_common, "ORIGINAL_CHECKPOINT"):
@@ -86,10 +88,7 @@ def coder(model: Any, kind: str) -> nn.Module | None:
 
 
 def coding(model: Any, kind: str, whole: Callable, x: Tensor, base: Size) -> tuple[Callable[[Tensor], Any], Tensor]:
-    """What encodes or decodes x by that network, which can now be run in tiles, and x as it takes it. As in `a1111`.
-
-    Not the host's own method, `whole`, which asks memory for all of x: here it is asked for the base's.
-    """
+    """As in `a1111`, but not by the host's own method, `whole`, which asks memory for all of x: here it is the base's."""
     vae = model.forge_objects.vae
     network, (h, w) = vae.first_stage_model, base
     if kind == "decode":
@@ -121,7 +120,7 @@ def _tiling_works() -> bool:
 
 def tiles(p: Any) -> bool:
     """Whether the image is to tile, and can."""
-    return p.tiling == "XY" if isinstance(p.tiling, str) else bool(p.tiling) and _tiling_works()
+    return p.tiling == "XY" if TILES_BY_NAME else bool(p.tiling) and _tiling_works()
 
 
 @contextmanager
@@ -136,12 +135,11 @@ def untiled(p: Any) -> Iterator[None]:
 
 def wrap_around(enable: bool) -> None:
     """Whether the loaded model's convolutions wrap around."""
-    by_name = isinstance(getattr(shared.sd_model, "tiling_enabled", False), str)
-    apply_circular_forge(shared.sd_model, ("XY" if enable else "None") if by_name else enable)
+    apply_circular_forge(shared.sd_model, ("XY" if enable else "None") if TILES_BY_NAME else enable)
 
 
 def layers_that_wrap() -> None:
-    """Nothing: the host goes by the model."""
+    """The host goes by the model."""
 
 
 def load_checkpoint(p: Any, info: Any, again: bool = False) -> None:
@@ -204,7 +202,8 @@ def set_up_model(p: Any, phase: Phase, checkpoint: Any = None) -> bool:
         load_checkpoint(p, checkpoint or sd_models.model_data.forge_loading_parameters["checkpoint_info"])
         wrap_around(False)
         activate(p, p.extra_network_data)
-    anew = refined or p.c is None or p.steps != phase.steps
+    unguided = p.uc is None and p.cfg_scale != 1  # the base was, for which the host sets up no negative prompt
+    anew = refined or unguided or p.c is None or p.steps != phase.steps
     if anew:
         p.steps = phase.steps
         p.setup_conds()
@@ -241,13 +240,13 @@ def sampling(p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, u
         prediction.install()
         yield
     finally:
+        if shared.sd_model.forge_objects.unet is prediction.installed:  # a refiner's
+            shared.sd_model.forge_objects.unet = prediction.before
         model.forge_objects = objects
 
 
 class Prediction:
-    """What one phase puts in place of the model's own prediction, and how it calls the model for single views. As in `a1111`,
-    but that the host has a ControlNet of its own (`patched_controls`), and `around` is another's.
-    """
+    """As in `a1111`, but that the host has a ControlNet of its own (`patched_controls`), and `around` is another's."""
 
     timesteps = False  # whatever the sampler is
     unguided: Tensor | None = None
@@ -258,7 +257,8 @@ class Prediction:
         self.fused = fused
         self.window = window
         self.view_batch = view_batch
-        self.installed: Any = None  # a patcher
+        self.installed: Any = None  # a patcher, and the one in whose place it is
+        self.before: Any = None
         self.controls: Controls | None = None
         self.row = 0
 
@@ -271,7 +271,7 @@ class Prediction:
         before = shared.sd_model.forge_objects.unet
         if before is self.installed:
             return
-        self.installed = ours = before.clone()
+        self.before, self.installed = before, (ours := before.clone())
         options = ours.model_options
         ours.add_conditioning_modifier(self._take_controls)
         ours.set_model_unet_function_wrapper(functools.partial(self.forward, options.get("model_function_wrapper")))
@@ -306,9 +306,7 @@ class Prediction:
         return torch.lerp(args["denoised"], plain, self.unguided.to(plain))
 
     def forward(self, theirs: Callable | None, apply_model: Callable, args: dict) -> Tensor:
-        """In place of the model. args: input [rows, C, H, W], timestep (sigma) [rows], c, and cond_or_uncond: the kind of each
-        block of rows. theirs: another extension's wrapper.
-        """
+        """In place of the model; `cond_or_uncond` says what each block of rows is. theirs: another extension's wrapper."""
         sigma, kinds = args["timestep"], list(args["cond_or_uncond"])
         first, self.row = self.row == 0, self.row + 1
 
