@@ -157,9 +157,9 @@ def test_another_ones_wrapper_sees_every_call(host, monkeypatch, calls):
 
     def wrapper(apply_model, args):
         seen.append(tuple(args["input"].shape[-2:]))
-        assert len(args["cond_or_uncond"]) in (1, 2)
         options = args["c"]["transformer_options"]
-        assert len(args["input"]) % len(options["cond_or_uncond"]) == 0
+        assert options["cond_or_uncond"] == args["cond_or_uncond"]
+        assert len(args["input"]) % len(args["cond_or_uncond"]) == 0
         assert len(options["cond_mark"]) == len(args["input"]) == len(args["timestep"])
         return apply_model(args["input"], args["timestep"], **args["c"])
 
