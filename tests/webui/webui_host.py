@@ -151,9 +151,16 @@ class Host:
         defaults = dict(
             prompt="two red striped rings on grass", steps=4, width=64, height=64, seed=1, sampler_name="Euler", cfg_scale=7
         )
+        return self.client.post("/sdapi/v1/txt2img", json=self._in_its_words({**defaults, **payload}))
+
+    def _in_its_words(self, payload):
+        """A request as this host's API takes it."""
         if self.is_forge and payload.get("enable_hr"):
-            defaults["hr_additional_modules"] = ["Use same choices"]  # without which its own API fails
-        return self.client.post("/sdapi/v1/txt2img", json={**defaults, **payload})
+            payload["hr_additional_modules"] = ["Use same choices"]  # without which its own API fails
+        if "tiling" in payload and isinstance(self.shared.opts.data["tiling"], str):  # the directions
+            tiling = {"tiling": "XY" if payload.pop("tiling") else "None"}
+            payload["override_settings"] = {**payload.get("override_settings", {}), **tiling}
+        return payload
 
     def generate(self, *args, **payload):
         """Images with DemoFusion's arguments; none: without it."""
@@ -184,7 +191,8 @@ class Host:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kind, "comment", lambda p, text: self.comments.append(text))
             patch.setattr(kind, "close", lambda p: self.jobs.append(p))
-            reply = self.client.post("/sdapi/v1/img2img", json={**payload, "init_images": list(map(encoded, pictures))})
+            payload["init_images"] = list(map(encoded, pictures))
+            reply = self.client.post("/sdapi/v1/img2img", json=self._in_its_words(payload))
         assert reply.status_code == 200, reply.text
         reply = reply.json()
         return Reply([_image(data) for data in reply["images"]], json.loads(reply["info"]))
