@@ -105,6 +105,7 @@ class Options:
         self.eta_ancestral, self.eta_ddim, self.s_churn, self.uni_pc_order = 1.0, 0.0, 0.0, 3
         self.live_previews_enable, self.show_progress_every_n_steps, self.show_progress_type = True, 10, "Full"
         self.sd_checkpoint_hash, self.token_merging_ratio = None, 0
+        self.enable_quantization = False
 
     @property
     def data(self):
@@ -274,6 +275,7 @@ class ToyModel(nn.Module):
         self.cond_stage_key = "txt"
         self.parameterization = "eps"
         self.model = nn.Module()
+        self._inpaints = inpainting
         self.model.conditioning_key = "hybrid" if inpainting else "crossattn"
         self.model.diffusion_model = ToyUNet(kernel, CHANNELS + 5 * inpainting, seed)
         self.first_stage_model = nn.Module()
@@ -729,7 +731,7 @@ class Sampler:
         self.funcname = self.func = funcname
         self.p = self.config = self.eta = self.last_latent = self.model_wrap_cfg = self.sampler_extra_args = None
         self.eta_option_field = "eta_ancestral"
-        self.conditioning_key = shared.sd_model.model.conditioning_key
+        self.conditioning_key = "hybrid" if shared.sd_model._inpaints else "crossattn"
 
     def callback_state(self, d):
         shared.state.sampling_step = d["i"]
@@ -798,6 +800,7 @@ class _SigmaModel(nn.Module):
 
     def forward(self, input, sigma, cond):
         t = np.interp(sigma.double().log().numpy(), self.sigmas.log().numpy(), np.arange(1000))
+        t = t.round() if shared.opts.enable_quantization else t
         sigma = sigma[:, None, None, None]
         scaled = input / (sigma**2 + 1).sqrt()
         return input - sigma * self.inner_model.apply_model(scaled, torch.from_numpy(t).float(), cond)
@@ -1029,14 +1032,14 @@ class StableDiffusionProcessing:
 
     def txt2img_image_conditioning(self, x, width=None, height=None):
         """With an inpainting model, in every pixel where it lies: 100 * row + column."""
-        if self.sd_model.model.conditioning_key != "hybrid":
+        if not self.sd_model._inpaints:
             return x.new_zeros(len(x), 5, 1, 1)
         h, w = (height or self.height) // FACTOR, (width or self.width) // FACTOR
         return (100.0 * torch.arange(h)[:, None] + torch.arange(w)).expand(len(x), 5, h, w).clone()
 
     def img2img_image_conditioning(self, source_image, latent_image, image_mask=None, round_image_mask=True):
         """With an inpainting model, the mask and the picture without what is masked."""
-        if self.sd_model.model.conditioning_key != "hybrid":
+        if not self.sd_model._inpaints:
             return latent_image.new_zeros(len(latent_image), 5, 1, 1)
         mask = torch.ones(1, 1, *source_image.shape[-2:])
         if image_mask is not None:
@@ -1208,7 +1211,7 @@ def process_images_inner(p):
         for comment in model_hijack.comments:
             p.comment(comment)
         with torch.no_grad():
-            samples = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+            samples = _sampled(p)
             ps = PostSampleArgs(samples)
             p.scripts.post_sample(p, ps)
             if not getattr(ps.samples, "already_decoded", False):
@@ -1226,6 +1229,10 @@ def process_images_inner(p):
     processed = Processed(p, images, infotexts=infotexts)
     p.scripts.postprocess(p, processed)
     return processed
+
+
+def _sampled(p):
+    return p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
 
 
 def _finished(p, sample, i):
