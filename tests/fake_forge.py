@@ -606,7 +606,7 @@ class CompVisTimestepsDenoiser(fake_webui._TimestepModel):
     def __init__(self, model):
         nn.Module.__init__(self)
         self.inner_model = model
-        model.alphas_cumprod = 1 / (model.forge_objects.unet.model.predictor.sigmas ** 2 + 1)
+        model.alphas_cumprod = 1 / (model.forge_objects.unet.model.predictor.sigmas**2 + 1)
 
 
 def _denoise(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond):
@@ -652,9 +652,7 @@ MODULES = {name: dict(own) for name, own in fake_webui.MODULES.items() if name !
 for _name in ("unet_needs_upcast", "without_autocast", "dtype_unet"):
     del MODULES["modules.devices"][_name]
 OWN = {
-    "backend.memory_management": dict(
-        VAE_ALWAYS_TILED=False, load_models_gpu=load_models_gpu, get_free_memory=get_free_memory
-    ),
+    "backend.memory_management": dict(VAE_ALWAYS_TILED=False, load_models_gpu=load_models_gpu, get_free_memory=get_free_memory),
     "backend.modules.k_prediction": dict(
         Prediction=Prediction, rescale_zero_terminal_snr_sigmas=rescale_zero_terminal_snr_sigmas
     ),
@@ -703,10 +701,17 @@ class Host(fake_webui.Host):
 def _reset():
     asked.clear()
     model_data.__init__()
+    shared.sd_model = None
     whole_reset()
 
 
 whole_reset = fake_webui.reset
+
+
+def _tile(enable):
+    """As a job begins. The host has its function, whatever its module offers to extensions."""
+    if shared.sd_model is not None:
+        MODULES["modules_forge.utils"].get("apply_circular_forge", apply_circular_forge)(shared.sd_model, enable)
 
 
 @contextmanager
@@ -735,8 +740,3 @@ def installed(**given):
         patch.setattr(fake_webui.model_hijack, "apply_circular", _tile)
         with fake_webui.installed(extra=("backend", "backend.patcher", "modules_forge"), **given) as host:
             yield host
-
-
-def _tile(enable):
-    if shared.sd_model is not None and hasattr(shared.sd_model, "forge_objects"):
-        sys.modules["modules_forge.utils"].apply_circular_forge(shared.sd_model, enable)
