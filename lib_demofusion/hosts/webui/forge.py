@@ -34,7 +34,6 @@ from lib_demofusion.views import Size, View
 autocast = without_autocast = nullcontext  # its models cast by themselves
 DECODES_PREVIEWS = False  # not even where its settings ask for full ones
 EMBEDDED = 256  # numbers that the host makes of one of SDXL's sizes
-TILES_BY_NAME = isinstance([*inspect.signature(apply_circular_forge).parameters.values()][-1].default, str)  # "XY", "None"
 
 
 def unsupported() -> str | None:
@@ -52,7 +51,7 @@ def check_model(p: Any) -> None:
     if not hasattr(unet(shared.sd_model), "input_blocks") or predictor.prediction_type == "const":
         works = "a Stable Diffusion 1.x, 2.x or XL checkpoint works"
         raise ValueError(f"this checkpoint has no UNet of Stable Diffusion, or was trained for rectified flow; {works}")
-    if TILES_BY_NAME and p.tiling in ("X", "Y"):
+    if p.tiling in ("X", "Y"):
         raise ValueError(f"the image is to tile along {p.tiling} alone; choose XY, or None")
     refiner = getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none")
     if refiner and hasattr(sd_samplers_common, "ORIGINAL_CHECKPOINT"):
@@ -118,9 +117,14 @@ def _tiling_works() -> bool:
     return layer.padding_mode == "circular"
 
 
+def _by_name() -> bool:
+    """Whether the host calls how an image tiles "XY" or "None"."""
+    return isinstance([*inspect.signature(apply_circular_forge).parameters.values()][-1].default, str)
+
+
 def tiles(p: Any) -> bool:
     """Whether the image is to tile, and can."""
-    return p.tiling == "XY" if TILES_BY_NAME else bool(p.tiling) and _tiling_works()
+    return p.tiling == "XY" if _by_name() else bool(p.tiling) and _tiling_works()
 
 
 @contextmanager
@@ -135,7 +139,7 @@ def untiled(p: Any) -> Iterator[None]:
 
 def wrap_around(enable: bool) -> None:
     """Whether the loaded model's convolutions wrap around."""
-    apply_circular_forge(shared.sd_model, ("XY" if enable else "None") if TILES_BY_NAME else enable)
+    apply_circular_forge(shared.sd_model, ("XY" if enable else "None") if _by_name() else enable)
 
 
 def layers_that_wrap() -> None:
@@ -169,7 +173,7 @@ def native_side() -> float:
     model = shared.sd_model
     if getattr(model, "is_sdxl", False):
         return 1024 / FACTOR
-    if getattr(model, "is_sd2", False) and shared.sd_model.forge_objects.unet.model.predictor.prediction_type == "v_prediction":
+    if getattr(model, "is_sd2", False) and model.forge_objects.unet.model.predictor.prediction_type == "v_prediction":
         return 768 / FACTOR
     return getattr(model, "image_size", 512 / FACTOR)
 
@@ -228,8 +232,7 @@ def levels_of(p: Any) -> Iterator[None]:
 @contextmanager
 def sampling(p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, unguided: Tensor | None) -> Iterator[None]:
     """While it lasts a phase can be sampled, on a copy of the host's objects. As in `a1111`."""
-    model = shared.sd_model
-    objects = model.forge_objects
+    model, objects = shared.sd_model, shared.sd_model.forge_objects
     model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
     sd_models.apply_token_merging(model, p.get_token_merging_ratio())
     prediction.unguided = unguided
@@ -257,8 +260,7 @@ class Prediction:
         self.fused = fused
         self.window = window
         self.view_batch = view_batch
-        self.installed: Any = None  # a patcher, and the one in whose place it is
-        self.before: Any = None
+        self.installed = self.before = None  # a patcher, and the one in whose place it is
         self.controls: Controls | None = None
         self.row = 0
 
@@ -307,8 +309,8 @@ class Prediction:
 
     def forward(self, theirs: Callable | None, apply_model: Callable, args: dict) -> Tensor:
         """In place of the model; `cond_or_uncond` says what each block of rows is. theirs: another extension's wrapper."""
-        sigma, kinds = args["timestep"], list(args["cond_or_uncond"])
-        first, self.row = self.row == 0, self.row + 1
+        sigma, kinds, first = args["timestep"], list(args["cond_or_uncond"]), self.row == 0
+        self.row += 1
 
         def call(crops: Tensor, views: Sequence[View], roll: Sequence[int]) -> Tensor:
             sigmas, c = sigma.repeat(len(views)), self._cond_for(args["c"], views, roll, kinds)
