@@ -28,7 +28,7 @@ def _memory():
 # ------------------------------------------------------------------------------------------------- backend: the UNet's model
 
 
-def load_models_gpu(models, memory_required=0, hard_memory_preservation=0):
+def load_models_gpu(models, memory_required=0):
     asked.append((list(models), memory_required))
 
 
@@ -110,9 +110,6 @@ class ModelPatcher:
 
     def set_model_unet_function_wrapper(self, unet_wrapper_function):
         self.model_options["model_function_wrapper"] = unet_wrapper_function
-
-    def set_model_vae_decode_wrapper(self, wrapper_function):
-        self.model_options["model_vae_decode_wrapper"] = wrapper_function
 
     def set_model_sampler_cfg_function(self, sampler_cfg_function, disable_cfg1_optimization=False):
         self.model_options["sampler_cfg_function"] = sampler_cfg_function
@@ -394,9 +391,9 @@ class VAE:
 
     def decode(self, samples_in):
         wrapper = self.patcher.model_options.get("model_vae_decode_wrapper")
-        return self.decode_inner(samples_in) if wrapper is None else wrapper(self.decode_inner, samples_in)
+        return self._decode(samples_in) if wrapper is None else wrapper(self._decode, samples_in)
 
-    def decode_inner(self, samples_in):
+    def _decode(self, samples_in):
         """[B, H, W, 3] in 0..1. Not in tiles here, whatever the setting."""
         needed = self.memory_used_decode(samples_in.shape, self.vae_dtype)
         _memory().load_models_gpu([self.patcher], memory_required=needed)
@@ -429,7 +426,7 @@ class Engine:
     def __init__(self, name="main", kernel=3, seed=0, inpainting=False, sdxl=0):
         self._toy, self._inpaints, self._sizes = ToyModel(name, kernel, seed), inpainting, sdxl
         self.sd_checkpoint_info = self._toy.sd_checkpoint_info
-        self.is_sdxl, self.is_sd2, self.is_sd1, self.is_sd3 = bool(sdxl), False, not sdxl, False
+        self.is_sdxl = bool(sdxl)
         self.is_inpaint, self.model_config, self.tiling_enabled = inpainting, None, False
         self.embedder, self.current_lora_hash = Timestep(), "[]"
         kept = self._toy.alphas_cumprod.double()
@@ -515,10 +512,6 @@ def _load(sd_model=None, info=None, forced_reload=False):
     model, _ = forge_model_reload()
     model_data.forge_loading_parameters = chosen
     model.forge_objects = model.forge_objects_original.shallow_copy()
-
-
-def reload_model_weights(sd_model=None, info=None, forced_reload=False):
-    """Nothing; it is there for extensions."""
 
 
 def apply_token_merging(sd_model, token_merging_ratio):
@@ -651,6 +644,7 @@ whole_launch = fake_webui.Sampler._launch
 MODULES = {name: dict(own) for name, own in fake_webui.MODULES.items() if name != "modules.sd_hijack"}
 for _name in ("unet_needs_upcast", "without_autocast", "dtype_unet"):
     del MODULES["modules.devices"][_name]
+del MODULES["modules.sd_models"]["reload_model_weights"]  # on others of the family it does nothing
 OWN = {
     "backend.memory_management": dict(VAE_ALWAYS_TILED=False, load_models_gpu=load_models_gpu, get_free_memory=get_free_memory),
     "backend.modules.k_prediction": dict(
@@ -674,7 +668,6 @@ OWN = {
         SdModelData=SdModelData,
         model_data=model_data,
         forge_model_reload=forge_model_reload,
-        reload_model_weights=reload_model_weights,
         apply_token_merging=apply_token_merging,
     ),
     "modules.extra_networks": dict(activate=activate),

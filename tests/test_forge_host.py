@@ -1,5 +1,6 @@
 """The extension on a host of Forge's kind, which fake_forge.py stands in for: the same pictures as on AUTOMATIC1111's."""
 
+import itertools
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -274,9 +275,20 @@ def test_supported(host):
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 @pytest.mark.parametrize(("cfg", "branches"), [(5.0, 2), (1.0, 1)])
 def test_the_model_sees_as_many_rows_as_planned(host, calls, sampler, cfg, branches):
-    host.generate(True, 3, sampler_name=sampler, cfg_scale=cfg, batch_size=2)
+    p = host.generate(True, 3, sampler_name=sampler, cfg_scale=cfg, batch_size=2).p
     predictions = host.webui.samplers.model_calls(sampler, None, STEPS)
     assert calls.rows == 2 * branches * predictions * (1 + VIEWS[2] + VIEWS[3])
+    plan = host.webui.checks.plan_for(p, host.webui.settings.DemoFusionConfig(scale=3.0))
+    assert calls.rows == 2 * plan.evaluations
+
+
+@pytest.mark.parametrize("settings", [{}, dict(batch_size=3), dict(cfg_scale=1), dict(prompt=AND), dict(sampler_name="DDIM")])
+def test_the_pace_is_of_all_that_the_model_saw(host, calls, monkeypatch, settings):
+    seconds = itertools.count()
+    monkeypatch.setattr(host.webui.progress, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    monkeypatch.setattr(host.webui.readout, "paces", {})
+    host.generate(True, 3, **settings)
+    assert host.webui.readout.paces == {"main": {64: 1 / calls.rows}}
 
 
 @pytest.mark.parametrize("views", [1, 4])
@@ -622,10 +634,7 @@ def test_units_have_images_of_the_phases_size(host, batch):
     first, second = unit(ramp(512, 512)), unit(1 - ramp(512, 512), enabled=False)
     script = host.add_control(first, second)
     told = []
-    finish = script.post_sample = lambda p, ps, *args: told.append(
-        (p.width, dict(script.current_params), p.extra_result_images)
-    )
-    assert finish is not None
+    script.post_sample = lambda p, ps, *args: told.append((p.width, dict(script.current_params), p.extra_result_images))
     reply = host.generate(True, 2, PLAIN, batch_size=batch)
     assert reply.comments == []
     assert second.net.hints == []
@@ -745,12 +754,30 @@ def test_large_pictures_are_decoded_in_tiles(host, decoder):
 def test_another_way_of_decoding_is_left_alone(host, decoder, monkeypatch, other):
     seen, vae = [], host.shared.sd_model.forge_objects.vae
     if other == "a wrapper":
-        vae.patcher.set_model_vae_decode_wrapper(lambda decode, z: seen.append(tuple(z.shape[-2:])) or decode(z))
+        vae.patcher.model_options["model_vae_decode_wrapper"] = lambda decode, z: seen.append(tuple(z.shape[-2:])) or decode(z)
     else:
         monkeypatch.setattr(host.memory_management, "VAE_ALWAYS_TILED", True)
     host.generate(True, 4)
     assert decoder.sizes == [(32, 32)]
     assert seen == ([(32, 32)] if other == "a wrapper" else [])
+
+
+@pytest.mark.parametrize("reached", [1, 2])
+def test_the_last_phase_that_can_be_decoded_is_not_lost(host, decoder, reached):
+    expected = host.generate(*([True, 2] if reached == 2 else [])).images[0]
+
+    def small(module, args):
+        if args[0].shape[-1] > 8 * reached:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    handle = decoder.network.register_forward_pre_hook(small)
+    reply = host.generate(True, 3)
+    handle.remove()
+    torch.testing.assert_close(reply.images[0], expected, rtol=0, atol=1e-6)
+    assert reply.comments[0].startswith(
+        "DemoFusion: phase 3 of 3, 192x192, cannot be decoded: out of memory in the autoencoder"
+    )
+    assert len(reply.comments) == 3 - reached
 
 
 def test_large_phases_are_encoded_in_tiles(host, decoder):
