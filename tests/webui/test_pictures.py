@@ -50,7 +50,10 @@ def test_a_base_that_is_not_square(host):
 def test_every_sampler_of_the_host_is_known(host):
     webui = host.webui
 
-    assert {sampler.name for sampler in host.sd_samplers.all_samplers} == set(webui.samplers.SAMPLERS)
+    there = {sampler.name for sampler in host.sd_samplers.all_samplers}
+    others = {"HeunPP2", "IPNDM", "IPNDM_V", "DEIS", "DDPM"}  # which hosts of Forge's kind have, too
+    assert there | others == set(webui.samplers.SAMPLERS) | others
+    assert others <= set(webui.samplers.SAMPLERS)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
