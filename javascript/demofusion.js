@@ -194,7 +194,8 @@ function demofusionPlan(form) {
     const few = given ? null : lacking(own, base, baseSteps, baseSkipped);
     if (few) return {refused: few};
     const branches = (form.phaseCfg || form.cfg) === 1 ? 1 : 2;
-    let total = 2 * base, height = h, width = w, phases = given ? 0 : 1;
+    const ofBase = form.cfg === 1 && !form.table.guided ? 1 : 2; // some hosts ask for both all the same
+    let total = ofBase * base, height = h, width = w, phases = given ? 0 : 1;
     for (const scale of scales) {
         const before = [height, width], size = final ?
             final.map((side) => Math.max(demofusionRound(side * scale / largest), 1)) :
@@ -218,7 +219,7 @@ function demofusionPlan(form) {
     }
     const small = [height, width].map((side) => demofusionRound(side / scale));
     const known = ![later, ...given ? [] : [own]].some(({sampler}) => form.table.samplers[sampler][0] === "unknown");
-    return {h, w, scale, own: small, height, width, phases, base: 2 * base, total, given, known};
+    return {h, w, scale, own: small, height, width, phases, base: ofBase * base, total, given, known};
 }
 
 function demofusionBytes(bytes) {

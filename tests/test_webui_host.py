@@ -1132,8 +1132,8 @@ def test_one_argument_too_many_is_refused(host, calls, surplus, more):
 @pytest.mark.parametrize("value", [None, "", [2], {"a": 1}, "two", float("nan"), float("inf"), 10**400, -1, b"x"])
 def test_an_argument_of_another_kind_is_refused(host, calls, position, value):
     args = [True, 2, *(control.value for control in host.script.controls[2 : len(host.webui.settings.ARGUMENTS)])]
-    if position == 16 and isinstance(value, str) or position == 18 and value == "":
-        return  # a path; nothing
+    if position == 16 and isinstance(value, str) or position in (16, 18) and value in ("", None):
+        return  # a path; nothing, which gradio 4 says by None
     args[position] = value
     line = refusal(host.generate(*args))
     assert calls.rows == 0

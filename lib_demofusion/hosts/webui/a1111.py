@@ -47,6 +47,7 @@ def check_model(p: Any) -> None:
         raise ValueError("an instruct-pix2pix checkpoint edits a given image; a text-to-image checkpoint works")
 
 
+BASE_ALWAYS_GUIDED = True  # both branches are asked for, whatever the CFG scale is
 DECODES_PREVIEWS = True  # where its settings ask for full ones
 check_controls = units.check_hooked  # of ControlNet, when every script has had its turn
 
@@ -89,7 +90,7 @@ without_autocast = devices.without_autocast
 
 
 def check_finite(latents: Tensor) -> None:
-    """Raises the host's NansException for latents that are not finite anywhere; the host would see the first pixel."""
+    """Raises the host's NansException for latents, or an image, not finite anywhere; the host sees the first pixel."""
     devices.test_for_nans((0 * latents).sum(), "unet")
 
 

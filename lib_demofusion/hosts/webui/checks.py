@@ -31,11 +31,10 @@ PICTURES = 4  # how often the host has each finished picture in main memory, in 
 def plan_for(p: Any, config: DemoFusionConfig, start: Start | None = None) -> Plan:
     """The plan of one image of the host's processing p, whose fields are the base's. Raises ValueError, one line, if it cannot
     work.
-
-    The host itself asks the model for both branches of guidance in the base, whatever the CFG scale is.
     """
     calls = _calls_of(config.phase_sampler or p.sampler_name, config.phase_schedule or p.scheduler)
-    more = dict(branches=(2, 1 if (config.phase_cfg_scale or p.cfg_scale) == 1 else 2), calls=calls)
+    own = 1 if p.cfg_scale == 1 and not host.BASE_ALWAYS_GUIDED else 2
+    more = dict(branches=(own, 1 if (config.phase_cfg_scale or p.cfg_scale) == 1 else 2), calls=calls)
     more["final"] = resize_target(_own_size(p, start), config, FACTOR)
     if start is not None and start.from_picture:
         if start.window is None or config.window:

@@ -36,7 +36,10 @@ def decode(model: Any, latents: Tensor, base: Size) -> Any:
     """
     with _in_tiles(model, base, "decode", tiles.decode):
         checked = {name: True for name in ("check_for_nans",) if name in signature(processing.decode_latent_batch).parameters}
-        return processing.decode_latent_batch(model, latents, devices.cpu, **checked)
+        made = processing.decode_latent_batch(model, latents, devices.cpu, **checked)
+    for image in made:
+        host.check_finite(image)
+    return made
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from lib_demofusion.phases import Phase
 from lib_demofusion.views import Size, View
 
 autocast = without_autocast = nullcontext  # its models cast by themselves
-DECODES_PREVIEWS = False  # not even where its settings ask for full ones
+BASE_ALWAYS_GUIDED = DECODES_PREVIEWS = False  # the latter not even where its settings ask for full ones
 EMBEDDED = 256  # numbers that the host makes of one of SDXL's sizes
 
 
@@ -101,9 +101,9 @@ def coding(model: Any, kind: str, whole: Callable, x: Tensor, base: Size) -> tup
 
 
 def check_finite(latents: Tensor) -> None:
-    """Raises ValueError, one line, for latents that are not finite everywhere."""
+    """Raises ValueError, one line, for latents, or an image, that are not finite everywhere."""
     if not torch.isfinite(latents).all():
-        raise ValueError("the model gave NaN; start the host with its option for a UNet in single precision")
+        raise ValueError("the model or its autoencoder gave NaN; start the host with its options for single precision")
 
 
 @functools.cache

@@ -133,4 +133,4 @@ class BaseHooks:
         if self.called:  # the callback comes before the model's call
             self.progress.pace.count(1, 1)
         self.called = True
-        self.progress.calls += len(params.x)
+        self.progress.calls += sum(conds.shape[0] for conds in (params.text_cond, params.text_uncond) if conds is not None)

@@ -26,12 +26,14 @@ def readout_table() -> dict[str, Any]:
     (`second_pass.resolved`).
 
     A preset: what it is and when to take it, and those of its settings on which the number of model calls depends. same:
-    what the form shows for "as the base". scales: a result's sides are more than the first times those of what it is made
-    from, and at most the second. schedules: by their labels the names that they have, in small letters.
+    what the form shows for "as the base". guided: whether the base has both branches at any CFG scale. scales: a result's
+    sides are more than the first times those of what it is made from, and at most the second. schedules: by their labels the
+    names that they have, in small letters.
     """
     scale = CONFIG_FIELDS["scale"].metadata
     return {
         "same": SAME,
+        "guided": host.BASE_ALWAYS_GUIDED,
         "scales": [scale["low"], scale["high"]],
         "windows": {"largest": LARGEST, "fitting": FITTING, "worth": WORTH},
         "samplers": {name: [known.counts, known.levels, int(known.discards), known.least] for name, known in SAMPLERS.items()},
