@@ -144,7 +144,15 @@ def test_in_arguments_the_forms_words_nothing_and_spaces_mean_as_the_base(host):
         assert getattr(settings.read_settings([*args, " LCM"]).config, name) == " LCM", "nothing is guessed"
 
 
-@pytest.mark.parametrize("wrong", [None, 1, 1.5, True, ["a"], {}])
+@pytest.mark.parametrize("name", ["resume", "start_from", "phase_prompt", "upscaler"])
+def test_a_field_without_a_text_is_empty(host, name):
+    """As gradio 4 has it, in the form and in what a request leaves to it."""
+    args = [True, *(control.value for control in host.script.controls[1 : index(host, name)])]
+    settings = host.webui.settings
+    assert settings.read_settings([*args, None]) == settings.read_settings([*args, ""])
+
+
+@pytest.mark.parametrize("wrong", [1, 1.5, True, ["a"], {}])
 def test_what_is_no_text_is_refused_in_one_line(host, wrong):
     settings = host.webui.settings
     for name in settings.TEXTS:
