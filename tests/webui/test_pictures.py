@@ -387,12 +387,16 @@ def test_tiling_repeats_without_a_seam(host):
 @pytest.mark.usefixtures("host_tiles")
 @pytest.mark.parametrize("preset", ["Paper", "Fast"])
 def test_tiling_repeats_without_a_seam_where_the_phase_before_holds(host, preset):
+    """On the mean of four pictures: what one shows may end at its border by itself."""
     config = host.webui.settings.DemoFusionConfig.preset(preset)
     settings = {name: getattr(config, name) for name in host.webui.settings.PRESET_SETTINGS}
-    kwargs = dict(width=128, height=128, steps=12, prompt="two red striped rings on grass")
-    tiled, plain = (host.generate(True, 2, settings, tiling=tiling, **kwargs).images[0] for tiling in (True, False))
-    assert seam(tiled) < 1.2
-    assert seam(plain) > 1.4
+
+    def seams(tiling):
+        kwargs = dict(width=128, height=128, steps=12, prompt="two red striped rings on grass", tiling=tiling)
+        return [seam(host.generate(True, 2, settings, seed=seed, **kwargs).images[0]) for seed in range(1, 5)]
+
+    assert np.mean(seams(True)) < 1.2
+    assert min(seams(False)) > 1.4
 
 
 def test_intermediate_phases_are_saved_beside_the_output(host):
