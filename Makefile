@@ -67,7 +67,8 @@ settings-sheet: $(READY)
 train: $(READY)
 	$(RUN) -m training.train $(TRAIN)
 
-# On a real WebUI: WEBUI_DIR is its folder, WEBUI_PYTHON its Python (with pytest, and playwright for the browser's test).
+# On a real host, AUTOMATIC1111's WebUI or one of Forge's kind: WEBUI_DIR is its folder, WEBUI_PYTHON its Python (with pytest,
+# and playwright for the browser's test). OTHER_WEBUI_DIR and OTHER_WEBUI_PYTHON, another host's, add a comparison of both.
 # SCREENSHOTS=folder keeps pictures of the form, as docs/webui has them; a font must have emoji in colour for that, such as
 # the package fonts-noto-color-emoji.
 # NEIGHBOURS_DIR, a folder with other extensions as they are cloned, adds the tests beside them, ControlNet's among them.
