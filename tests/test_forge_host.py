@@ -10,7 +10,7 @@ import fake_webui
 import pytest
 import torch
 from PIL import Image
-from webui_fixtures import assert_same, refusal, said, watch_calls
+from webui_fixtures import assert_same, heun, refusal, said, watch_calls
 
 STEPS = 4
 VIEWS = {2: 9 + 4, 3: 25 + 9}
@@ -28,17 +28,6 @@ def euler_a(model, x, sigmas, extra_args, callback):
         up = min(after, (after**2 * (sigma**2 - after**2) / sigma**2) ** 0.5)
         x = x + ((after**2 - up**2) ** 0.5 - sigma) * (x - clean) / sigma
         x = x + up * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-    return x
-
-
-def heun(model, x, sigmas, extra_args, callback):
-    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
-        d = (x - model(x, sigma * x.new_ones(len(x)), **extra_args)) / sigma
-        callback({"i": i, "x": x})
-        if after > 0:
-            tried = x + (after - sigma) * d
-            d = (d + (tried - model(tried, after * x.new_ones(len(x)), **extra_args)) / after) / 2
-        x = x + (after - sigma) * d
     return x
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from arguments import settings_of
 from readout import NODE, in_node
-from webui_fixtures import assert_as_before, assert_same, direct_run, refusal, said, snapshot, watch_calls
+from webui_fixtures import assert_as_before, assert_same, direct_run, heun, refusal, said, snapshot, watch_calls
 
 from lib_demofusion.areas import Areas, areas_of
 from lib_demofusion.config import PRESETS, DemoFusionConfig
@@ -259,18 +259,6 @@ def test_a_step_that_is_asked_for_twice_is_blended_once(host, calls, monkeypatch
     twice = host.generate(True, 2).latents[0]
     assert calls.rows - rows == rows + 2 * STEPS * VIEWS[2]  # the base is sampled as ever
     assert torch.equal(once, twice)
-
-
-def heun(model, x, sigmas, extra_args, callback):
-    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
-        clean = model(x, sigma * x.new_ones(len(x)), **extra_args)
-        callback({"i": i, "x": x})
-        d = (x - clean) / sigma
-        if after > 0:
-            tried = x + (after - sigma) * d
-            d = (d + (tried - model(tried, after * x.new_ones(len(x)), **extra_args)) / after) / 2
-        x = x + (after - sigma) * d
-    return x
 
 
 def adaptive(model, x, sigmas, extra_args, callback):

@@ -140,3 +140,16 @@ def direct_run(models, base, sampler, scale, steps, cfg, seeds, jitter=True, pro
 def assert_same(a, b, tolerance=1e-4):
     assert a.shape == b.shape
     assert ((a - b).abs().max() / b.std()).item() < tolerance
+
+
+def heun(model, x, sigmas, extra_args, callback):
+    """A sampler of second order, as the stand-ins take one."""
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        clean = model(x, sigma * x.new_ones(len(x)), **extra_args)
+        callback({"i": i, "x": x})
+        d = (x - clean) / sigma
+        if after > 0:
+            tried = x + (after - sigma) * d
+            d = (d + (tried - model(tried, after * x.new_ones(len(x)), **extra_args)) / after) / 2
+        x = x + (after - sigma) * d
+    return x

@@ -15,7 +15,7 @@ from modules.sd_hijack import model_hijack
 from torch import Tensor, nn
 
 from lib_demofusion.hosts.webui import units
-from lib_demofusion.hosts.webui.sampling import FACTOR, for_views, size_ids
+from lib_demofusion.hosts.webui.sampling import FACTOR, for_views, set_up_prompts, size_ids
 from lib_demofusion.memory import ViewBatch
 from lib_demofusion.phases import Phase
 from lib_demofusion.views import Size, View
@@ -66,11 +66,8 @@ def unet(model: Any) -> nn.Module:
 
 
 def coder(model: Any, kind: str) -> nn.Module | None:
-    """The network that would encode or decode ("encode", "decode"), in this process; None where another does."""
-    network = getattr(model.first_stage_model, f"{kind}r", None)
-    if network is None or getattr(network.forward, "__func__", None) is not type(network).forward:  # Tiled VAE, for one
-        return None
-    return network
+    """The network that would encode or decode ("encode", "decode"); None where there is none."""
+    return getattr(model.first_stage_model, f"{kind}r", None)
 
 
 def coding(model: Any, kind: str, whole: Callable, x: Tensor, base: Size) -> tuple[Callable[[Tensor], Any], Tensor]:
@@ -188,11 +185,7 @@ def set_up_model(p: Any, phase: Phase, checkpoint: Any = None) -> bool:
             sd_models.reload_model_weights(info=checkpoint)
         sd_models.apply_alpha_schedule_override(p.sd_model, p)
         activate(p, p.extra_network_data)
-    anew = refined or p.c is None or p.steps != phase.steps
-    if anew:
-        p.steps = phase.steps
-        p.setup_conds()
-    return anew
+    return set_up_prompts(p, phase, refined)
 
 
 def levels_of(p: Any) -> Any:

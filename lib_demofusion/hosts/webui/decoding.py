@@ -22,6 +22,8 @@ def may_use_tiles(model: Any, kind: str = "decode") -> bool:
     network = host.coder(model, kind)
     if network is None or getattr(shared.opts, f"sd_vae_{kind}_method") != "Full":
         return False
+    if getattr(network.forward, "__func__", None) is not type(network).forward:  # Tiled VAE, for one, has taken its place
+        return False
     try:
         tiles.resamplers(network)
     except ValueError:

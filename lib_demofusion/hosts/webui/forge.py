@@ -24,9 +24,9 @@ from modules import extra_networks, scripts, sd_models, sd_samplers_common, shar
 from modules_forge.utils import apply_circular_forge
 from torch import Tensor, nn
 
-from lib_demofusion.hosts.webui import patched_controls
+from lib_demofusion.hosts.webui import patched_controls, units
 from lib_demofusion.hosts.webui.patched_controls import Controls
-from lib_demofusion.hosts.webui.sampling import FACTOR, for_views, size_ids
+from lib_demofusion.hosts.webui.sampling import FACTOR, for_views, set_up_prompts, size_ids
 from lib_demofusion.memory import ViewBatch
 from lib_demofusion.phases import Phase
 from lib_demofusion.views import Size, View
@@ -53,8 +53,7 @@ def check_model(p: Any) -> None:
         raise ValueError(f"this checkpoint has no UNet of Stable Diffusion, or was trained for rectified flow; {works}")
     if p.tiling in ("X", "Y"):
         raise ValueError(f"the image is to tile along {p.tiling} alone; choose XY, or None")
-    refiner = getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none")
-    if refiner and hasattr(sd_samplers_common, "ORIGINAL_CHECKPOINT"):
+    if units.refines(p) and hasattr(sd_samplers_common, "ORIGINAL_CHECKPOINT"):
         raise ValueError("this host's refiner does not go back to the first checkpoint within a picture; untick it")
 
 
@@ -76,14 +75,11 @@ def unet(model: Any) -> nn.Module:
 
 
 def coder(model: Any, kind: str) -> nn.Module | None:
-    """The network that would encode or decode ("encode", "decode") at once; None where the host, or another, tiles it."""
+    """The network that would encode or decode ("encode", "decode") at once; None where the host tiles, or another codes."""
     vae = model.forge_objects.vae
     if memory_management.VAE_ALWAYS_TILED or vae.patcher.model_options.get(f"model_vae_{kind}_wrapper") is not None:
         return None
-    network = getattr(vae.first_stage_model, f"{kind}r", None)
-    if network is None or getattr(network.forward, "__func__", None) is not type(network).forward:
-        return None
-    return network
+    return getattr(vae.first_stage_model, f"{kind}r", None)
 
 
 def coding(model: Any, kind: str, whole: Callable, x: Tensor, base: Size) -> tuple[Callable[[Tensor], Any], Tensor]:
@@ -206,12 +202,7 @@ def set_up_model(p: Any, phase: Phase, checkpoint: Any = None) -> bool:
         load_checkpoint(p, checkpoint or sd_models.model_data.forge_loading_parameters["checkpoint_info"])
         wrap_around(False)
         activate(p, p.extra_network_data)
-    unguided = p.uc is None and p.cfg_scale != 1  # the base was, for which the host sets up no negative prompt
-    anew = refined or unguided or p.c is None or p.steps != phase.steps
-    if anew:
-        p.steps = phase.steps
-        p.setup_conds()
-    return anew
+    return set_up_prompts(p, phase, refined)
 
 
 @contextmanager

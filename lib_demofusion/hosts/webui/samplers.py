@@ -54,10 +54,10 @@ SAMPLERS = {  # of all hosts of the family
     "DEIS": Sampler("first"),
     "DDPM": Sampler("first", "always"),
 }
-_OTHERS = {name for name, *_ in getattr(sd_samplers_kdiffusion, "samplers_k_diffusion", ())}
-if "LCM" in _OTHERS:  # of k-diffusion's kind, with all levels
+_OF_K_DIFFUSION = {name for name, *_ in getattr(sd_samplers_kdiffusion, "samplers_k_diffusion", ())}
+if "LCM" in _OF_K_DIFFUSION:  # with all levels
     SAMPLERS["LCM"] = Sampler("first", "always")
-if "UniPC" in _OTHERS:  # likewise; its corrector would undo the skip residual
+if "UniPC" in _OF_K_DIFFUSION:  # whose corrector would undo the skip residual
     del SAMPLERS["UniPC"]
 
 

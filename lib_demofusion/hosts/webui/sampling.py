@@ -24,6 +24,16 @@ def base_steps(p: Any) -> tuple[int, int]:
     return steps, steps - run
 
 
+def set_up_prompts(p: Any, phase: Phase, again: bool) -> bool:
+    """p's prompts on the phase's own steps. again: whatever they are now. Returns whether they have been set up anew."""
+    unguided = p.uc is None and p.cfg_scale != 1  # the base was, for which some hosts set up no negative prompt
+    anew = again or unguided or p.c is None or p.steps != phase.steps
+    if anew:
+        p.steps = phase.steps
+        p.setup_conds()
+    return anew
+
+
 def create_sampler(p: Any) -> Any:
     """A sampler of p's own kind, as a phase needs it."""
     sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)

@@ -51,6 +51,11 @@ def hook_of(p: Any) -> Any:
     return getattr(script_of(p)[0], "latest_network", None)
 
 
+def refines(p: Any) -> bool:
+    """Whether p asks for a refiner."""
+    return getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none")
+
+
 def asked(args: Sequence[Any]) -> list[Any]:
     """The units among the script's arguments that say they are on; what becomes of others the extension decides."""
     units = [unit for unit in args if unit is not None and not isinstance(unit, (bool, str))]
@@ -70,7 +75,7 @@ def check(p: Any, own_checkpoint: bool = False) -> None:
             "under ControlNet's Batch Options, or DemoFusion"
         )
     wanted = asked(args)
-    if wanted and getattr(p, "refiner_checkpoint", None) not in (None, "", "None", "none"):
+    if wanted and refines(p):
         raise ValueError("ControlNet hangs on one checkpoint, and the refiner is another; untick one of the two")
     if wanted and own_checkpoint:
         raise ValueError(
