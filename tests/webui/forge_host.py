@@ -1,6 +1,8 @@
 """Hosts of Forge's kind, which keep their models in `backend`: how such a host is told, started, and given a checkpoint."""
 
+import ast
 import importlib
+import re
 from pathlib import Path
 
 EMBEDDED = "demofusion-embedded.safetensors"
@@ -69,6 +71,12 @@ def networks(model):
     }
 
 
+def _contents(part):
+    """What a patcher has, but for its network: as text without addresses, which are others when a model is loaded again."""
+    texts = {name: repr(value) for name, value in vars(part).items() if not hasattr(value, "named_modules")}
+    return {name: re.sub(r"0x[0-9a-f]+", "", text) for name, text in texts.items()}
+
+
 def state(model):
     """What of a loaded checkpoint an extension could leave changed: its parts, their options, and its noise levels.
 
@@ -76,14 +84,20 @@ def state(model):
     """
     last, unet = model.forge_objects.unet, model.forge_objects_after_applying_lora.unet
     stages = ("forge_objects_original", "forge_objects_after_applying_lora")
+    parts = {stage: {name: part for name, part in vars(getattr(model, stage)).items() if part is not None} for stage in stages}
     return {
-        "parts": {stage: {name: id(part) for name, part in vars(getattr(model, stage)).items()} for stage in stages},
-        "patches": {name: repr(value) for name, value in vars(unet).items() if name != "model"},
+        "parts": {stage: {name: type(part) for name, part in group.items()} for stage, group in parts.items()},
+        "patches": {stage: {name: _contents(part) for name, part in group.items()} for stage, group in parts.items()},
         "own": sorted(vars(unet.model)) + sorted(vars(model).keys() - {"alphas_cumprod"}),  # of DDIM, the host's
         "ours": "lib_demofusion" in repr(vars(last)),
         "sigmas": unet.model.predictor.sigmas.tolist(),
         "tiling": model.tiling_enabled,
     }
+
+
+def loras(model):
+    """The LoRAs that a loaded checkpoint has, and the UNet's weight of each, by the host's own note of them."""
+    return [(Path(file).stem, weight) for file, weight, *_ in ast.literal_eval(model.current_lora_hash)]
 
 
 def load(checkpoint=EMBEDDED):
