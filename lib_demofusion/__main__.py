@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name that the console cannot show
     try:
         args = parse(argv)
-        return run(*(args, None) if args.resume is None else resumed(args, argv))
+        with joined(args) as (ranks, device):
+            return run(*(args, None) if args.resume is None else resumed(args, argv), ranks, device)
     except (Refused, ValueError) as error:
         complain(error, str(error))
         return 2
@@ -62,18 +63,45 @@ def main(argv: list[str] | None = None) -> int:
 def complain(error: BaseException, line: str) -> None:
     """One line for the user, after where the error came from if that is asked for."""
     trace(error)
-    if sys.stderr:
+    if sys.stderr and not rank_here():
         with suppress(OSError, ValueError):  # nobody is there to read it
             print(f"demofusion: {' '.join(line.split())}", file=sys.stderr)
 
 
-def run(args: argparse.Namespace, resume) -> int:
+def rank_here() -> int:
+    """This process's place among those that torchrun started, of which only the first one, 0, says something."""
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(rank) if rank.isdecimal() and count.isdecimal() and int(rank) < int(count) else 0
+
+
+@contextmanager
+def joined(args: argparse.Namespace):
+    """Yields the ranks that torchrun started, for the time of the job, and this one's device if it is a card; else None."""
+    if not {"RANK", "WORLD_SIZE"} & set(os.environ):
+        yield None, None
+        return
+    if args.device:
+        raise Refused("--device is not for torchrun, which gives each process a card of its own; leave it out")
+    from lib_demofusion import distributed
+
+    ranks, device = distributed.join()
+    try:
+        with distributed.sharing(ranks):
+            yield ranks, device
+    finally:
+        distributed.leave(ranks)
+
+
+def run(args: argparse.Namespace, resume, ranks=None, device: str | None = None) -> int:
+    """ranks: the processes that make the pictures together, if there are several; device: this one's."""
+    writes = not ranks or ranks.rank == 0
     with blamed_on(args.resume):
         config = DemoFusionConfig(**{f.name: getattr(args, f.name) for f in METHOD})
         check_arguments(args)
         if resume:
             check_phase(args, resume)
-    check_output(args)
+    if writes:
+        check_output(args, bool(ranks))
     with blamed_on(args.resume):
         image, mask = (path and open_image(path, what) for path, what in ((args.image, "image"), (args.mask, "mask")))
         if image:
@@ -90,8 +118,8 @@ def run(args: argparse.Namespace, resume) -> int:
             check_channels(resume, channels_of(model))
         for net in args.controlnet:
             host.check_controlnet(net)
-    pipe = load(host, args, model)
-    phase_pipe = load(host, args, args.phase_checkpoint) if args.phase_checkpoint and not args.image else None
+    pipe = load(host, args, model, device)
+    phase_pipe = load(host, args, args.phase_checkpoint, device) if args.phase_checkpoint and not args.image else None
     pipes = (pipe, phase_pipe or pipe)
     shape = {
         name: getattr(args, name) for name in ("height", "width", "steps", "cfg_scale", "sampler", "schedule", "mask_blur")
@@ -111,6 +139,8 @@ def run(args: argparse.Namespace, resume) -> int:
     if args.size and not image:
         config = replace(config, scale=scale_for(args.size, plan.window, factor))
         plan = host.plan_for(pipe, config, **shape)
+    if args.plan and not writes:
+        return 0
     if args.plan:
         if image:
             print(f"window: {plan.window[1] * factor}x{plan.window[0] * factor}")
@@ -118,11 +148,13 @@ def run(args: argparse.Namespace, resume) -> int:
         held = dict(controls=shape["controls"], phase_pipe=phase_pipe, loras=[*loras["lora"], *loras["phase_lora"]])
         print(memory_line(host, pipe, plan, config, held))
         return 0
-    check_space(args.output, plan, factor)
+    if writes:
+        check_space(args.output, plan, factor)
 
     done = plan.evaluations_to(resume.number) if resume else 0
-    with interruptible() as stopped, Console(plan.evaluations * args.batch_count, done) as console:
-        job = Job(args, config, host, pipe, plan, resume, {**shape, **{f"{name}s": loras[name] for name in LORAS}}, console)
+    settings = {**shape, **{f"{name}s": loras[name] for name in LORAS}}
+    with interruptible(bool(ranks)) as stopped, Console(plan.evaluations * args.batch_count, done, not writes) as console:
+        job = Job(args, config, host, pipe, plan, resume, settings, console, ranks)
         for number in range(args.batch_count):
             path = args.output if args.batch_count == 1 else suffixed(args.output, f"{number + 1}")
             job.make(path, args.seed + number, stopped)
@@ -212,11 +244,11 @@ def import_host():
     return host
 
 
-def load(host, args: argparse.Namespace, model):
-    """A pipeline, on the device and in the dtype asked for."""
+def load(host, args: argparse.Namespace, model, device: str | None = None):
+    """A pipeline, on the device and in the dtype asked for. device: that of this process, if it is one of several."""
     import torch
 
-    device = args.device or host.default_device()
+    device = device or args.device or host.default_device()
     dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     return host.load_pipeline(model, device, getattr(torch, dtype))
 
@@ -241,19 +273,26 @@ def check_vocabulary(vocabulary: Path, *prompts: str) -> None:
 
 
 @contextmanager
-def interruptible():
-    """Yields a callable that says whether Ctrl-C was pressed. A second Ctrl-C stops at once."""
+def interruptible(started: bool = False):
+    """Yields a callable that says whether Ctrl-C was pressed. A second Ctrl-C stops at once.
+
+    started: by torchrun, which stops its processes by SIGTERM, repeats a Ctrl-C that they have had already, and kills those
+    that do not end; so there a second one is none.
+    """
     pressed = []
 
     def handler(number, frame):
         pressed.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not started:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, handler)
+    signals = (signal.SIGINT, signal.SIGTERM) if started else (signal.SIGINT,)
+    before = [signal.signal(number, handler) for number in signals]
     try:
         yield lambda: bool(pressed)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in zip(signals, before):
+            signal.signal(number, old)
 
 
 def entry() -> None:

@@ -425,8 +425,11 @@ def of_each(args: argparse.Namespace, name: str) -> list:
     return values * len(args.controlnet) if len(values) == 1 else values
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """Raises Refused or ValueError, one line, unless all that the job writes can be written, as far as that can be told."""
+def check_output(args: argparse.Namespace, shared: bool = False) -> None:
+    """Raises Refused or ValueError, one line, unless all that the job writes can be written, as far as that can be told.
+
+    shared: among several processes, which write what it takes to go on after each phase.
+    """
     if args.output.suffix.lower() != ".png":
         raise Refused(f"the output must be a .png file, got {args.output}")
     if args.plan:
@@ -436,7 +439,9 @@ def check_output(args: argparse.Namespace) -> None:
         paths = [suffixed(args.output, f"{number}") for number in (1, args.batch_count)]
     for path in tuple(paths):
         if args.save_phases:
-            paths += [suffixed(path, "phase1"), suffixed(path, "phase1").with_suffix(".safetensors")]
+            paths.append(suffixed(path, "phase1"))
+        if args.save_phases or shared:
+            paths.append(suffixed(path, "phase1").with_suffix(".safetensors"))
         if args.compare:
             paths.append(suffixed(path, "compare"))
     check_writable(*paths)

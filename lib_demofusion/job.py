@@ -42,11 +42,17 @@ def told(error: BaseException) -> str:
 
 
 class Console:
-    """The progress bar, and lines above it. A console that is gone, or that cannot show something, ends no job."""
+    """The progress bar, and lines above it. A console that is gone, or that cannot show something, ends no job.
 
-    def __init__(self, total: int, done: int):
+    quiet: nothing is shown, as that of another process is.
+    """
+
+    def __init__(self, total: int, done: int, quiet: bool = False):
         self.bar = None
+        self.quiet = quiet
         with suppress(Exception):
+            if quiet:
+                return
             from tqdm import tqdm
 
             class Bar(tqdm):
@@ -76,13 +82,19 @@ class Console:
         self._write(line, sys.stderr)
 
     def _write(self, line: str, stream) -> None:
+        if self.quiet:
+            return
         with suppress(Exception):
             self.bar.write(line, stream) if self.bar is not None else stream.write(f"{line}\n")
 
 
 @dataclass
 class Job:
-    """The images of one command. misplaced: how many files of intermediate phases are not where they should be."""
+    """The images of one command.
+
+    ranks: the processes that make them together; those after the first one write nothing. misplaced: how many files of
+    intermediate phases are not where they should be.
+    """
 
     args: argparse.Namespace
     config: DemoFusionConfig
@@ -92,6 +104,7 @@ class Job:
     resume: Any
     shape: dict[str, Any]  # of the base, or the image that is given instead, and how it is sampled
     console: Console
+    ranks: Any = None
     misplaced: int = 0
 
     def make(self, path: Path, seed: int, stopped: Callable[[], bool]) -> None:
@@ -99,6 +112,7 @@ class Job:
         from lib_demofusion.phases import Pace
 
         pace, stop, last = Pace(self.plan), None, len(self.plan.phases)
+        writes, spare = not self.ranks or self.ranks.rank == 0, []  # spare: files that a finished picture makes needless
 
         def advance(phase, views):
             pace.count(phase.number, views)
@@ -106,12 +120,17 @@ class Job:
 
         def keep(result, saved):
             number = result.phases[-1][0].number
-            if number == last:
+            if number == last or not writes:
                 return
             if line := pace.to_come(number):
                 self.console.note(line)
+            beside = suffixed(path, f"phase{number}")
             if self.args.save_phases:
-                self.write_phase(result, saved, suffixed(path, f"phase{number}"), seed)
+                self.write_phase(result, saved, beside, seed)
+            elif self.ranks:  # whatever starts them ends all when one is lost
+                file = beside.with_suffix(".safetensors")
+                spare.extend([] if file.exists() else [file])
+                self.write_resume(saved, file, seed)
 
         try:
             result = self.host.generate(
@@ -124,10 +143,15 @@ class Job:
                 cancelled=stopped,
                 finished=keep,
                 resume=self.resume,
+                group=self.ranks or False,
                 **self.shape,
             )
         except self.host.Incomplete as error:
             stop, result = error, error.result
+        if not writes:
+            if stop:
+                raise Ended(str(stop), 130 if stop.cancelled else 1) from stop
+            return
         if result.view_batch.size < self.config.view_batch_size:
             asked = self.config.view_batch_size
             self.console.note(f"a view batch size of {asked} did not fit; {result.view_batch.size} did")
@@ -135,6 +159,9 @@ class Job:
         place, lost = self.write(result, path, seed) if result.phases or picture else (None, [])
         if not stop and not lost:
             self.console.say(f"{path}: {result.evaluations:,} model calls")
+            for file in spare:
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
             return
         reached = result.phases[-1][0].number if result.phases else 0
         if place is None:
@@ -192,25 +219,34 @@ class Job:
         return [f"{path} cannot be written: {why}, and is in {place}"] if why else []
 
     def write_phase(self, result: Any, saved: Any, path: Path, seed: int) -> None:
-        """The files of an intermediate phase; what fails here, a full disk for one, must not end what can still be finished."""
+        """The files of an intermediate phase."""
+
+        def picture(file):
+            save_png(file, result.images()[0], infotext(self.args, self.config, result, seed))
+
+        self.write_resume(saved, path.with_suffix(".safetensors"), seed)
+        self._write_beside(path, picture)
+
+    def write_resume(self, saved: Any, file: Path, seed: int) -> None:
+        """The file from which a job can go on after the phase."""
 
         def saved_phase(file):
             settings = settings_to_resume(self.args, self.config, self.pipe, self.plan, seed)
             file.write(replace(saved, settings=settings).to_bytes())
 
-        def picture(file):
-            save_png(file, result.images()[0], infotext(self.args, self.config, result, seed))
+        self._write_beside(file, saved_phase)
 
-        for file, write in ((path.with_suffix(".safetensors"), saved_phase), (path, picture)):
-            try:
-                place, why = write_somewhere(file, write)
-                line = f"{file} cannot be written: {why}; it is in {place}" if why else ""
-            except Exception as error:
-                trace(error)
-                line = f"{file} cannot be written: {told(error)}"
-            if line:
-                self.misplaced += 1
-                self.console.note(line)
+    def _write_beside(self, file: Path, write: Callable[[Any], None]) -> None:
+        """What fails here, a full disk for one, must not end what can still be finished."""
+        try:
+            place, why = write_somewhere(file, write)
+            line = f"{file} cannot be written: {why}; it is in {place}" if why else ""
+        except Exception as error:
+            trace(error)
+            line = f"{file} cannot be written: {told(error)}"
+        if line:
+            self.misplaced += self.args.save_phases
+            self.console.note(line)
 
 
 def control_parameters(args: argparse.Namespace) -> dict[str, str]:

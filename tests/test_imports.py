@@ -14,7 +14,7 @@ LAYERS = [
     ["saved", "pictures"],
     ["schedule", "views"],
     ["fusion", "decode", "control"],
-    ["areas"],
+    ["areas", "distributed"],
     ["original"],
     ["phases"],
     ["hosts"],
@@ -23,7 +23,7 @@ LAYERS = [
     ["__main__"],
 ]
 CORE = ["config", "memory", "files", "schedule", "views", "fusion", "decode", "control", "areas", "original", "phases"]
-CORE += ["arguments"]
+CORE += ["arguments", "distributed"]
 
 
 def imports(path):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lib_demofusion import decode as tiles
 from lib_demofusion.config import DemoFusionConfig, first_line
+from lib_demofusion.distributed import sharing
 from lib_demofusion.fusion import Cancelled
 from lib_demofusion.hosts.diffusers_arguments import base_size, final_size, given_picture, own_side, plain_image, seeds_of
 from lib_demofusion.hosts.diffusers_autoencoder import decode_latents, encode_picture, one_at_a_time, overflows, tileable
@@ -120,6 +121,7 @@ def generate(
     cancelled: Callable[[], bool] | None = None,
     finished: Callable[[Result, SavedPhase], None] | None = None,
     resume: SavedPhase | None = None,
+    group: Any = None,
 ) -> Result:
     """Images of config.scale times height x width (pixels; the model's own size unless given), or of that times `image`.
 
@@ -137,6 +139,10 @@ def generate(
     progress: called after every model call with the phase and the views just done. cancelled: asked before
     every model call. finished: called after each phase that is sampled, with the result so far and what it takes to go on
     from there. resume: such a phase, to go on after it; the other settings must be those it was made with.
+
+    group: a process group of torch.distributed whose ranks make the picture together; torch's default one if there is one,
+    unless it is False. Each calls this with the same settings, and gets the same pictures; how many views go into a call is
+    a matter of each, and then the picture hangs on it in its last bits. progress and finished are called on each.
 
     A pipeline serves one job at a time: from several threads, a job waits until the one before it is done.
 
@@ -161,14 +167,16 @@ def generate(
     scale = given.times([side * factor for side in last.size]) if given else last.scale
     with one_at_a_time(*pipes, networks=[control.model for control in controls]), ExitStack() as stack:
         unet, start = pipes[0].unet, "picture" if given else "base"
-        device = device_of(pipes[0], unet)
+        device, ranks = device_of(pipes[0], unet), stack.enter_context(sharing(group))
         check_fits(last.size, scale, device, unet.config.in_channels, len(seeds), factor, start=start)
         upscaler = load_upscaler(config.upscaler, device, unet.dtype, *filter(None, [cancelled]))
         adapters = [stack.enter_context(Adapters(each, (*loras, *phase_loras))) for each in dict.fromkeys(pipes)]
         numbers = (len(loras), len(loras) + len(phase_loras))
         parts = map(Part, pipes, sampled, prompts, (adapters[0], adapters[-1]), numbers)
-        calls = dict(progress=progress, cancelled=cancelled, finished=finished)
+        calls = dict(progress=progress, cancelled=cancelled, finished=finished, ranks=ranks)
         run = Run(plan, config, tuple(parts), seeds, given=given, controls=controls, upscaler=upscaler, **calls)
+        if ranks:
+            ranks.start(plan, config, prompts, seeds, sampled, resume and resume.number)
         try:
             with torch.inference_mode():
                 run.encode_prompts(base=given is None and resume is None)

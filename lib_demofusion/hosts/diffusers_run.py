@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib_demofusion.areas import Areas, areas_of, asks_for_areas, guidance_scale
 from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.distributed import Ranks, SharedViewBatch
 from lib_demofusion.fusion import Cancelled, crops_of
 from lib_demofusion.hosts.diffusers_autoencoder import as_image, decode, decode_latents, encode, encode_picture
 from lib_demofusion.hosts.diffusers_checkpoints import device_of
@@ -32,7 +33,8 @@ from lib_demofusion.views import Size, View
 class Result:
     """Finished phases, the base first, each with its latents [B, C, H, W] on the CPU.
 
-    evaluations: views that the model saw, per image, as counted at the model. view_batch: how many went into a call.
+    evaluations: views that the model saw, per image, as counted at the model, or the models of all ranks. view_batch: how
+    many went into a call of this process.
     given: the picture that the job began with, if it did; its latents, shrunken to the window, take the base's place.
     phase_pipe: what made the phases after the base, if another pipeline did.
     """
@@ -125,7 +127,7 @@ class Part:
 class Run:
     """One call of `generate`: the settings, the prompts' embeddings, the seeded generators and what is finished.
 
-    parts: what the base is made with, and what the phases after it are.
+    parts: what the base is made with, and what the phases after it are. ranks: the processes that share the job, if it is.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Run:
         progress: Callable[[Phase, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         finished: Callable[[Result, SavedPhase], None] | None = None,
+        ranks: Ranks | None = None,
     ):
         self.plan = plan
         self.config = config
@@ -150,13 +153,15 @@ class Run:
         self.progress = progress
         self.cancelled = cancelled or (lambda: False)
         self.finished = finished
+        self.ranks = ranks
         base, phases = parts
         self.device, self.factor = base.device, base.pipe.vae_scale_factor
         self.phase_schedule = phases.schedule(phases.sampling.kind.phase_settings)
         self.controls = Controls(controls, plan.window, self.factor)
         # On the CPU whatever the device, so that a seed gives one picture everywhere.
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
-        view_batch = ViewBatch(config.view_batch_size, self.device, "window" if given else "base image")
+        batches = (config.view_batch_size, self.device, "window" if given else "base image")
+        view_batch = SharedViewBatch(ranks, *batches) if ranks else ViewBatch(*batches)
         self.result = Result(plan, base.pipe, [], view_batch, given=given)
         if phases.pipe is not base.pipe:
             self.result.phase_pipe = phases.pipe
@@ -252,10 +257,13 @@ class Run:
         everything = [View("local", 0, 0, h, w)]
 
         def predict(x: Tensor, t: Tensor, sigma: float, since: float | None) -> Tensor:
-            if self.cancelled():
-                raise Cancelled
-            self.controls.step()
-            return self._model(phase, x, everything, t, sigma)
+            def call() -> Tensor:
+                if self.cancelled():
+                    raise Cancelled
+                self.controls.step()
+                return self._model(phase, x, everything, t, sigma)
+
+            return self.ranks.alike(call) if self.ranks else call()
 
         return self._sample(part, schedule, x, predict)
 
@@ -268,6 +276,10 @@ class Run:
     def denoise(self, phase: Phase, reference: Tensor, noise: Tensor, areas: Areas) -> Tensor:
         """Phases after the base: the same sampling, of the fused prediction, with the skip residual."""
         part, schedule = self._begin(phase), self.phase_schedule
+        if self.ranks:
+            reference, *masks = self.ranks.same(reference, areas.held, areas.unguided)
+            areas = Areas(*masks)
+            self.result.view_batch.elsewhere = lambda views: self._count(phase, views, views * phase.branches)
         fusion = fusion_for(
             self.plan,
             phase,
@@ -325,15 +337,18 @@ class Run:
         inputs = x.repeat(branches, 1, 1, 1).to(part.dtype)
         added = self.controls.residuals(views, inputs, t, branches, conditions)
         output = part.pipe.unet(inputs, t, return_dict=False, **conditions, **added)[0].float()
-        self.result.evaluations += len(output) // len(self.generators)
-        if self.progress is not None:
-            self.progress(phase, len(views))
+        self._count(phase, len(views), len(output) // len(self.generators))
         if prediction_type(part.pipe.scheduler) == "v_prediction":
             output = (output + sigma * x.repeat(branches, 1, 1, 1)) / math.sqrt(1 + sigma * sigma)
         if branches == 1:
             return output
         uncond, cond = output.chunk(2)
         return uncond + guidance_scale(part.sampling.cfg_scale, unguided) * (cond - uncond)
+
+    def _count(self, phase: Phase, views: int, evaluations: int) -> None:
+        self.result.evaluations += evaluations
+        if self.progress is not None:
+            self.progress(phase, views)
 
     def _size_ids(self, phase: Phase, views: Sequence[View]) -> Tensor:
         """SDXL's size conditions, a row a view: original (height, width), crop (top, left), target (height, width).
