@@ -277,7 +277,7 @@ def interruptible(started: bool = False):
     """Yields a callable that says whether Ctrl-C was pressed. A second Ctrl-C stops at once.
 
     started: by torchrun, which stops its processes by SIGTERM, repeats a Ctrl-C that they have had already, and kills those
-    that do not end; so there a second one is none.
+    that do not end. So there a second one is none, and SIGTERM stays unheard: what is left to do is the end.
     """
     pressed = []
 
@@ -291,8 +291,7 @@ def interruptible(started: bool = False):
     try:
         yield lambda: bool(pressed)
     finally:
-        for number, old in zip(signals, before):
-            signal.signal(number, old)
+        signal.signal(signal.SIGINT, before[0])
 
 
 def entry() -> None:
@@ -302,6 +301,10 @@ def entry() -> None:
             sys.stdout.flush()
     except OSError:  # whoever read it is gone; Python would say so once more at its end, with an exit code of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code and {"RANK", "WORLD_SIZE"} <= set(os.environ):
+        if sys.stderr:
+            sys.stderr.flush()
+        os._exit(code)  # what talks to ranks that are gone might not end
     sys.exit(code)
 
 

@@ -111,14 +111,15 @@ class Ranks:
                     dist.destroy_process_group(group)
 
     def exchange(
-        self, error: BaseException | None = None, wait: tuple[timedelta, timedelta] = (ANSWER, ANSWER), **told: Any
+        self, error: BaseException | None = None, wait: tuple[timedelta, timedelta] | None = None, **told: Any
     ) -> list[dict[str, Any]]:
         """What each rank says of itself, in their order. All of them call it alike.
 
         error: why this rank cannot go on, which is raised here, and on the others as what it means for them: Cancelled,
-        OutOfMemory, or RuntimeError with its line. wait: how long rank 0 waits for the others, and these for it.
+        OutOfMemory, or RuntimeError with its line. wait: how long rank 0 waits for the others, and these for it; ANSWER.
         Raises RankLost if a rank is gone or does not answer.
         """
+        wait = wait or (ANSWER, ANSWER)
         row, table = _row(error, told), torch.zeros(len(self), ROW, dtype=torch.uint8)
         try:
             if self.rank == 0:
