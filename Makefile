@@ -18,7 +18,7 @@ VENV_OLDEST ?= .venv-oldest
 RUN_OLDEST = $(VENV_OLDEST)/bin/python
 READY_OLDEST = $(VENV_OLDEST)/.ready
 
-.PHONY: demo test test-oldest lint bench bench-decode bench-memory performance sheet settings-sheet evaluate train clean webui test-webui bench-webui export-webui
+.PHONY: demo test test-oldest lint bench bench-decode bench-memory bench-distributed performance sheet settings-sheet evaluate train clean webui test-webui bench-webui export-webui
 
 demo: $(READY)
 	@mkdir -p $(OUT)
@@ -46,6 +46,10 @@ performance: $(READY)
 
 bench-memory: $(READY)
 	$(RUN) -m benchmarks.bench_memory
+
+# Two ranks on two cores against one; BENCH=--foreseen writes the table of docs/distributed.md
+bench-distributed: $(READY)
+	$(RUN) -m benchmarks.bench_distributed $(BENCH)
 
 # TILEVAE, the path of the Tiled VAE extension's scripts/tilevae.py, adds it to the table.
 bench-decode: $(READY)

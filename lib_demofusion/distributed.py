@@ -32,6 +32,7 @@ ROUND = 20.0  # seconds of work after which the ranks hear of each other, though
 UNEQUAL = 1.2  # how many times as long the slowest rank takes for a view before views go by pace
 TRIED_AGAIN = 0.9  # a rank that is too slow for any view is thought this much faster each time, until it gets one
 ROW = 512  # bytes that a rank says at a time
+JOINING = timedelta(minutes=2)  # within which all ranks must have been started
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -55,7 +56,12 @@ def shared_out(views: int, paces: Sequence[float]) -> list[list[int]]:
 
 
 def views_in(seconds: float, views: int, paces: Sequence[float], unit: int) -> int:
-    """How many of the views go into one round of at most so many seconds: all, or a whole number of `unit` for each rank."""
+    """How many of the views go into one round of at most so many seconds: all, or a whole number of `unit` for each rank.
+
+    One of these each where a pace is not known, which may be of any length.
+    """
+    if min(paces) <= 0:
+        return min(views, unit * len(paces))
     longest = max(len(share) * pace for share, pace in zip(shared_out(views, paces), paces))
     if longest <= seconds:
         return views
@@ -311,7 +317,7 @@ def join() -> tuple[Ranks, str | None]:
     local = int(os.environ.get("LOCAL_RANK", rank))
     if cards and local < cards:
         torch.cuda.set_device(local)
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=JOINING)
     ranks = Ranks(cards=cards > 0)
     with ranks.told():
         if cards and local >= cards:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,7 @@ def pixels(path):
         return image.size, image.tobytes()
 
 
+GIVEN = dict(zip((*distributed.VARIABLES, "LOCAL_RANK"), ("0", "2", "127.0.0.1", "1", "0")))
 SAME = ("euler", "ancestral", "batch", "picture", "fours")
 
 
@@ -245,7 +247,21 @@ def test_a_round_is_short_unless_a_view_is_long(views, paces, unit):
     assert taken == views or taken % least == 0
 
 
-GIVEN = dict(zip((*distributed.VARIABLES, "LOCAL_RANK"), ("0", "2", "127.0.0.1", "1", "0")))
+def test_the_first_round_is_a_call_of_each_rank_where_no_pace_is_known():
+    assert views_in(20, 65, [0.0, 0.0], 1) == 2
+    assert views_in(20, 65, [0.0, 1.0], 4) == 8
+    assert views_in(20, 3, [0.0, 0.0], 4) == 3
+
+
+def test_ranks_that_were_not_started_are_told(tmp_path, monkeypatch, capsys):
+    for name, value in {**GIVEN, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+    assert main(["one red ring", "-o", str(tmp_path / "out.png")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("demofusion: failed: ")
+    assert "1/2 clients joined" in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
