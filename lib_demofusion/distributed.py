@@ -266,7 +266,8 @@ class SharedViewBatch(ViewBatch):
             place.copy_(answer)
         gathered = zip(shares, ranks.gather(block))
         merged = {index: answer for share, part in gathered for index, answer in zip(share, part)}
-        self.elsewhere(len(views) - len(filled))
+        if len(views) != len(filled):
+            self.elsewhere(len(views) - len(filled))
         return [merged[index] for index in range(len(views))]
 
 

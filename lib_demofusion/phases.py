@@ -105,13 +105,17 @@ class Pace:
         self._per_view: float | None = None
 
     def count(self, number: int, views: int) -> None:
-        """So many views of phase `number` have just been looked at, by the whole batch and in all its branches."""
+        """So many views of phase `number` have just been looked at, by the whole batch and in all its branches.
+
+        Less than none: so many were counted too many.
+        """
         now = self._now()
         if number != self._number:
             self._number, self._began, self._views = number, now, 0
             return
         self._views += views * self.plan.phases[number - 1].branches
-        self._per_view = (now - self._began) / self._views
+        if self._views > 0:
+            self._per_view = (now - self._began) / self._views
 
     def seconds(self, number: int) -> float | None:
         """For the whole of phase `number`; None as long as there is nothing to tell it from."""
