@@ -199,6 +199,7 @@ class Ranks:
         self.exchange(wait=(ANSWER, PATIENCE))
         return [None if x is None else self._broadcast(x) for x in tensors]
 
+    @torch.inference_mode(False)  # gloo of old versions writes from a thread of its own, which no tensor made in it allows
     def _broadcast(self, x: Tensor) -> Tensor:
         sent = self._travelling(x)
         dist.broadcast(sent, self.members[0], group=self._data)
@@ -208,6 +209,7 @@ class Ranks:
         """A tensor where its group takes it from; never one that is somebody else's."""
         return (x if self._data is not self._control else x.cpu()).clone().contiguous()
 
+    @torch.inference_mode(False)
     def gather(self, x: Tensor) -> list[Tensor]:
         """Each rank's x, all of one shape, in the ranks' order."""
         sent = self._travelling(x)
