@@ -223,7 +223,8 @@ class SharedViewBatch(ViewBatch):
 
     The setting is as in ViewBatch, but 1 where that would be a fixed number by itself. A batch's size moves the last bits of
     a float, and how many views a rank has, and so its last call, hangs on the number of ranks. For the same reason a number
-    that was given is always kept to: the last call is filled up with views whose answers are dropped.
+    that was given is always kept to: the last call is filled up with views whose answers are dropped. That leaves a view's
+    place in its call, which moves these bits with torch 2.1 on a CPU: with one view a call nothing does.
     After memory has run out on a rank its calls are smaller, those of the others not.
     elsewhere: told after each round how many views the other ranks have looked at, less those filled up with.
     """
