@@ -146,7 +146,7 @@ def run(args: argparse.Namespace, resume, ranks=None, device: str | None = None)
             print(f"window: {plan.window[1] * factor}x{plan.window[0] * factor}")
         print(plan.table(factor))
         held = dict(controls=shape["controls"], phase_pipe=phase_pipe, loras=[*loras["lora"], *loras["phase_lora"]])
-        print(memory_line(host, pipe, plan, config, held))
+        print(memory_line(host, pipe, plan, shared(config, pipe.device) if ranks else config, held))
         return 0
     if writes:
         check_space(args.output, plan, factor)
@@ -185,6 +185,13 @@ def check_prompts(host, args: argparse.Namespace) -> None:
         check_vocabulary(host.EMBEDDED_CHECKPOINT / "vocabulary.txt", *texts)
 
 
+def shared(config: DemoFusionConfig, device) -> DemoFusionConfig:
+    """The settings as several processes have them, of which each calls the model for its part of the views."""
+    from lib_demofusion.distributed import views_a_call
+
+    return replace(config, view_batch_size=views_a_call(config.view_batch_size, device))
+
+
 def memory_line(host, pipe, plan, config: DemoFusionConfig, held: dict) -> str:
     """What the plan takes, and what its base image alone does; with automatic view batches, what it starts with.
 
@@ -201,7 +208,8 @@ def memory_line(host, pipe, plan, config: DemoFusionConfig, held: dict) -> str:
         return f"memory: not foreseen for this model ({first_line(error)})"
     one = "one window" if plan.from_picture else "the base image"
     both = "; both models are held all the time" if held["phase_pipe"] else ""
-    return f"memory: about {job} with {views} views a call, {alone} for {one} alone{both}"
+    calls = f"{views} view{'s' * (views != 1)} a call"
+    return f"memory: about {job} with {calls}, {alone} for {one} alone{both}"
 
 
 def scale_for(size: tuple[int, int], window: tuple[int, int], factor: int) -> float:

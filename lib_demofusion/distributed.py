@@ -218,6 +218,11 @@ class Ranks:
         return [part.to(x.device) for part in parts]
 
 
+def views_a_call(setting: int, device: torch.device) -> int:
+    """The setting of ViewBatch that ranks keep to: where 0 would be a fixed number by itself, 1."""
+    return setting or (0 if device.type == "cuda" else 1)
+
+
 class SharedViewBatch(ViewBatch):
     """The views of a step, shared out among the ranks; how many go into a call of this one.
 
@@ -230,7 +235,7 @@ class SharedViewBatch(ViewBatch):
     """
 
     def __init__(self, ranks: Ranks, setting: int, device: torch.device, view: str = "base image"):
-        super().__init__(setting or (0 if device.type == "cuda" else 1), device, view)
+        super().__init__(views_a_call(setting, device), device, view)
         self.ranks = ranks
         self.unit = setting or 1  # the same on each rank
         self.elsewhere: Callable[[int], None] = lambda views: None

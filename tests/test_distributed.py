@@ -294,6 +294,15 @@ def test_what_torchrun_does_not_give_is_refused(tmp_path, monkeypatch, capsys, e
     assert err.count("\n") == 1
 
 
+def test_the_plan_says_how_many_views_a_rank_has_in_a_call(tmp_path, monkeypatch, capsys):
+    for name, value in {**GIVEN, "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["one red ring", "--plan", "-o", str(tmp_path / "out.png")]) == 0
+    signal.signal(signal.SIGTERM, before)
+    assert "with 1 view a call" in capsys.readouterr().out
+
+
 def test_another_rank_says_nothing_of_what_is_refused(tmp_path, monkeypatch, capsys):
     for name, value in {**GIVEN, "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
