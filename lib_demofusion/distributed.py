@@ -308,7 +308,8 @@ def sharing(group: Any) -> Iterator[Ranks | None]:
 def join() -> tuple[Ranks, str | None]:
     """Joins the processes that torchrun has started; with them, this one's device if it is a card: "cuda:1".
 
-    Raises ValueError, one line, if the environment does not say how; RuntimeError if there is no card for this process.
+    Raises ValueError, one line, if the environment does not say how; RuntimeError if there is no card for this process, or
+    the others do not come.
     """
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     if missing:
@@ -326,7 +327,13 @@ def join() -> tuple[Ranks, str | None]:
     local = int(os.environ.get("LOCAL_RANK", rank))
     if cards and local < cards:
         torch.cuda.set_device(local)
-    dist.init_process_group("gloo", timeout=JOINING)
+    began = time.monotonic()
+    try:
+        dist.init_process_group("gloo", timeout=JOINING)
+    except RuntimeError as error:
+        if time.monotonic() - began < 0.9 * JOINING.total_seconds():
+            raise
+        raise RuntimeError(f"not all of {count} ranks have come within {JOINING.seconds} seconds; start all of them") from error
     ranks = Ranks(cards=cards > 0)
     with ranks.told():
         if cards and local >= cards:
