@@ -71,6 +71,9 @@ def networks(model):
     }
 
 
+OF_THE_HOST = {"alphas_cumprod", "gguf_baked"}  # attributes that it gives a checkpoint: DDIM does, and being put on a card
+
+
 def _contents(part):
     """What a patcher has, but for its network: as text without addresses, which are others when a model is loaded again."""
     texts = {name: repr(value) for name, value in vars(part).items() if not hasattr(value, "named_modules")}
@@ -88,7 +91,7 @@ def state(model):
     return {
         "parts": {stage: {name: type(part) for name, part in group.items()} for stage, group in parts.items()},
         "patches": {stage: {name: _contents(part) for name, part in group.items()} for stage, group in parts.items()},
-        "own": sorted(vars(unet.model)) + sorted(vars(model).keys() - {"alphas_cumprod"}),  # of DDIM, the host's
+        "own": sorted((vars(unet.model) | vars(model)).keys() - OF_THE_HOST),
         "ours": "lib_demofusion" in repr(vars(last)),
         "sigmas": unet.model.predictor.sigmas.tolist(),
         "tiling": model.tiling_enabled,
