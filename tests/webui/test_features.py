@@ -139,26 +139,26 @@ def test_faces_are_restored_in_the_finished_picture(host, options, monkeypatch):
 def test_grids(host):
     from PIL import Image
 
-    before = {*(host.data / "outputs").rglob("grid-*.png")}
+    before = {*host.outputs.rglob("grid-*.png")}
     reply = host.generate(True, 2, batch_size=2, n_iter=2, save_images=True)
     assert [image.size for image in reply.images] == [(256, 256)] + [(128, 128)] * 4
-    [grid] = {*(host.data / "outputs").rglob("grid-*.png")} - before
+    [grid] = {*host.outputs.rglob("grid-*.png")} - before
     with Image.open(grid) as image:
         assert image.size == (256, 256)
         assert "DemoFusion scale: 2" in image.info["parameters"]
 
 
 def test_a_refusal_leaves_no_grid_and_no_file(host):
-    before = {*(host.data / "outputs").rglob("*")}
+    before = {*host.outputs.rglob("*")}
     host.generate(True, 9, batch_size=2, save_images=True)
-    assert {*(host.data / "outputs").rglob("*")} == before
+    assert {*host.outputs.rglob("*")} == before
 
 
 @pytest.mark.parametrize("reduced", [True, False])
 def test_jpegs_of_which_the_host_keeps_a_reduced_copy_are_told(host, options, reduced):
     options(samples_format="jpg", target_side_length=100, export_for_4chan=reduced)
     host.generate(True, 2, seed=888 + reduced, save_images=True)
-    [file] = (host.data / "outputs").rglob(f"*-{888 + reduced}.jpg")
+    [file] = host.outputs.rglob(f"*-{888 + reduced}.jpg")
     with Image.open(file) as image:
         assert image.size == ((100, 100) if reduced else (128, 128))
     assert any("the host keeps only a reduced copy" in text for text in host.comments) == reduced

@@ -62,7 +62,7 @@ def test_samplers_leave_all_as_it_was(host, sampler):
 
 def test_saved_and_resumed(host):
     whole = host.generate(True, 3, {"save_phases": True}, save_images=True, seed=93).images[0].convert("RGB")
-    [saved] = (host.data / "outputs").rglob("*93-demofusion-phase2.safetensors")
+    [saved] = host.outputs.rglob("*93-demofusion-phase2.safetensors")
     again = host.generate(True, 3, {"resume": str(saved)}, seed=93).images[0]
     assert np.array_equal(np.asarray(again), np.asarray(whole))
     saved.unlink()
@@ -222,7 +222,7 @@ class Network(torch.nn.Module):
         for handle in handles:
             handle.remove()
 
-    def forward(self, x, hint, timesteps, context, y=None):
+    def forward(self, x, hint, timesteps, context, y=None, **more):
         assert len(x) == len(timesteps) == len(context)
         hint = hint.expand(len(x), -1, -1, -1)  # one for all rows, or one for each
         self.hints.append(hint.clone())

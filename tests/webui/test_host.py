@@ -33,25 +33,34 @@ def snapshot(host):
     state = host.shared.state
     modules = [host.devices, host.processing, host.sd_samplers, host.sd_samplers_common, host.rng, host.shared]
     ignored = {"cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"}  # the host's caches of prompts
-    return {
-        "callbacks": {k: [id(c.callback) for c in v] for k, v in host.script_callbacks.callback_map.items()},
-        "classes": [{k: id(v) for k, v in vars(c).items() if k not in ignored} for c in classes],
-        "modules": [{k: id(v) for k, v in vars(m).items() if callable(v)} for m in modules],
-        "model": {
-            name: (
-                len(m._forward_hooks),
-                len(m._forward_pre_hooks),
-                "forward" in vars(m),
-                getattr(m, "padding_mode", None),
-                sorted(k for k in vars(m) if "demofusion" in k),
-            )
-            for name, m in host.networks.items()
-        },
-        "options": dict(host.shared.opts.data),
-        "state": (state.job, state.job_count, type(state.job_no), state.textinfo),
-        "wraps around": host.wraps_around,
-        "own": host.own_state,
-    }
+    return flat(
+        {
+            "callbacks": {k: [id(c.callback) for c in v] for k, v in host.script_callbacks.callback_map.items()},
+            "classes": {c.__name__: {k: id(v) for k, v in vars(c).items() if k not in ignored} for c in classes},
+            "modules": {m.__name__: {k: id(v) for k, v in vars(m).items() if callable(v)} for m in modules},
+            "model": {
+                name: (
+                    len(m._forward_hooks),
+                    len(m._forward_pre_hooks),
+                    "forward" in vars(m),
+                    getattr(m, "padding_mode", None),
+                    sorted(k for k in vars(m) if "demofusion" in k),
+                )
+                for name, m in host.networks.items()
+            },
+            "options": dict(host.shared.opts.data),
+            "state": (state.job, state.job_count, type(state.job_no), state.textinfo),
+            "wraps around": host.wraps_around,
+            "own": host.own_state,
+        }
+    )
+
+
+def flat(values, path=""):
+    """What is in dictionaries within dictionaries, by its path, so that pytest shows what differs."""
+    if not isinstance(values, dict):
+        return {path: values}
+    return {name: value for key, inner in values.items() for name, value in flat(inner, f"{path}/{key}").items()}
 
 
 @pytest.fixture
@@ -234,7 +243,7 @@ def test_the_last_phase_that_can_be_decoded_is_not_lost(host, monkeypatch, reach
 def test_interrupted_images_are_saved(host, at_call):
     at_call(STEPS * 5 + 2, host.shared.state.interrupt)
     host.generate(True, SCALE, steps=STEPS, seed=4242, save_images=True)
-    assert len(list((host.data / "outputs").rglob("*4242*.png"))) == 1
+    assert len(list(host.outputs.rglob("*4242*.png"))) == 1
 
 
 def test_interrupt_stops_the_batches_after_it(host, at_call):
@@ -288,7 +297,7 @@ def test_nan_keeps_the_last_good_phase(host, monkeypatch):
 
 
 FULL = [True, 2.5, 3, 0.65, True, True, 0.4, True, 7.5, False, 2.5, 1.5, 0.5, 0.75, 2, False, "", 12, "", 0]
-FULL += [5, "DPM++ 2M", "Karras", 2.5, 'a disc: "red",\nstriped', '"blue"', "Use same checkpoint", "Lanczos", 160, 160, 12.5]
+FULL += [5, "DPM++ 2M", "Karras", 2.5, 'a disc: "red",\nstriped', '"blue"', "Use same checkpoint", "None", 160, 160, 12.5]
 
 
 @pytest.fixture
@@ -372,7 +381,7 @@ def test_a_wrong_value_gets_one_line_and_no_image(host, calls, args, line):
     assert host.generate(True, 2).images[0].size == (128, 128)
 
 
-HIRES = dict(enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", denoising_strength=0.7)
+HIRES = dict(enable_hr=True, hr_scale=1.5, hr_upscaler="None", denoising_strength=0.7)
 
 
 def refusal(host, reply, calls):
@@ -635,11 +644,10 @@ def test_phases_of_few_steps_show_themselves_at_no_more_cost_than_the_base(host,
 
 
 def test_xyz_plot_over_our_settings(host, calls):
-    plot = host.scripts.scripts_txt2img.script("x/y/z plot")
-    labels = [option.label for option in plot.current_axis_options]
+    script = host.scripts.scripts_txt2img.script("x/y/z plot")
+    labels = [option.label for option in script.current_axis_options]
     assert sum(label.startswith("[DemoFusion]") for label in labels) == 28
-    x, y = labels.index("[DemoFusion] scale"), labels.index("[DemoFusion] jitter")
-    args = [x, "2,3", [], y, "", ["True", "False"], 0, "", [], False, True, False, False, False, False, False, 0, False]
+    args = plot(host, "[DemoFusion] scale", "2,3", "[DemoFusion] jitter", "True,False")
     reply = host.generate(script_name="x/y/z plot", script_args=args)
     sizes = [image.size for image in reply.images[1:]]
     assert sizes == [(128, 128), (192, 192)] * 2
@@ -650,8 +658,10 @@ def plot(host, x, x_values, y, y_values):
     script = host.scripts.scripts_txt2img.script("x/y/z plot")
     labels = [option.label for option in script.current_axis_options]
     x, y = labels.index(x), labels.index(y)
-    flags = [0, "", [], False, True, False, False, False, False, False, 0, False]
-    return [x, x_values, x_values.split(","), y, y_values, y_values.split(","), *flags]
+    axes = [x, x_values, x_values.split(","), y, y_values, y_values.split(","), 0, "", []]
+    wanted = {"draw legend": False, "include sub images": True}
+    rest = host.arguments_of(host.scripts.scripts_txt2img, "x/y/z plot", **wanted)[len(axes) :]
+    return [*axes, *rest]
 
 
 @pytest.mark.parametrize("order", ["2,9", "9,2"])

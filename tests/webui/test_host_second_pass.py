@@ -191,7 +191,7 @@ OTHER = {
     "phase_prompt": "one blue disc <lora:bend:1>",
     "phase_negative_prompt": "grass",
     "phase_checkpoint": "refiner",
-    "upscaler": "Nearest",
+    "upscaler": "None",
     "resize_height": 160,
 }
 
@@ -570,8 +570,11 @@ def test_whatever_happens_in_the_phases_all_is_as_before(host, loras, kind, call
 
 
 def test_every_upscaler_of_the_host_that_needs_no_download(host):
+    there = {known.name for known in host.shared.sd_upscalers}
+    if not host.shared.latent_upscale_modes and not {"Lanczos", "Nearest"} & there:
+        pytest.skip("this host has none but None")
     names = [*host.shared.latent_upscale_modes, "None", "Lanczos", "Nearest"]
-    assert set(names) <= {*host.shared.latent_upscale_modes, *(known.name for known in host.shared.sd_upscalers)}
+    assert set(names) <= {*host.shared.latent_upscale_modes, *there}
     made = {name: host.latents(True, 2, {**FAST, "upscaler": name}) for name in names}
     assert not torch.equal(made["Latent (bicubic)"], made["Latent"])
     plain = host.latents(True, 2, {**FAST, "pixel_upsampling": False})

@@ -328,7 +328,7 @@ def test_the_plot_makes_pictures_of_its_cells(host, picture):
 def job(host, pictures, *args, **settings):
     """A job of the tab, as its button makes it."""
     processing = host.processing.StableDiffusionProcessingImg2Img(
-        sd_model=host.shared.sd_model, outpath_samples=str(host.data / "outputs"), outpath_grids=str(host.data / "outputs"),
+        sd_model=host.shared.sd_model, outpath_samples=str(host.outputs), outpath_grids=str(host.outputs),
         prompt="two red striped rings on grass", seed=1, sampler_name="Euler", steps=4, cfg_scale=7, width=64, height=64,
         init_images=pictures, denoising_strength=0.5, **settings,
     )  # fmt: skip
@@ -416,7 +416,7 @@ def test_the_readouts_facts_name_what_the_checkpoint_was_made_for(host):
 
 def asked(host, image, infotext, **more):
     """The request that the button puts behind the form's arguments."""
-    path = host.data / "outputs" / f"selected-{len(list(host.data.rglob('selected-*')))}.png"
+    path = host.outputs / f"selected-{len(list(host.data.rglob('selected-*')))}.png"
     path.parent.mkdir(exist_ok=True)
     image.save(path)
     host.ui_tempdir.register_tmp_file(host.shared.demo, str(path))
@@ -455,7 +455,7 @@ def test_the_button_enlarges_without_making_the_base_again(host, calls, coloured
 
 def test_the_button_goes_before_hires_fix(host):
     base = host.generate(seed=8)
-    reply = click(host, asked(host, base.images[0], base.infotexts[0]), enable_hr=True, hr_scale=2, hr_upscaler="Latent")
+    reply = click(host, asked(host, base.images[0], base.infotexts[0]), enable_hr=True, hr_scale=2, hr_upscaler="None")
     assert reply.images[0].size == (128, 128)
     assert "Hires" not in reply.infotexts[0]
 
@@ -487,7 +487,7 @@ def test_the_hosts_own_button_runs_hires_fix_and_the_comment_says_so(host, pictu
     kind = host.processing.StableDiffusionProcessingTxt2Img
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "txt2img_upscale", True, raising=False)
-        reply = host.generate(True, 2, enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", denoising_strength=0.6)
+        reply = host.generate(True, 2, enable_hr=True, hr_scale=1.5, hr_upscaler="None", denoising_strength=0.6)
     assert reply.images[0].size == (96, 96)
     line = "it stood aside, since a finished picture was enlarged, by Hires. fix"
     assert host.comments == [f"DemoFusion: {line}"]

@@ -403,7 +403,7 @@ def test_intermediate_phases_are_saved_beside_the_output(host):
     from PIL import Image
 
     host.generate(True, 3, {"save_phases": True}, save_images=True, seed=77)
-    files = sorted((host.data / "outputs").rglob("*77*.png"))
+    files = sorted(host.outputs.rglob("*77*.png"))
     sizes = {}
     for path in files:
         with Image.open(path) as image:
@@ -423,7 +423,7 @@ def test_intermediate_phases_are_saved_beside_the_output(host):
 def test_a_saved_phase_is_resumed(host, calls, sampler):
     job = dict(sampler_name=sampler, seed=88)
     whole = host.latents(True, 3, {"save_phases": True}, save_images=True, **job)
-    [saved] = (host.data / "outputs").rglob("*88-demofusion-phase2.safetensors")
+    [saved] = host.outputs.rglob("*88-demofusion-phase2.safetensors")
     calls.rows = 0
     assert torch.equal(host.latents(True, 3, {"resume": str(saved)}, **job), whole)
     assert calls.rows == 2 * 4 * (1 + 25 + 9)

@@ -105,6 +105,11 @@ class Host:
         """What a host of Forge's kind keeps beside its networks and modules."""
         return forge_host.state(self.shared.sd_model) if self.is_forge else {}
 
+    @property
+    def outputs(self):
+        """The folder of its pictures."""
+        return Path(importlib.import_module("modules.paths_internal").default_output_dir)
+
     def refresh_vaes(self):
         """The list of VAEs is of the files that are there; and the checkpoint's own is loaded again."""
         if self.is_forge:
