@@ -75,8 +75,18 @@ OF_THE_HOST = {"alphas_cumprod", "gguf_baked"}  # attributes that it gives a che
 
 
 def _contents(part):
-    """What a patcher has, but for its network: as text without addresses, which are others when a model is loaded again."""
-    texts = {name: repr(value) for name, value in vars(part).items() if not hasattr(value, "named_modules")}
+    """What a patcher has, but for its network: as text without addresses, which are others when a model is loaded again.
+
+    And without what the host notes itself: whether its weights are merged now, and the levels of the last sampling.
+    """
+    own = {name: value for name, value in vars(part).items() if name not in ("patches_uuid", "backup")}
+    if "model_options" in own:
+        transformer = own["model_options"].get("transformer_options", {})
+        own["model_options"] = {
+            **own["model_options"],
+            "transformer_options": {name: value for name, value in transformer.items() if name != "sampling_sigmas"},
+        }
+    texts = {name: repr(value) for name, value in own.items() if not hasattr(value, "named_modules")}
     return {name: re.sub(r"0x[0-9a-f]+", "", text) for name, text in texts.items()}
 
 

@@ -164,6 +164,7 @@ WORKS = {  # folder: scripts with their arguments, and settings
     "sd-webui-freeu": ({"FreeU": [True]}, {}),
     "sd-webui-neutral-prompt": ({"Neutral Prompt": [0.0]}, {"prompt": "two red rings on grass AND_PERP blue disc :0.8"}),
     "sd-webui-negpip": ({"NegPiP": [True]}, {"prompt": "two red striped rings on grass, (blue:-1.2)"}),
+    "stable-diffusion-webui-distributed": ({"Distribute": []}, {}),  # without other machines it leaves a job as it is
     "stable-diffusion-webui-wildcards": ({}, {"prompt": "two __colours__ rings on grass"}),
 }
 

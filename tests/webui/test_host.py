@@ -381,7 +381,7 @@ def test_a_wrong_value_gets_one_line_and_no_image(host, calls, args, line):
     assert host.generate(True, 2).images[0].size == (128, 128)
 
 
-HIRES = dict(enable_hr=True, hr_scale=1.5, hr_upscaler="None", denoising_strength=0.7)
+HIRES = dict(enable_hr=True, hr_scale=2, hr_upscaler="None", denoising_strength=0.7)
 
 
 def refusal(host, reply, calls):
@@ -397,7 +397,7 @@ def refusal(host, reply, calls):
 def test_hires_fix_beside_it_is_refused(host, calls):
     line = "Hires. fix is on too, and only one of the two can enlarge the image; untick one of them"
     assert refusal(host, host.generate(True, 2, **HIRES), calls) == line
-    assert host.generate(False, 2, **HIRES).images[0].size == (96, 96)
+    assert host.generate(False, 2, **HIRES).images[0].size == (128, 128)
 
 
 def test_the_gallerys_button_goes_before(host, monkeypatch):
@@ -420,7 +420,7 @@ def test_the_gallerys_button_goes_before(host, monkeypatch):
     monkeypatch.setattr(host.scripts.ScriptRunner, "process", as_the_button)
     reply = host.generate(True, 2, **HIRES)
     line = "it stood aside, since a finished picture was enlarged, by Hires. fix"
-    assert reply.images[0].size == (96, 96)
+    assert reply.images[0].size == (128, 128)
     assert said(host, reply) == {"DemoFusion note": line}
     assert host.comments == [f"DemoFusion: {line}"]
 

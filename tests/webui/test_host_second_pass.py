@@ -487,6 +487,8 @@ def test_the_checkpoint_of_the_request_is_the_bases(host, second):
 
 @pytest.mark.parametrize("switch", [0.5, 0.8])
 def test_the_refiner_switches_in_every_phase(host, switch):
+    if host.is_forge and hasattr(host.sd_samplers_common, "ORIGINAL_CHECKPOINT"):
+        pytest.skip("this host's refiner does not go back to the first checkpoint within a picture, and is refused")
     what = (lambda p: host.shared.sd_model.sd_checkpoint_info.name_for_extra,)
     job = dict(refiner_checkpoint="v-prediction", refiner_switch_at=switch, steps=6)
     plain = host.generate(**job)
@@ -599,9 +601,9 @@ def test_an_upscaler_that_needs_a_model_which_is_not_there_ends_the_phases(host,
 
 
 def test_the_result_has_the_size_that_was_asked_for(host):
-    reply = host.generate(True, 2, {"resize_width": 144}, width=72, height=64)
-    assert reply.images[0].size == (144, 128)
-    assert parameters(host, reply)["DemoFusion resize width"] == "144"
+    reply = host.generate(True, 2, {"resize_width": 192}, width=128, height=64)
+    assert reply.images[0].size == (192, 96)
+    assert parameters(host, reply)["DemoFusion resize width"] == "192"
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 14, 3), np.uint8)).resize((120, 100))
     reply = host.from_pictures([given], True, 2, {"resize_height": 160, "window": 64}, width=40, height=40)
     assert reply.images[0].size == (192, 160)

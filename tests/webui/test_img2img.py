@@ -487,7 +487,7 @@ def test_the_hosts_own_button_runs_hires_fix_and_the_comment_says_so(host, pictu
     kind = host.processing.StableDiffusionProcessingTxt2Img
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "txt2img_upscale", True, raising=False)
-        reply = host.generate(True, 2, enable_hr=True, hr_scale=1.5, hr_upscaler="None", denoising_strength=0.6)
-    assert reply.images[0].size == (96, 96)
+        reply = host.generate(True, 2, enable_hr=True, hr_scale=2, hr_upscaler="None", denoising_strength=0.6)
+    assert reply.images[0].size == (128, 128)
     line = "it stood aside, since a finished picture was enlarged, by Hires. fix"
     assert host.comments == [f"DemoFusion: {line}"]
