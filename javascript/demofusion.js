@@ -364,11 +364,13 @@ function demofusionSelected(gallery, infos) {
     });
 }
 
-// It was asked for: generate, once. What this returns takes the request off the form again.
-function demofusionGenerate(tab, asked) {
+// It was asked for: generate, once. What this returns takes the request off the form again, when the form has been read:
+// gradio 4 reads it with the click, or in the next frame if it has something to show first.
+async function demofusionGenerate(tab, asked) {
     if (asked) {
         if (tab === "img2img") switch_to_img2img_tab(0); // of the tab's own picture no mask, and no batch
         gradioApp().getElementById(`${tab}_generate`).click();
+        for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);
     }
     return "";
 }
@@ -479,5 +481,5 @@ if (typeof onUiLoaded === "function") {
 }
 
 if (typeof module !== "undefined") module.exports = {
-    demofusionReadout, demofusionPreset, demofusionPresets, demofusionTold, demofusionThreeDigits,
+    demofusionReadout, demofusionPreset, demofusionPresets, demofusionTold, demofusionThreeDigits, demofusionGenerate,
 };

@@ -1382,7 +1382,7 @@ def quote(text):
 
 
 def image_from_url_text(filedata):
-    return images_of_the_gallery[filedata["name"]]
+    return images_of_the_gallery[filedata["name"]] if filedata.get("is_file") else None
 
 
 images_of_the_gallery = {}  # what the page may name

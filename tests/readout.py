@@ -18,7 +18,8 @@ console.log(JSON.stringify(forms.map(demofusionReadout)));
 
 def in_node(script, *arguments):
     """What a function of the form, written in JavaScript, returns."""
-    code = "Object.assign(globalThis, require(process.argv[1])); console.log(JSON.stringify(%s(...%s)))"
+    code = "Object.assign(globalThis, require(process.argv[1])); "
+    code += "Promise.resolve(%s(...%s)).then((value) => console.log(JSON.stringify(value)))"
     command = [NODE, "-e", code % (f"({script})", json.dumps(arguments)), str(SCRIPT)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

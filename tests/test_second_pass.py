@@ -1049,7 +1049,7 @@ def test_the_gallerys_button_too(img2img, second):
     """There the host encodes nothing by itself."""
     drawn = Image.new("RGB", (64, 64), (200, 100, 0))
     fake_webui.images_of_the_gallery["drawn.png"] = drawn
-    told = json.dumps({"picture": {"name": "drawn.png"}, "infotext": "a ring\nSteps: 4, Seed: 3, Size: 64x64"})
+    told = json.dumps({"picture": {"name": "drawn.png", "is_file": True}, "infotext": "a ring\nSteps: 4, Seed: 3, Size: 64x64"})
     settings = {
         **vars(DemoFusionConfig(scale=5.0)),
         "resize_width": 128,

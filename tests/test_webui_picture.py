@@ -13,7 +13,7 @@ import pytest
 import torch
 from arguments import script_arguments, settings_of
 from PIL import Image, ImageDraw, ImageOps
-from readout import NODE, readouts
+from readout import NODE, in_node, readouts
 from scipy.ndimage import gaussian_filter1d
 from webui_fixtures import assert_as_before, refusal, said, snapshot, watch_calls
 
@@ -1352,7 +1352,8 @@ def test_what_cannot_be_read_is_said_in_the_tab_that_reads_it(host):
 def request(host, image, infotext="", grid=False):
     """What the button sends; None: no picture is selected."""
     host.infotext_utils.image_from_url_text.__globals__["images_of_the_gallery"]["a picture"] = image
-    told = {"picture": None if image is None else {"name": "a picture"}, "infotext": infotext, "grid": grid, "click": 1}
+    file = None if image is None else {"name": "a picture", "is_file": True}
+    told = {"picture": file, "infotext": infotext, "grid": grid, "click": 1}
     return json.dumps(told)
 
 
@@ -1382,6 +1383,14 @@ def test_the_button_enlarges_the_selected_picture_alone(host, calls, fusions, ti
     assert [fusion.window for fusion in fusions] == [(SIDE, SIDE)] * 2
     own = enlarge(host, picture(), seed=7, denoising_strength=1)
     assert torch.equal(reply.latents[-1], own.latents[-1]), "as img2img makes it"
+
+
+def test_the_selected_picture_as_gradio_4_has_it(host):
+    told = json.loads(request(host, picture(), "a ring\nSteps: 4, Seed: 7"))
+    told["picture"] = {"image": {"path": "a picture", "url": "http://host/file=a picture", "mime_type": None}, "caption": None}
+    reply, own = gallery(host, picture(), text=json.dumps(told)), gallery(host, picture(), "a ring\nSteps: 4, Seed: 7")
+    assert reply.infotexts == own.infotexts
+    assert torch.equal(reply.latents[-1], own.latents[-1])
 
 
 def test_without_an_infotext_the_tabs_seed_counts(host):
@@ -1443,7 +1452,9 @@ def test_a_window_goes_before_the_size_at_which_it_was_drawn(host, fusions):
     [
         ({"picture": None}, "no picture is selected in the gallery; click one, and then the button"),
         ({"grid": True}, "the gallery shows the grid; select a single picture, and then click the button"),
-        ({"picture": {"name": "gone"}}, "the gallery's picture cannot be read: 'gone'"),
+        ({"picture": {"name": "gone", "is_file": True}}, "the gallery's picture cannot be read: 'gone'"),
+        ({"picture": {"image": {"path": "gone"}, "caption": None}}, "the gallery's picture cannot be read: 'gone'"),
+        ({"picture": {}}, """the gallery's picture cannot be told from '{"picture": {}, "infotext": "", "grid": '"""),
         ("junk", "the gallery's picture cannot be told from 'junk'"),
         ("[]", "the gallery's picture cannot be told from '[]'"),
         ("7", "the gallery's picture cannot be told from '7'"),
@@ -1580,6 +1591,21 @@ def test_the_button_stands_last_in_the_gallerys_row_and_is_wired(host, monkeypat
     [(code, inputs, outputs)] = controls[-1]._events["change"]
     assert f"demofusionGenerate('{tab}', asked)" in code
     assert inputs == outputs == [controls[-1]]
+
+
+@pytest.mark.skipif(not NODE, reason="needs node, to run the form's scripts")
+def test_the_request_is_there_until_the_form_has_been_read():
+    """Which may be a frame after the click on Generate."""
+    script = """async () => {
+        const clicked = [], read = [];
+        let asked = "a picture";
+        globalThis.requestAnimationFrame = (callback) => setTimeout(callback, 10);
+        const click = () => requestAnimationFrame(() => read.push(asked));
+        globalThis.gradioApp = () => ({getElementById: (id) => clicked.push(id) && {click}});
+        asked = await demofusionGenerate("txt2img", asked);
+        return {clicked, read, asked, then: await demofusionGenerate("txt2img", asked)};
+    }"""
+    assert in_node(script) == {"clicked": ["txt2img_generate"], "read": ["a picture"], "asked": "", "then": ""}
 
 
 @pytest.fixture

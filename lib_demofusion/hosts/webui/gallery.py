@@ -45,11 +45,19 @@ def read_selected(text: str) -> Selected:
     if told.get("grid"):
         raise ValueError("the gallery shows the grid; select a single picture, and then click the button")
     try:
-        image = infotext_utils.image_from_url_text(picture)
+        image = infotext_utils.image_from_url_text(_as_the_host_reads_it(picture))
     except Exception as error:  # a file that was deleted, or that may not be read
         raise ValueError(f"the gallery's picture cannot be read: {first_line(error)}") from error
+    if image is None:
+        raise ValueError(f"the gallery's picture cannot be told from {text[:40]!r}")
     parameters = infotext_utils.parse_generation_parameters(infotext, []) if infotext else {}
     return Selected(image, parameters)
+
+
+def _as_the_host_reads_it(picture: Any) -> Any:
+    """What the page has names a file: gradio 3 as the host reads it, gradio 4 within it, and by another name."""
+    file = picture.get("image") if isinstance(picture, dict) else None
+    return {"name": file["path"], "is_file": True} if isinstance(file, dict) and "path" in file else picture
 
 
 def take(p: Any, args: Sequence[Any]) -> Selected | None:
