@@ -467,8 +467,9 @@ if (typeof onUiLoaded === "function") {
         if (draw() && timer === null) timer = setTimeout(ask, Math.max(asked + EVERY - performance.now(), 0));
     };
     onUiLoaded(function() {
-        for (const tab of ["txt2img", "img2img"]) {
-            gradioApp().querySelector(`#tab_${tab}`)?.addEventListener("input", demofusionUpdate);
+        for (const tab of ["#tab_txt2img", "#tab_img2img"].map((id) => gradioApp().querySelector(id))) {
+            tab?.addEventListener("input", demofusionUpdate);
+            tab?.addEventListener("change", demofusionUpdate); // until which two radio buttons are checked in gradio 4
         }
         // A picture that is dropped on img2img says its size when it is loaded.
         gradioApp().querySelector("#tab_img2img")?.addEventListener("load", demofusionUpdate, true);
