@@ -27,7 +27,8 @@ def arguments(webui, checkpoints, data):
     wanted += [("--skip-torch-cuda-test",), ("--skip-version-check",), ("--no-prompt-history",)]
     flags = [next((name for name in names if name in known), None) for names in wanted]
     folder = next(name for name in ("--ckpt-dir", "--ckpt-dirs") if name in known)
-    return ["webui.py", *filter(None, flags), "--data-dir", str(data), folder, str(checkpoints)]
+    served = ["--gradio-allowed-path", str(Path(webui).resolve())]  # its own scripts, which it else serves from `data` alone
+    return ["webui.py", *filter(None, flags), *served, "--data-dir", str(data), folder, str(checkpoints)]
 
 
 LOADER = f"""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from webui_host import ROOT, WEBUI_DIR, arguments, prepare
+from webui_host import IS_FORGE, ROOT, WEBUI_DIR, arguments, prepare
 
 from lib_demofusion.config import PRESETS, DemoFusionConfig
 from lib_demofusion.phases import make_plan
@@ -210,6 +210,11 @@ def generate(page, data, running=None, tab="txt2img", button=None):
     raise TimeoutError("no image")
 
 
+def pixels(image):
+    """What is seen: Forge writes the parameters and the time into the alpha channel of what it saves."""
+    return np.asarray(image.convert("RGB"))
+
+
 def test_a_new_user(page, server, tmp_path_factory):
     data = server.data
     clone = tmp_path_factory.mktemp("remote") / "demofusion.git"
@@ -255,7 +260,9 @@ def test_a_new_user(page, server, tmp_path_factory):
     assert preset_help(page).startswith("Fast: ")
     assert "6.2 times the base image's model calls" in preset_help(page)
     page.locator(f"#{FORM}_preset input[value=Fast]").focus()
-    page.keyboard.press("ArrowLeft")
+    # Forge's gradio 4 gives each of them a name of its own, by which arrows do not go from one to the other.
+    for key in ("Shift+Tab", "Space") if IS_FORGE else ("ArrowLeft",):
+        page.keyboard.press(key)
     page.wait_for_function("document.querySelector('.demofusion-preset-help').innerText.startsWith('Paper: ')")
     assert "14 times the base image's model calls" in preset_help(page)
     for name in PRESETS:
@@ -282,7 +289,7 @@ def test_a_new_user(page, server, tmp_path_factory):
     says(page, "560 model calls")
     page.locator(f"#{FORM}_advanced .label-wrap").click()
     number(page, "txt2img_cfg_scale", 1)
-    says(page, "300 model calls")
+    says(page, "280 model calls" if IS_FORGE else "300 model calls")  # Forge leaves the negative prompt out of the base, too
     number(page, "txt2img_cfg_scale", 7)
     page.click("#txt2img_hr-visible-checkbox")
     says(page, "cannot run: Hires. fix is on too, and only one of the two can enlarge the image; untick one of them")
@@ -329,10 +336,12 @@ def test_a_new_user(page, server, tmp_path_factory):
     assert preset(page) == "Fast", "as the pasted settings say"
     second = generate(page, data)
     with Image.open(first) as a, Image.open(second) as b:
-        assert np.array_equal(np.asarray(a), np.asarray(b))
+        assert np.array_equal(pixels(a), pixels(b))
         assert a.info == b.info
 
     number(page, "txt2img_batch_count", 2)
+    number(page, f"{FORM}_phase_steps", 60)  # that *Skip* comes while the first picture is made, on a busy machine too
+    says(page, "664 model calls, about ")  # 40 of the base, and 24 steps of 9 + 4 views
     before = set((data / "outputs" / "txt2img-images").rglob("*.png"))
     page.click("#txt2img_generate")
     page.wait_for_function("document.querySelector('#txt2img_results').innerText.includes('phase 2 of')")
@@ -380,7 +389,7 @@ def from_pictures(page, data, large):
         assert image.size == (256, 256)
         assert "Seed: 1," in image.info["parameters"], "the picture's own"
         assert "DemoFusion start: Picture 128x128" in image.info["parameters"]
-        apart = np.abs(np.asarray(image, float) - np.asarray(before, float)).mean()
+        apart = np.abs(pixels(image).astype(float) - pixels(before)).mean()
         assert apart < 12, "nearly what txt2img makes at once: the base has gone through the VAE once more"
     again = generate(page, data)
     with Image.open(again) as image:
@@ -427,7 +436,7 @@ def shown(page, name, form=FORM):
 
 def choose(page, name, choice, form=FORM):
     page.locator(f"#{form}_{name} input").first.click()
-    page.locator(f'#{form}_{name} .options li[data-value="{choice}"]').click()
+    page.locator(f'#{form}_{name} .options li[aria-label="{choice}"]').click()
 
 
 def hint_at(page, element):
@@ -467,7 +476,7 @@ def test_every_hint_is_ours(page, ready):
                 continue
             setting = id.removeprefix(f"{form}_")
             assert help.get(setting, text) == text
-            for where in ("label span", "input", "textarea", "button"):
+            for where in ("label span", "[data-testid=block-info]", "input", "textarea", "button"):
                 for part in control.locator(where).all():
                     if part.is_visible():
                         assert hint_at(page, part) == text, (id, where)
@@ -553,7 +562,8 @@ def test_a_second_pass_of_its_own(page, ready):
     with Image.open(made) as image:
         assert image.size == (384, 192)
         parameters = image.info["parameters"]
-    assert "Sampler: DPM++ 2M," in parameters, "the base's"
+    own = "Euler a" if IS_FORGE else "DPM++ 2M"  # the host's first
+    assert f"Sampler: {own}," in parameters, "the base's"
 
     # PNG Info brings it back.
     page.reload()
@@ -569,7 +579,7 @@ def test_a_second_pass_of_its_own(page, ready):
     assert {name: shown(page, name) for name in expected} == expected
     again = generate(page, data)
     with Image.open(made) as a, Image.open(again) as b:
-        assert np.array_equal(np.asarray(a), np.asarray(b))
+        assert np.array_equal(pixels(a), pixels(b))
         assert a.info == b.info
 
     # What is not there is shown, and refused by its name; and without the setting the form is as it was.
