@@ -8,8 +8,10 @@ import copy
 import math
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import fake_webui
+import numpy as np
 import pytest
 import torch
 from fake_webui import CHANNELS, FACTOR, WIDTH, cpu, shared
@@ -329,20 +331,46 @@ class ControlNetPatcher:
         objects.unet = apply_controlnet_advanced(objects.unet, self.net, cond, 1.0, 0.0, 1.0, advanced_mask_weighting=mask)
 
 
+external_code = SimpleNamespace(ResizeMode=SimpleNamespace(RESIZE="Just Resize"))
+
+
+def crop_and_resize_image(detected_map, resize_mode, h, w, fill_border_with_255=False):
+    """uint8 [H, W, 3]; resized by areas."""
+    assert resize_mode == external_code.ResizeMode.RESIZE
+    pixels = torch.from_numpy(detected_map).movedim(-1, 0)[None].float()
+    return nn.functional.interpolate(pixels, size=(h, w), mode="area")[0].round().byte().movedim(0, -1).numpy()
+
+
 class ControlNetForForgeOfficial(fake_webui.Script):
-    """The host's own script. Its units are arguments: dicts of enabled, image [1 or B, 3, H, W], net and perhaps mask."""
+    """The host's own script. Its units are arguments: objects as `unit` makes them, or the API's, dicts, which become new ones
+    each time that the script looks at them. asked: what each image was made for, (height, width), and from what: the image's
+    (height, width), "Resize mode", the preprocessor's resolution.
+    """
 
     def __init__(self):
-        self.current_params = {}
+        self.current_params, self.asked = {}, []
 
     def title(self):
         return "ControlNet"
 
     def get_enabled_units(self, units):
-        return [unit for unit in units if unit.enabled]
+        made = [SimpleNamespace(**unit) if isinstance(unit, dict) else unit for unit in units]
+        return [unit for unit in made if unit.enabled]
+
+    @staticmethod
+    def bound_check_params(unit):
+        if unit.processor_res < 0:
+            unit.processor_res = 512
 
     def process_unit_after_click_generate(self, p, unit, params, *args, **kwargs):
-        params.control_cond = nn.functional.interpolate(unit.image, size=(p.height, p.width), mode="nearest-exact")
+        image, mode = unit.image, None
+        if image is None:
+            pixels, mode = np.asarray(p.init_images[0].convert("RGB"), np.float32) / 255, p.resize_mode
+            image = torch.from_numpy(pixels).movedim(-1, 0)[None]
+        if unit.pixel_perfect:
+            unit.processor_res = min(p.height, p.width)
+        self.asked.append(((p.height, p.width), (*image.shape[-2:],), mode, unit.processor_res))
+        params.control_cond = nn.functional.interpolate(image, size=(p.height, p.width), mode="nearest-exact")
         params.control_mask, params.model = unit.mask, ControlNetPatcher(unit.net)
         p.extra_result_images.append(params.control_cond)
 
@@ -350,6 +378,7 @@ class ControlNetForForgeOfficial(fake_webui.Script):
         self.current_params = {}
         p.extra_result_images = []
         for number, unit in enumerate(self.get_enabled_units(args)):
+            self.bound_check_params(unit)
             self.current_params[number] = ControlNetCachedParameters()
             self.process_unit_after_click_generate(p, unit, self.current_params[number], *args, **kwargs)
 
@@ -682,12 +711,13 @@ class Host(fake_webui.Host):
     def unet(self):
         return shared.sd_model.forge_objects.unet.model.diffusion_model
 
-    def add_control(self, *units):
-        """The host's ControlNet in the form, with these units."""
+    def add_control(self, *units, img2img=False):
+        """The host's ControlNet in a tab's form, with these units."""
         script = ControlNetForForgeOfficial()
         script.ui = lambda is_img2img: [fake_webui._Block(value=unit) for unit in units]
-        self.runner.create_script_ui(script)
-        self.runner.alwayson_scripts.append(script)
+        runner = self.img2img_runner if img2img else self.runner
+        runner.create_script_ui(script)
+        runner.alwayson_scripts.append(script)
         return script
 
 

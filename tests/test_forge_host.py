@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import fake_forge
 import fake_webui
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -614,7 +615,8 @@ def test_prompts_one_by_one_are_steered_too(host, monkeypatch):
 
 def unit(image, **more):
     net = fake_forge.ControlNet(SimpleNamespace(dtype=torch.float32))
-    return SimpleNamespace(**{"enabled": True, "image": image, "mask": None, "net": net, "module": "none", **more})
+    fields = {"enabled": True, "image": image, "mask": None, "net": net, "module": "none"}
+    return SimpleNamespace(**{**fields, "pixel_perfect": False, "processor_res": 512, **more})
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -638,6 +640,51 @@ def test_units_have_images_of_the_phases_size(host, batch):
         if number % 13 < 9:
             y, x = (round(128 * start) - 32 for start in place)
             assert torch.equal(own[:1], whole[:, :, y : y + 64, x : x + 64])
+
+
+@pytest.mark.parametrize("pixel_perfect", [False, True])
+@pytest.mark.parametrize("api", [False, True])
+def test_preprocessors_have_the_resolution_that_they_had_for_the_base(host, api, pixel_perfect):
+    """The API's units are new ones each time, and say nothing of it until they are asked to."""
+    given = unit(ramp(512, 512), pixel_perfect=pixel_perfect, processor_res=-1)
+    script = host.add_control(vars(given) if api else given)
+    assert host.generate(True, 3, PLAIN).comments == []
+    assert {asked[0] for asked in script.asked} == {(64, 64), (128, 128), (192, 192)}
+    assert {asked[-1] for asked in script.asked} == {64 if pixel_perfect else 512}
+    assert given.net.hints[-1].shape[-2:] == (64, 64)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dilated_views_see_an_image_resized_by_the_host(host, monkeypatch, masked):
+    """Between whole scales, where the base's has not as many pixels as they show. What is masked has values below 0."""
+    asked = []
+
+    def grey(detected_map, resize_mode, h, w):
+        asked.append((detected_map.shape, h, w))
+        return np.full((h, w, 3), 51, np.uint8)
+
+    monkeypatch.setattr(fake_forge, "crop_and_resize_image", grey)
+    given = unit(ramp(64, 64) - float(masked))
+    host.add_control(given)
+    assert host.generate(True, 2.5, PLAIN).comments == []
+    phases = [given.net.hints[STEPS : STEPS + 13 * STEPS], given.net.hints[STEPS + 13 * STEPS :]]
+    first, last = (torch.cat(hints) for hints in phases)
+    assert asked == ([] if masked else [((64, 64, 3), 53, 53)])  # 20 latent pixels, every third of them
+    whole = (last == 0.2).flatten(1).all(1)
+    assert whole.sum() == (0 if masked else 2 * 9 * STEPS)
+    assert not (first == 0.2).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_a_unit_without_an_image_shows_the_picture(host, mode):
+    """All of it, stretched to the phase's size, as what is drawn begins with it."""
+    given = unit(None)
+    script = host.add_control(given, img2img=True)
+    picture = drawing(100, 64)
+    assert host.generate(True, 2, {**PLAIN, "window": 64}, init_images=[picture], resize_mode=mode).comments == []
+    phases = [asked for asked in script.asked if asked[0] != script.asked[0][0]]
+    assert phases
+    assert {asked[1:3] for asked in phases} == {((64, 100), 0)}
 
 
 def test_a_kind_of_unit_that_is_not_known_is_refused(host, calls, monkeypatch):

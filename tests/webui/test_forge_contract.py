@@ -186,10 +186,14 @@ def test_what_the_sampling_function_tells(host, monkeypatch, job):
 def test_the_hosts_own_controlnet(host):
     """Its script, by which units are told, and what it keeps of each."""
     [script] = [s for s in host.scripts.scripts_txt2img.alwayson_scripts if s.title().lower() == "controlnet"]
-    for name, value in vars(fake_forge.ControlNetForForgeOfficial).items():
+    for name in vars(fake_forge.ControlNetForForgeOfficial):
+        value = getattr(fake_forge.ControlNetForForgeOfficial, name)
         if inspect.isfunction(value) and not name.startswith("_"):
             assert_callable_alike(value, getattr(type(script), name), f"ControlNet's {name}")
-    params = type(script).get_enabled_units.__globals__["ControlNetCachedParameters"]()
+    module = type(script).get_enabled_units.__globals__
+    assert_callable_alike(fake_forge.crop_and_resize_image, module["crop_and_resize_image"], "how ControlNet resizes")
+    assert hasattr(module["external_code"].ResizeMode, "RESIZE")
+    params = module["ControlNetCachedParameters"]()
     assert set(vars(fake_forge.ControlNetCachedParameters())) <= set(vars(params))
     from modules_forge.supported_controlnet import ControlModelPatcher
 

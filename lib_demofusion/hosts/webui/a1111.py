@@ -194,10 +194,13 @@ def levels_of(p: Any) -> Any:
 
 
 @contextmanager
-def sampling(p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, unguided: Tensor | None) -> Iterator[None]:
+def sampling(
+    p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, unguided: Tensor | None, pictures: Sequence[Any]
+) -> Iterator[None]:
     """While it lasts a phase can be sampled: other scripts have had their turn, and a prediction is in the model's place.
 
     reference, noise: [B, C, H, W], of the phase. unguided: areas without guidance, [B or 1, 1, H, W] in 0..1; None: nowhere.
+    pictures: what the phases start from where no base is sampled; here `controlnet` has made all of them already.
     """
     if p.scripts is not None:
         p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)

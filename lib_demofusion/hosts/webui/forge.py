@@ -221,14 +221,16 @@ def levels_of(p: Any) -> Iterator[None]:
 
 
 @contextmanager
-def sampling(p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, unguided: Tensor | None) -> Iterator[None]:
+def sampling(
+    p: Any, prediction: Prediction, reference: Tensor, noise: Tensor, unguided: Tensor | None, pictures: Sequence[Any]
+) -> Iterator[None]:
     """While it lasts a phase can be sampled, on a copy of the host's objects. As in `a1111`."""
     model, objects = shared.sd_model, shared.sd_model.forge_objects
     model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
     sd_models.apply_token_merging(model, p.get_token_merging_ratio())
     prediction.unguided = unguided
     try:
-        with patched_controls.at_size(p, prediction.phase.size) as prediction.coarse:
+        with patched_controls.at_size(p, prediction.phase, prediction.window, pictures) as prediction.coarse:
             if p.scripts is not None:
                 p.scripts.process_before_every_sampling(p=p, x=reference, noise=noise, c=p.c, uc=p.uc)
         prediction.install()

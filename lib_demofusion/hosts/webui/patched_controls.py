@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_demofusion.control import Hint, few_colours, seen_by
+from lib_demofusion.control import Hint, coarse_size, few_colours, seen_by
 from lib_demofusion.hosts.webui import units
 from lib_demofusion.hosts.webui.neighbours import WINDOWS, said
 from lib_demofusion.hosts.webui.sampling import FACTOR
@@ -43,40 +43,70 @@ def check(p: Any, pictures: int = 0) -> None:
 
 
 @contextmanager
-def at_size(p: Any, size: Size) -> Iterator[list[Tensor]]:
-    """While it lasts the units' images are of (H, W) latent pixels, as the host's own preprocessing makes them of what it was
-    given. Yields those of the base's size, [B, C, ., .], the last unit's first.
+def at_size(p: Any, phase: Phase, window: Size, pictures: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """While it lasts the units' images are of the phase's size, as the host's own preprocessing makes them of what it was
+    given. Yields what dilated views see of them, [B, C, ., .], the last unit's first.
+
+    window: (h, w) of a view. pictures: what the phases start from where no base is sampled; units without an image have these.
     """
     script, args = units.script_of(p)
     before, model = getattr(script, "current_params", None), p.sd_model
     if not before:
         yield []
         return
-    job = copy.copy(p)
-    (job.height, job.width), job.extra_result_images = (side * FACTOR for side in size), []
+    own = [copy.copy(unit) for unit in script.get_enabled_units(args)]
+    for unit in own:
+        script.bound_check_params(unit)  # the API's are made anew each time
     objects, numbers = model.forge_objects, np.random.get_state()  # the host seeds all programs' own
+
+    def made(size: Size) -> dict[int, Any]:
+        job = copy.copy(p)
+        (job.height, job.width), job.extra_result_images = (side * FACTOR for side in size), []
+        if pictures:
+            job.init_images, job.resize_mode = list(pictures), 0  # stretched to that size, and not cut
+        params = {number: type(before[number])() for number in range(len(own))}
+        for number, unit in enumerate(own):
+            script.process_unit_after_click_generate(job, unit, params[number], *args)
+            unit.pixel_perfect = False  # for which the preprocessor's resolution has been set by that size
+        return params
+
     try:
+        if pictures or any(isinstance(unit, dict) for unit in args):
+            script.current_params = made(window)
+        else:  # what the host has made for the base
+            for unit in own:
+                unit.pixel_perfect = False
         model.forge_objects = objects.shallow_copy()
         script.process_before_every_sampling(p, *args)
         nets = model.forge_objects.unet.list_controlnets()
         model.forge_objects = objects
-        script.current_params = {}
-        for number, unit in enumerate(script.get_enabled_units(args)):
-            unit, params = copy.copy(unit), type(before[number])()
-            unit.pixel_perfect = False  # for which the host has set the preprocessor's resolution by the base's size
-            script.process_unit_after_click_generate(job, unit, params, *args)
-            script.current_params[number] = params
-        yield [net.cond_hint_original for net in nets]
+        script.current_params = made(phase.size)
+        size = coarse_size(phase.size, phase.dilation, FACTOR)
+        yield [_resized(script, net.cond_hint_original, size) for net in nets]
     finally:
         script.current_params, model.forge_objects = before, objects
         np.random.set_state(numbers)
 
 
+def _resized(script: Any, image: Tensor, size: Size) -> Tensor:
+    """An image [B, C, h, w] at (height, width) in pixels, by the host's own resizing, which keeps lines thin.
+
+    One with marks for what is masked, below 0, stays as it is.
+    """
+    if image.shape[-2:] == size or image.min() < 0:
+        return image
+    module = units.module_of(script, "get_enabled_units")
+    resize, mode = module["crop_and_resize_image"], module["external_code"].ResizeMode.RESIZE
+    pixels = image.mul(255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    made = np.stack([resize(part, mode, *size) for part in pixels])
+    return torch.from_numpy(made).movedim(-1, 1).to(image).div(255)
+
+
 class Controls:
     """The nets of one phase. last: the last of them, each of which knows the one before it; None: there is none.
 
-    window: (h, w) of a view. coarse: the nets' images at the base's size, if there are such; what is seen of the whole is
-    seen of these. Raises ValueError, one line, for an adapter that takes no image of a window's size.
+    window: (h, w) of a view. coarse: the nets' images as dilated views see them, if there are such; what is seen of the
+    whole is seen of these. Raises ValueError, one line, for an adapter that takes no image of a window's size.
     """
 
     def __init__(self, last: Any, phase: Phase, window: Size, coarse: Sequence[Tensor] = ()):

@@ -145,8 +145,9 @@ class Phases:
         denoiser.demofusion = hooks = PhaseHooks(phase, fusion, SAMPLERS[p.sampler_name], host.tiles(p), self.progress, hints)
         sampler.callback_state = hooks.told_by(sampler.callback_state)
         handle = denoiser.register_forward_pre_hook(hooks.before_step)
+        pictures = self.start.pictures if self.plan.from_picture else ()
         try:
-            with host.sampling(p, hooks.prediction, reference, noise, areas.unguided):
+            with host.sampling(p, hooks.prediction, reference, noise, areas.unguided, pictures):
                 if hasattr(p, "init_images"):
                     image_conditioning = self.start.conditioning(noise, self.plan.window)
                 else:
