@@ -136,6 +136,45 @@ def _config(part):
     return json.loads((CHECKPOINT / part / "config.json").read_text())
 
 
+def _controlnet(weights):
+    from backend import memory_management
+    from backend.nn.cnets import cldm
+    from backend.patcher.controlnet import ControlNet
+
+    config = _config("controlnet")
+    widths = config["block_out_channels"]
+    with _building(config["norm_num_groups"]):
+        network = cldm.ControlNet(
+            in_channels=config["in_channels"],
+            hint_channels=config["conditioning_channels"],
+            model_channels=widths[0],
+            channel_mult=[_Width(width) for width in widths],
+            num_res_blocks=config["layers_per_block"],
+            num_heads=config["attention_head_dim"],
+            use_spatial_transformer=True,
+            context_dim=config["cross_attention_dim"],
+            transformer_depth=[0] * len(widths),
+            transformer_depth_middle=0,
+            dtype=torch.float32,
+        )
+    network.to(device=memory_management.cpu, dtype=torch.float32)
+    _fill(network, {name: value.float() for name, value in weights.items()}, "control_model.")
+    return ControlNet(network, load_device=memory_management.get_torch_device(), manual_cast_dtype=torch.float32)
+
+
+def teach_controlnet(part):
+    """The host reads a file with `part` in its name as the embedded ControlNet, as `training.export_webui` writes it."""
+    from modules_forge.shared import supported_control_models
+    from modules_forge.supported_controlnet import ControlNetPatcher
+
+    class Embedded:
+        @staticmethod
+        def try_build_from_state_dict(weights, path):
+            return ControlNetPatcher(_controlnet(weights)) if part in Path(path).name else None
+
+    supported_control_models.insert(0, Embedded)
+
+
 class _Guess:
     """What the host would have found out of a published checkpoint."""
 

@@ -1,8 +1,10 @@
 """What only hosts of Forge's kind have: models in patchers, a plan for memory, a ControlNet of their own."""
 
+import host_controls
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_host import at_call, snapshot  # noqa: F401
 from webui_host import only_on_forge
 
@@ -335,6 +337,18 @@ def test_control_after_an_interrupt_is_as_before(host, controlled, at_call):  # 
     host.generate(True, 2)
     at_call.clear()
     assert torch.equal(host.latents(True, 2), clean)
+
+
+@pytest.mark.parametrize("fields", [{}, {"module": "canny"}, {"module": "canny", "pixel_perfect": True}])
+@pytest.mark.parametrize("scale", [2, 2.5])
+def test_a_unit_of_the_hosts_own_script(host, fields, scale):
+    """As the API gives it; its images are made for the base, and for each phase."""
+    picture = Image.fromarray((255 * ramp(150, 200)[0]).byte().movedim(0, -1).numpy())
+    scripts = host_controls.scripts(host_controls.model_of(host), picture, **fields)
+    plain, steered = (host.latents(True, scale, **more) for more in ({}, {"alwayson_scripts": scripts}))
+    assert host.comments == []
+    assert steered.shape == plain.shape
+    assert not torch.allclose(steered, plain, atol=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def snapshot(host):
     state = host.shared.state
     modules = [host.devices, host.processing, host.sd_samplers, host.sd_samplers_common, host.rng, host.shared]
     ignored = {"cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"}  # the host's caches of prompts
+    ignored |= {"__slotnames__"}  # Python's, of a class whose objects have been copied
     return flat(
         {
             "callbacks": {k: [id(c.callback) for c in v] for k, v in host.script_callbacks.callback_map.items()},

@@ -3,6 +3,7 @@
 import os
 import subprocess
 
+import host_controls
 import host_latents
 import pytest
 import torch
@@ -18,14 +19,16 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def others(checkpoints, tmp_path_factory):
-    """What the other host makes of all jobs."""
+def others(request, checkpoints, tmp_path_factory):
+    """What the other host makes of the jobs that are to be compared."""
+    items = [item for item in request.session.items if item.module is request.module]
     folder = tmp_path_factory.mktemp("another host")
     (folder / "data").mkdir()
     out = folder / "latents.safetensors"
     given = map(str, (ROOT / "tests" / "webui" / "host_latents.py", checkpoints, folder / "data", out))
+    names = [item.callspec.params["name"] for item in items]
     run = subprocess.run(
-        [OTHER_PYTHON, *given], env={**os.environ, "WEBUI_DIR": OTHER_DIR}, capture_output=True, text=True, cwd=folder
+        [OTHER_PYTHON, *given, *names], env={**os.environ, "WEBUI_DIR": OTHER_DIR}, capture_output=True, text=True, cwd=folder
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return load_file(out)
@@ -50,6 +53,8 @@ def test_the_phases_are_the_same(host, others, options, name):
     """
     sampler = host_latents.JOBS[name][2].get("sampler_name", "Euler")
     options(live_previews_enable=False)
+    if "control" in host_latents.JOBS[name][2] and not (f"{name}.base" in others and host_controls.model_of(host)):
+        pytest.skip(host_controls.ABSENT)
     if f"{name}.base" not in others or sampler not in {known.name for known in host.sd_samplers.all_samplers}:
         pytest.skip(f"one of the hosts has no sampler {sampler}")
     base, final = host_latents.latents_of(host, name)

@@ -4,28 +4,20 @@ SCREENSHOTS=folder keeps them there, beside the same without and the control ima
 """
 
 import os
-import subprocess
 from pathlib import Path
 
 import control_host
 import embedded_controlnet
 import numpy as np
 import pytest
-import webui_host
 from command import assert_same
+from host_controls import export_to
 from PIL import Image
 
 from training.scenes import Scene, render
 
 host = control_host.host
 SIDE = 128  # of the images that the checkpoint was made for
-
-
-def export_to(folder):
-    """Write the tile model into a folder, as the extension reads it."""
-    write = "import sys; from pathlib import Path; from training.export_webui import export_controlnet as write; "
-    write += "write(Path(sys.argv[1]))"
-    subprocess.run([webui_host.command_python(), "-c", write, folder], cwd=webui_host.ROOT, check=True)
 
 
 @pytest.fixture(scope="module")
