@@ -95,6 +95,11 @@ for enabled, scripts, settings in json.loads(jobs):
 """
 
 
+# What an extension asks for at its first use: this one measures the machines, and would wait for the very job that it is in.
+MACHINES = {"workers": [{"master": {"avg_ipm": 10.0, "master": True}}], "benchmark_payload": {}}
+FILES = {"stable-diffusion-webui-distributed": {"distributed-config.json": json.dumps(MACHINES)}}
+
+
 def beside(name, jobs, checkpoints, tmp_path, setup="", more=()):
     """What came of jobs (DemoFusion on or off, {title: arguments of other scripts}, settings) beside an extension.
 
@@ -105,6 +110,8 @@ def beside(name, jobs, checkpoints, tmp_path, setup="", more=()):
         if not folder.is_dir():
             pytest.skip(f"there is no {each} in NEIGHBOURS_DIR")
         shutil.copytree(folder, tmp_path / "data" / "extensions" / each, ignore=shutil.ignore_patterns(".git"))
+        for file, text in FILES.get(each, {}).items():
+            (tmp_path / "data" / "extensions" / each / file).write_text(text)
     (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "data" / "ui-config.json").write_text("{}")  # as every host has that was used before
     given = map(str, (ROOT / "tests" / "webui", checkpoints, tmp_path / "data", json.dumps(jobs), setup))
