@@ -170,7 +170,8 @@ def demofusion(
     """control: scale and end of the tile ControlNet, which is shown the phase before; none without. few_step: the phases
     have the LCM-LoRA."""
     config = DemoFusionConfig.preset(preset, view_batch_size=16, **settings)
-    changed = {key: value for key, value in config.to_infotext().items() if not key.endswith(("scale", "batch size"))}
+    free = ("DemoFusion scale", "DemoFusion view batch size")  # of the job; and what no picture depends on
+    changed = {key: value for key, value in config.to_infotext().items() if key not in free}
     if control:
         changed["control"] = control
     if few_step:

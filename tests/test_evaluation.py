@@ -132,6 +132,14 @@ def test_the_parts_of_demofusion():
         assert phases.make_plan((8, 8), 4, config) == whole
 
 
+def test_pictures_of_other_settings_have_other_names():
+    settings = [{}, {"phase_cfg_scale": 2.0}, {"hold_flat": 6.0}, {"unguided_flat": 10.0}]
+    tags = [demofusion(preset="Few-step", **own).tag for own in settings]
+    assert len(set(tags)) == len(tags)
+    assert demofusion(preset="Few-step", few_step=True).tag not in tags
+    assert demofusion(scale=3.0).tag == demofusion().tag
+
+
 def test_the_base_is_the_first_phase_of_demofusion(job):
     """What the methods enlarge is what DemoFusion starts from."""
     from lib_demofusion.hosts.diffusers import generate
