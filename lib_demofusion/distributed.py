@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from lib_demofusion.fusion import Cancelled
 from lib_demofusion.memory import OutOfMemory, ViewBatch
 
 V = TypeVar("V")
+# By a process group, that of gloo in which its ranks speak. It is made once: torch would give a second one of the same ranks
+# the name of the first, and with it the first one's addresses.
+_controls: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 ANSWER = timedelta(seconds=45)  # within which a rank must answer another that is through with its part
 PATIENCE = timedelta(minutes=30)  # the same where ranks differ by right: a model that is loaded, a picture that is written
@@ -75,7 +79,7 @@ class Ranks:
     group: their process group; torch's default one unless given. Of nccl, the latents travel on the cards; of anything else,
     through main memory. cards: make a group of nccl for them. clock: by which the paces are measured.
     rank: of this process in the group. paces: the ranks' seconds per view, as all of them know them; 0: not known.
-    over: whether some rank could not go on.
+    over: whether some rank could not go on. lost: whether one is gone or did not answer.
     """
 
     def __init__(self, group: Any = None, cards: bool = False, clock: Callable[[], float] = time.perf_counter):
@@ -84,16 +88,16 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.clock = clock
         self.paces = [0.0] * len(self.members)
-        self.over = False
+        self.over = self.lost = False
         own = dict(timeout=ANSWER, use_local_synchronization=True)
-        self._control = dist.new_group(self.members, backend="gloo", **own)
-        self._groups = [self._control]
+        if group not in _controls:
+            _controls[group] = dist.new_group(self.members, backend="gloo", **own)
+        self._group, self._control = group, _controls[group]
         self._data = self._control
         if dist.get_backend(group) == "nccl":
             self._data = group
         elif cards:
             self._data = dist.new_group(self.members, backend="nccl", **own)
-            self._groups.append(self._data)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -101,7 +105,8 @@ class Ranks:
     def close(self) -> None:
         """The end of what these ranks do together. After a failure the others stay until rank 0 has written what there is.
 
-        What starts the ranks may end rank 0, too, as soon as another one has ended.
+        What starts the ranks may end rank 0, too, as soon as another one has ended. Unless a rank is lost, the group can be
+        used again.
         """
         if self.over:
             word = torch.zeros(1, dtype=torch.uint8)
@@ -111,10 +116,10 @@ class Ranks:
             if self.rank:
                 with suppress(RankLost):
                     self._receive(word, 0, PATIENCE)
-        for group in reversed(self._groups):
+        if self.lost:
+            _controls.pop(self._group, None)
             with suppress(Exception):
-                if not self.over or group is self._control:  # one of nccl may wait for those who are gone
-                    dist.destroy_process_group(group)
+                dist.destroy_process_group(self._control)
 
     def exchange(
         self, error: BaseException | None = None, wait: tuple[timedelta, timedelta] | None = None, **told: Any
@@ -138,7 +143,7 @@ class Ranks:
                 self._send(row, 0, wait[1])
                 self._receive(table, 0, wait[1])
         except RankLost:
-            self.over = True
+            self.over = self.lost = True
             if error is None or isinstance(error, Cancelled):  # whoever starts the ranks stops the others, too
                 raise
             raise error from None
@@ -156,11 +161,11 @@ class Ranks:
 
     def _send(self, x: Tensor, rank: int, wait: timedelta) -> None:
         """Until the rank has taken it."""
-        with _lost(rank, wait):
+        with _lost(f"rank {rank}", wait):
             dist.isend(x, self.members[rank], group=self._control).wait(wait)
 
     def _receive(self, x: Tensor, rank: int, wait: timedelta) -> None:
-        with _lost(rank, wait):
+        with _lost(f"rank {rank}", wait):
             dist.irecv(x, self.members[rank], group=self._control).wait(wait)
 
     def start(self, *settings: Any) -> None:
@@ -202,8 +207,20 @@ class Ranks:
     @torch.inference_mode(False)  # gloo of old versions writes from a thread of its own, which no tensor made in it allows
     def _broadcast(self, x: Tensor) -> Tensor:
         sent = self._travelling(x)
-        dist.broadcast(sent, self.members[0], group=self._data)
+        with self._travelling_together():
+            dist.broadcast(sent, self.members[0], group=self._data)
         return sent.to(x.device)
+
+    @contextmanager
+    def _travelling_together(self) -> Iterator[None]:
+        """What torch raises in here says that some rank is lost, and not which."""
+        others = [rank for rank in range(len(self)) if rank != self.rank]
+        try:
+            with _lost(f"rank {others[0]}" if len(others) == 1 else "a rank", ANSWER):
+                yield
+        except RankLost:
+            self.over = self.lost = True
+            raise
 
     def _travelling(self, x: Tensor) -> Tensor:
         """A tensor where its group takes it from; never one that is somebody else's."""
@@ -214,7 +231,8 @@ class Ranks:
         """Each rank's x, all of one shape, in the ranks' order."""
         sent = self._travelling(x)
         parts = [torch.empty_like(sent) for _ in self.members]
-        dist.all_gather(parts, sent, group=self._data)
+        with self._travelling_together():
+            dist.all_gather(parts, sent, group=self._data)
         return [part.to(x.device) for part in parts]
 
 
@@ -363,15 +381,15 @@ def _row(error: BaseException | None, told: dict[str, Any]) -> Tensor:
 
 
 @contextmanager
-def _lost(rank: int, wait: timedelta) -> Iterator[None]:
-    """What torch raises in here, waiting for it so long, says that this rank is lost."""
+def _lost(rank: str, wait: timedelta) -> Iterator[None]:
+    """What torch raises in here, waiting for it so long, says that this rank, as the line names it, is lost."""
     began = time.monotonic()
     try:
         yield
     except RuntimeError as error:
         late = time.monotonic() - began >= 0.9 * wait.total_seconds()
         why = f"has not answered for {wait.seconds} seconds" if late else "is gone"
-        raise RankLost(f"rank {rank} {why}") from error
+        raise RankLost(f"{rank} {why}") from error
 
 
 def _wait_for(device: torch.device) -> None:

@@ -34,6 +34,7 @@ JOBS = {
     "batch": (1, 2, 3),
     "picture": (1, 2, 3),
     "fours": (1, 2, 3),
+    "again": (2,),
     "pace": (1, 2),
     "small": (2,),
     "none": (2,),
@@ -102,6 +103,20 @@ class Rank:
     def fours(self):
         """Four views a call, which neither 13 nor its parts are whole numbers of."""
         return self.generate(scale=2.0, view_batch_size=4)
+
+    def again(self):
+        """In a group that has had two jobs, of which the second was stopped."""
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        pipe, made = host.load_pipeline(EMBEDDED_CHECKPOINT, "cpu", torch.float32), []
+        own = dict(config=DemoFusionConfig(scale=2.0), steps=2, seed=1)
+        for stopped in (False, True, False):
+            try:
+                made.append(generate(pipe, PROMPT, cancelled=lambda stopped=stopped: stopped and sum(steps) > 40, **own))
+            except Incomplete as error:
+                made.append(error.result)
+        first, second, third = (result.phases[-1][1] for result in made)
+        dist.destroy_process_group()
+        return {"same": torch.equal(first, third), "stopped": len(made[1].phases), "lost": second.shape == first.shape}
 
     def pace(self):
         """The second rank takes three times as long for a view."""

@@ -126,6 +126,10 @@ def test_only_the_first_rank_speaks_and_leaves_only_the_picture(folder, told, li
     assert not list(folder.glob(f"{name}-3-phase*"))
 
 
+def test_a_group_makes_one_picture_after_another_also_after_one_that_was_stopped(told):
+    assert told("again", 2) == [{"same": True, "stopped": 1, "lost": False}] * 2
+
+
 def test_out_of_memory_on_one_rank_makes_its_calls_smaller(folder, told):
     assert [rank["size"] for rank in told("small", 2)] == [4, 2]
     with Image.open(folder / "small-2.png") as small, Image.open(folder / "fours-1.png") as roomy:
@@ -162,6 +166,23 @@ def test_a_rank_that_does_not_answer_is_told(folder, lines):
     assert json.loads((folder / "silent-2-0.json").read_text())["code"] == 1
     assert (folder / "silent-2-phase1.safetensors").exists()
     assert distributed.ANSWER.seconds < 60
+
+
+@pytest.mark.parametrize(("count", "line"), [(2, "rank 1 is gone"), (3, "a rank is gone")])
+def test_a_rank_that_goes_while_latents_travel_is_told(monkeypatch, count, line):
+    """Of what torch says then nothing is a line for the user."""
+
+    def gone(*args, **kwargs):
+        raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:11143: Connection reset by peer")
+
+    ranks = object.__new__(distributed.Ranks)
+    ranks.__dict__.update(rank=0, members=[*range(count)], over=False, lost=False, _control=None, _data=None)
+    for call, name in ((ranks.gather, "all_gather"), (ranks._broadcast, "broadcast")):
+        monkeypatch.setattr(torch.distributed, name, gone)
+        with pytest.raises(distributed.RankLost, match=f"^{line}$"):
+            call(torch.zeros(2))
+    assert ranks.over
+    assert ranks.lost
 
 
 def test_ranks_with_different_jobs_are_refused(told):
