@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from webui_host import IS_FORGE, ROOT, WEBUI_DIR, arguments, prepare
+from webui_host import IS_FORGE, ROOT, WEBUI_DIR, arguments, pixels, prepare
 
 from lib_demofusion.config import PRESETS, DemoFusionConfig
 from lib_demofusion.phases import make_plan
@@ -208,11 +208,6 @@ def generate(page, data, running=None, tab="txt2img", button=None):
             running = None
         page.wait_for_timeout(200)
     raise TimeoutError("no image")
-
-
-def pixels(image):
-    """What is seen: Forge writes the parameters and the time into the alpha channel of what it saves."""
-    return np.asarray(image.convert("RGB"))
 
 
 def test_a_new_user(page, server, tmp_path_factory):

@@ -10,6 +10,7 @@ import forge_host
 import numpy as np
 import pytest
 import torch
+import webui_host
 from PIL import Image
 from safetensors.torch import save_file
 from test_host import said, snapshot
@@ -154,7 +155,7 @@ def parameters(host, reply, picture=0):
 
 
 def pixels(reply, picture=0):
-    return np.asarray(reply.images[picture].convert("RGB"))  # Forge writes parameters into the alpha of what it saves
+    return webui_host.pixels(reply.images[picture])
 
 
 def state_of(host):

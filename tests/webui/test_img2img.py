@@ -11,7 +11,7 @@ from arguments import script_arguments
 from PIL import Image
 from readout import NODE, readouts
 from test_host import at_call, snapshot  # noqa: F401
-from webui_host import make_sdxl
+from webui_host import make_sdxl, pixels
 
 PLAIN = {"jitter": False, "view_batch_size": 1}
 TWICE = [True, 2]
@@ -378,8 +378,7 @@ def test_a_saved_phase_is_gone_on_from(host, picture, tmp_path):
     assert files[-1].with_suffix(".png").exists()
     again = host.from_pictures([picture], True, 4, {**PLAIN, "resume": str(files[-1])})
     assert host.comments == []
-    made = [np.asarray(reply.images[0].convert("RGB")) for reply in (whole, again)]  # Forge writes into a saved alpha
-    assert np.array_equal(*made)
+    assert np.array_equal(pixels(whole.images[0]), pixels(again.images[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

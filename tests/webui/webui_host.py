@@ -237,6 +237,13 @@ def same_but_for_rounding(x, y):
     return error.square().mean().sqrt() < 1e-4 and error.abs().max() < 1e-3
 
 
+def pixels(image):
+    """What is seen of a PIL image, [H, W, 3]: Forge writes the parameters and the time into the alpha of what it saves."""
+    import numpy as np
+
+    return np.asarray(image.convert("RGB"))
+
+
 def encoded(image):
     """A PIL image as the API takes it."""
     file = io.BytesIO()
