@@ -30,10 +30,10 @@ PROMPT = "two purple striped discs on snow"
 FOLDER = Path(sys.argv[1] if __name__ == "__main__" else ".")
 JOBS = {
     "euler": (1, 2, 3),
-    "ancestral": (1, 2, 3),
-    "batch": (1, 2, 3),
-    "picture": (1, 2, 3),
-    "fours": (1, 2, 3),
+    "ancestral": (1, 3),
+    "batch": (1, 2),
+    "picture": (1, 3),
+    "fours": (1, 3),
     "again": (2,),
     "pace": (1, 2),
     "small": (2,),

@@ -176,7 +176,7 @@ def test_from_a_picture_it_refuses_in_the_words_of_the_refusal(webui):
     rng = random.Random(2)
     forms = [random_form(rng, webui, "Picture") for _ in range(300)]
     forms = [dict(form, sampler="Euler", scheduler="Automatic", scale=rng.choice([1.05, 2, 8])) for form in forms]
-    forms = [dict(form, window=rng.choice([0, 64, 2048])) for form in forms]
+    forms = [dict(form, window=rng.choice([0, 256, 2048])) for form in forms]
     refused = [(form, line) for form in forms if (line := plan_or_refusal(form, webui)[1])]
     for (_, line), said in zip(refused, readouts([form for form, _ in refused]), strict=True):
         assert said == f"cannot run: {line}"
