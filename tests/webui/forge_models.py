@@ -6,6 +6,7 @@ In the host's process, once its modules are there. `loader` is for `sd_models.fo
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -35,8 +36,8 @@ def _load(path, vaes):
     weights = load_file(path)
     params = json.loads(Path(path).with_suffix(".yaml").read_text())["model"]["params"]
     text_encoder, tokenizer = _text_encoder(), _tokenizer()
-    unet, vae = _unet(params["unet_config"]["params"]["in_channels"]), _vae()
-    _fill(unet, weights, "model.diffusion_model.")
+    unet, vae = _unet(params["unet_config"]["params"]["in_channels"], storage := _storage()), _vae()
+    _fill(unet, _in_blocks(unet, weights) if storage == GGUF else weights, "model.diffusion_model.")
     _fill(vae, weights, "first_stage_model.")
     for file in vaes or []:
         _fill(vae, load_file(file), "")
@@ -66,13 +67,13 @@ def _load_sdxl(path):
 # The parts, as the host builds them, in our sizes
 
 
-def _unet(inputs):
+def _unet(inputs, storage):
     from backend.nn.unet import IntegratedUNet2DConditionModel
 
     config = _config("unet")
     widths, each = config["block_out_channels"], config["layers_per_block"]
     attention = [int(kind.startswith("CrossAttn")) for kind in config["down_block_types"]]
-    with _building(config["norm_num_groups"]):
+    with _building(config["norm_num_groups"], storage):
         unet = IntegratedUNet2DConditionModel(
             in_channels=inputs,
             out_channels=4,
@@ -86,7 +87,7 @@ def _unet(inputs):
             transformer_depth_middle=1,
             transformer_depth_output=[there for there in attention for _ in range(each + 1)],
         )
-    return _placed(unet)
+    return _placed(unet, storage)
 
 
 def _vae():
@@ -209,12 +210,15 @@ class _Width(int):
 
 
 @contextmanager
-def _building(groups):
+def _building(groups, storage=torch.float32):
     """The host's layers, whose weights are none until they are loaded, with so many groups in a norm."""
     from backend import memory_management
     from backend.operations import using_forge_operations
 
-    with using_forge_operations(device=memory_management.cpu, dtype=torch.float32):
+    kept = dict(dtype=torch.float32, bnb_dtype=GGUF)
+    if storage != GGUF:
+        kept = dict(dtype=storage, manual_cast_enabled=storage != torch.float32)
+    with using_forge_operations(device=memory_management.cpu, **kept):
         whole = torch.nn.GroupNorm
 
         class Norm(whole):
@@ -225,12 +229,13 @@ def _building(groups):
             yield
 
 
-def _placed(unet):
+def _placed(unet, storage=torch.float32):
     """Says where it is, and where it computes."""
     from backend import memory_management
 
-    unet.to(device=memory_management.cpu, dtype=torch.float32)
-    unet.storage_dtype = unet.computation_dtype = torch.float32
+    if storage != GGUF:
+        unet.to(device=memory_management.cpu, dtype=storage)
+    unet.storage_dtype, unet.computation_dtype = storage, torch.float32
     unet.load_device = memory_management.get_torch_device()
     unet.initial_device = unet.offload_device = memory_management.cpu
     return unet
@@ -251,6 +256,45 @@ def _with_own_scale(model):
     if hasattr(vae, "latent_format"):
         vae.latent_format.scale_factor = _config("vae")["scaling_factor"]
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in few bits
+
+GGUF = "gguf"
+
+
+def _storage():
+    """How the UNet's weights are to be kept, by the host's setting."""
+    from backend.args import dynamic_args
+
+    return dict(vars(dynamic_args) if not isinstance(dynamic_args, dict) else dynamic_args).get(SETTING) or torch.float32
+
+
+SETTING = "forge_unet_storage_dtype"
+
+
+def _in_blocks(unet, weights):
+    """The weights of its linear layers as a .gguf file has them, in Q8_0; the others as they are."""
+    import gguf
+    from backend.operations_gguf import ParameterGGUF
+
+    made, kind = dict(weights), gguf.GGMLQuantizationType.Q8_0
+    for name, module in unet.named_modules():
+        key = f"model.diffusion_model.{name}.weight"
+        if type(module).__name__ == "Linear" and made[key].shape[-1] % 32 == 0:
+            data = gguf.quants.quantize(made[key].float().numpy(), kind)
+            made[key] = ParameterGGUF(SimpleNamespace(tensor_type=kind, shape=made[key].shape[::-1], data=data))
+    return made
+
+
+def values(unet):
+    """What its weights are in single precision, by name; and how many of them are kept in fewer bits."""
+    from backend.operations_gguf import dequantize_tensor
+
+    kept = dict(unet.named_parameters())
+    few = sum(x.element_size() < 2 for x in kept.values())
+    return {name: dequantize_tensor(x).detach().float() for name, x in kept.items()}, few
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What only hosts of Forge's kind have: models in patchers, a plan for memory, a ControlNet of their own."""
 
+import forge_host
+import forge_models
 import host_controls
 import numpy as np
 import pytest
@@ -138,6 +140,53 @@ def test_the_host_is_asked_for_the_memory_of_one_call(host, monkeypatch, views):
     assert base > 0
     assert phases == pytest.approx([need([2 * views, 4, 8, 8])] * len(phases))
     assert max(phases) < need([2, 4, 32, 32])
+
+
+@pytest.mark.parametrize("kind", ["float8-e4m3fn", "float8-e5m2", forge_models.GGUF])
+def test_weights_in_few_bits(host, options, monkeypatch, kind):
+    """To the bit what their values give in single precision."""
+    from modules_forge import main_entry
+
+    monkeypatch.setitem(main_entry.forge_unet_storage_dtype_options, forge_models.GGUF, (forge_models.GGUF, False))
+    options(forge_unet_storage_dtype=kind)
+    try:
+        host.load(forge_host.EMBEDDED)
+        few = host.latents(True, 2)
+        values, count = forge_models.values(host.unet)
+        options(forge_unet_storage_dtype="Automatic")
+        host.load(forge_host.EMBEDDED)
+        whole = host.latents(True, 2)
+        with torch.inference_mode():
+            host.unet.load_state_dict(values)
+        expected = host.latents(True, 2)
+    finally:
+        options(forge_unet_storage_dtype="Automatic")
+        host.sd_models.model_data.forge_hash = ""
+        host.load(forge_host.EMBEDDED)
+    assert count > 20
+    assert torch.equal(few, expected)
+    assert not torch.equal(few, whole)
+
+
+def test_weights_that_the_host_keeps_off_the_card(host, monkeypatch):
+    """It brings each to a layer's input when that is called. Here they are of another precision, with which nothing computes.
+
+    The autoencoder's too, which runs at once and in tiles.
+    """
+    monkeypatch.setattr(host.webui.decoding.tiles, "tile_for", lambda network, device, base: 20)
+    expected = [np.asarray(host.generate(True, scale).images[0]) for scale in (2, 4)]
+    layers = [layer for network in (host.unet, host.autoencoder) for layer in network.modules()]
+    layers = [layer for layer in layers if hasattr(layer, "parameters_manual_cast")]
+    assert len(layers) > 100
+    for layer in layers:
+        monkeypatch.setattr(layer, "parameters_manual_cast", True)
+        layer.to(torch.float64)
+    try:
+        made = [np.asarray(host.generate(True, scale).images[0]) for scale in (2, 4)]
+    finally:
+        for layer in layers:
+            layer.to(torch.float32)
+    assert all(map(np.array_equal, made, expected))
 
 
 def patched(host, monkeypatch, patch):
