@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Paper": {},
     "Fast": _FAST,
     "Faithful": {**_FEW, "hold_flat": 15.0, "unguided_flat": 50.0},
-    "Turbo": {**_FEW, "unguided_flat": 25.0},
+    "Turbo": {**_FEW, "unguided_flat": 10.0},
     # Of few-step weights, which need no guidance: an LCM, Lightning or DMD2 LoRA in the phases, or such a checkpoint.
     "Few-step": {**_FEW, "denoising_strength": 0.3, "phase_sampler": "LCM", "phase_cfg_scale": 1.0},
 }

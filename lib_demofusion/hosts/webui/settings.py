@@ -84,7 +84,7 @@ PRESET_HELP = {  # what it is, and when to take it; what it costs depends on the
         "Where small copies of the subject appear; plain areas, skin and sky among them, get little new detail",
     ),
     "Turbo": (
-        f"{_last_steps('Turbo')}, without guidance in flat areas, else as Fast",
+        f"{_last_steps('Turbo')}, without guidance in very flat areas, else as Fast",
         "While you look for a prompt, and on slow machines",
     ),
     "Few-step": (
