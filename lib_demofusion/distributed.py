@@ -79,7 +79,7 @@ class Ranks:
     group: their process group; torch's default one unless given. Of nccl, the latents travel on the cards; of anything else,
     through main memory. cards: make a group of nccl for them. clock: by which the paces are measured.
     rank: of this process in the group. paces: the ranks' seconds per view, as all of them know them; 0: not known.
-    over: whether some rank could not go on. lost: whether one is gone or did not answer.
+    over: whether some rank could not go on.
     """
 
     def __init__(self, group: Any = None, cards: bool = False, clock: Callable[[], float] = time.perf_counter):
@@ -88,11 +88,11 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.clock = clock
         self.paces = [0.0] * len(self.members)
-        self.over = self.lost = False
+        self.over = False
         own = dict(timeout=ANSWER, use_local_synchronization=True)
         if group not in _controls:
             _controls[group] = dist.new_group(self.members, backend="gloo", **own)
-        self._group, self._control = group, _controls[group]
+        self._control = _controls[group]
         self._data = self._control
         if dist.get_backend(group) == "nccl":
             self._data = group
@@ -105,8 +105,8 @@ class Ranks:
     def close(self) -> None:
         """The end of what these ranks do together. After a failure the others stay until rank 0 has written what there is.
 
-        What starts the ranks may end rank 0, too, as soon as another one has ended. Unless a rank is lost, the group can be
-        used again.
+        What starts the ranks may end rank 0, too, as soon as another one has ended. The group can be used again; if a rank
+        is lost, that is what the next job in it hears.
         """
         if self.over:
             word = torch.zeros(1, dtype=torch.uint8)
@@ -116,10 +116,6 @@ class Ranks:
             if self.rank:
                 with suppress(RankLost):
                     self._receive(word, 0, PATIENCE)
-        if self.lost:
-            _controls.pop(self._group, None)
-            with suppress(Exception):
-                dist.destroy_process_group(self._control)
 
     def exchange(
         self, error: BaseException | None = None, wait: tuple[timedelta, timedelta] | None = None, **told: Any
@@ -143,7 +139,7 @@ class Ranks:
                 self._send(row, 0, wait[1])
                 self._receive(table, 0, wait[1])
         except RankLost:
-            self.over = self.lost = True
+            self.over = True
             if error is None or isinstance(error, Cancelled):  # whoever starts the ranks stops the others, too
                 raise
             raise error from None
@@ -219,7 +215,7 @@ class Ranks:
             with _lost(f"rank {others[0]}" if len(others) == 1 else "a rank", ANSWER):
                 yield
         except RankLost:
-            self.over = self.lost = True
+            self.over = True
             raise
 
     def _travelling(self, x: Tensor) -> Tensor:

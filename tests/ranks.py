@@ -40,6 +40,7 @@ JOBS = {
     "none": (2,),
     "term": (2,),
     "silent": (2,),
+    "gone": (2,),
     "different": (2,),
     "missing": (2,),
     "alone": (1,),
@@ -163,6 +164,25 @@ class Rank:
 
         Fusion.predict = predict
         return self.command("--steps", "2", "--scale", "2")
+
+    def gone(self):
+        """The second rank ends in the first phase after the base; the first begins another job in their group."""
+        before = Fusion.predict
+
+        def predict(*args):
+            if self.rank:
+                os._exit(3)
+            return before(*args)
+
+        Fusion.predict = predict
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        pipe, heard = host.load_pipeline(EMBEDDED_CHECKPOINT, "cpu", torch.float32), []
+        for _ in range(2):
+            try:
+                generate(pipe, PROMPT, config=DemoFusionConfig(scale=2.0), steps=2, seed=1)
+            except (Incomplete, distributed.RankLost) as error:
+                heard.append([type(error).__name__, str(error)])
+        return {"heard": heard}
 
     def different(self):
         return self.generate(seed=self.rank, scale=2.0)

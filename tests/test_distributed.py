@@ -166,6 +166,15 @@ def test_a_rank_that_does_not_answer_is_told(folder, lines):
     assert distributed.ANSWER.seconds < 60
 
 
+def test_another_job_in_the_group_of_a_lost_rank_is_told_so(folder):
+    file = folder / "gone-2-0.json"
+    assert file.exists(), file.with_suffix(".err").read_text()
+    (first, line), second = json.loads(file.read_text())["heard"]
+    assert first == "Incomplete"
+    assert "rank 1 is gone" in line
+    assert second == ["RankLost", "rank 1 is gone"]
+
+
 @pytest.mark.parametrize(("count", "line"), [(2, "rank 1 is gone"), (3, "a rank is gone")])
 def test_a_rank_that_goes_while_latents_travel_is_told(monkeypatch, count, line):
     """Of what torch says then nothing is a line for the user."""
@@ -174,13 +183,12 @@ def test_a_rank_that_goes_while_latents_travel_is_told(monkeypatch, count, line)
         raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:11143: Connection reset by peer")
 
     ranks = object.__new__(distributed.Ranks)
-    ranks.__dict__.update(rank=0, members=[*range(count)], over=False, lost=False, _control=None, _data=None)
+    ranks.__dict__.update(rank=0, members=[*range(count)], over=False, _control=None, _data=None)
     for call, name in ((ranks.gather, "all_gather"), (ranks._broadcast, "broadcast")):
         monkeypatch.setattr(torch.distributed, name, gone)
         with pytest.raises(distributed.RankLost, match=f"^{line}$"):
             call(torch.zeros(2))
     assert ranks.over
-    assert ranks.lost
 
 
 def test_ranks_with_different_jobs_are_refused(told):
