@@ -16,19 +16,21 @@ def is_forge(webui):
     return bool(webui) and (Path(webui) / "backend" / "patcher" / "unet.py").is_file()
 
 
-def arguments(webui, checkpoints, data):
-    """The host's command line: on the CPU in float32, with these checkpoints, everything else of its own in `data`.
-
-    The relatives call some flags otherwise, and end at one that they do not know.
-    """
+def flags(webui):
+    """What its command line knows: the relatives call some flags otherwise, and end at one that they do not know."""
     texts = [(Path(webui) / file).read_text(encoding="utf-8") for file in ("modules/cmd_args.py", "backend/args.py")]
-    known = {word for text in texts for word in text.split('"') if word.startswith("--")}
+    return {word for text in texts for word in text.split('"') if word.startswith("--")}
+
+
+def arguments(webui, checkpoints, data):
+    """The host's command line: on the CPU in float32, with these checkpoints, everything else of its own in `data`."""
+    known = flags(webui)
     wanted = [("--always-cpu", "--cpu"), ("--all-in-fp32", "--force-fp32"), ("--no-download-sd-model",), ("--no-hashing",)]
     wanted += [("--skip-torch-cuda-test",), ("--skip-version-check",), ("--no-prompt-history",)]
-    flags = [next((name for name in names if name in known), None) for names in wanted]
+    found = [next((name for name in names if name in known), None) for names in wanted]
     folder = next(name for name in ("--ckpt-dir", "--ckpt-dirs") if name in known)
     served = ["--gradio-allowed-path", str(Path(webui).resolve())]  # its own scripts, which it else serves from `data` alone
-    return ["webui.py", *filter(None, flags), *served, "--data-dir", str(data), folder, str(checkpoints)]
+    return ["webui.py", *filter(None, found), *served, "--data-dir", str(data), folder, str(checkpoints)]
 
 
 LOADER = f"""
