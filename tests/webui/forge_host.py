@@ -80,9 +80,10 @@ OF_THE_HOST = {"alphas_cumprod", "gguf_baked"}  # attributes that it gives a che
 def _contents(part):
     """What a patcher has, but for its network: as text without addresses, which are others when a model is loaded again.
 
-    And without what the host notes itself: whether its weights are merged now, and the levels of the last sampling.
+    And without what the host notes itself: whether its weights are merged now, how large they are once it has asked, and the
+    levels of the last sampling.
     """
-    own = {name: value for name, value in vars(part).items() if name not in ("patches_uuid", "backup")}
+    own = {name: value for name, value in vars(part).items() if name not in ("patches_uuid", "backup", "size")}
     if "model_options" in own:
         transformer = own["model_options"].get("transformer_options", {})
         own["model_options"] = {

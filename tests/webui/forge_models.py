@@ -3,6 +3,7 @@
 In the host's process, once its modules are there. `loader` is for `sd_models.forge_loader`.
 """
 
+import inspect
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,16 +276,22 @@ SETTING = "forge_unet_storage_dtype"
 
 
 def _in_blocks(unet, weights):
-    """The weights of its linear layers as a .gguf file has them, in Q8_0; the others as they are."""
+    """Its weights as a .gguf file has them: those of linear layers in Q8_0, the others in half precision."""
     import gguf
     from backend.operations_gguf import ParameterGGUF
 
-    made, kind = dict(weights), gguf.GGMLQuantizationType.Q8_0
-    for name, module in unet.named_modules():
-        key = f"model.diffusion_model.{name}.weight"
-        if type(module).__name__ == "Linear" and made[key].shape[-1] % 32 == 0:
-            data = gguf.quants.quantize(made[key].float().numpy(), kind)
-            made[key] = ParameterGGUF(SimpleNamespace(tensor_type=kind, shape=made[key].shape[::-1], data=data))
+    kinds, prefix = gguf.GGMLQuantizationType, "model.diffusion_model."
+    linear = {f"{prefix}{name}.weight" for name, layer in unet.named_modules() if type(layer).__name__ == "Linear"}
+    by_itself = "tensor_shape" in inspect.signature(ParameterGGUF.__init__).parameters  # else of what a file's reader gives
+    made = {}
+    for name, value in weights.items():
+        if name.startswith(prefix):
+            kind = kinds.Q8_0 if name in linear and value.shape[-1] % 32 == 0 else kinds.F16
+            data = gguf.quants.quantize(value.float().numpy(), kind) if kind == kinds.Q8_0 else value.half().numpy()
+            if by_itself:
+                made[name] = ParameterGGUF(torch.from_numpy(data), tensor_type=kind, tensor_shape=value.shape)
+            else:
+                made[name] = ParameterGGUF(SimpleNamespace(tensor_type=kind, shape=value.shape[::-1], data=data))
     return made
 
 
