@@ -180,12 +180,14 @@ def test_weights_that_the_host_keeps_off_the_card(host, monkeypatch):
     assert len(layers) > 100
     for layer in layers:
         monkeypatch.setattr(layer, "parameters_manual_cast", True)
-        layer.to(torch.float64)
+    weights = [(layer, *named) for layer in layers for named in layer.named_parameters(recurse=False)]
     try:
+        for layer, name, weight in weights:
+            setattr(layer, name, torch.nn.Parameter(weight.double(), requires_grad=False))
         made = [np.asarray(host.generate(True, scale).images[0]) for scale in (2, 4)]
     finally:
-        for layer in layers:
-            layer.to(torch.float32)
+        for layer, name, weight in weights:
+            setattr(layer, name, weight)
     assert all(map(np.array_equal, made, expected))
 
 
