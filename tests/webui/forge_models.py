@@ -144,7 +144,9 @@ def _controlnet(weights):
     from backend.patcher.controlnet import ControlNet
 
     config = _config("controlnet")
-    widths = config["block_out_channels"]
+    widths, more = config["block_out_channels"], {}
+    if "hint_width" in inspect.signature(cldm.ControlNet.__init__).parameters:  # of the hint's first layer
+        more["hint_width"] = len(weights["control_model.input_hint_block.0.weight"])
     with _building(config["norm_num_groups"]):
         network = cldm.ControlNet(
             in_channels=config["in_channels"],
@@ -158,6 +160,7 @@ def _controlnet(weights):
             transformer_depth=[0] * len(widths),
             transformer_depth_middle=0,
             dtype=torch.float32,
+            **more,
         )
     network.to(device=memory_management.cpu, dtype=torch.float32)
     _fill(network, {name: value.float() for name, value in weights.items()}, "control_model.")
