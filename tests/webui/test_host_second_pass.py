@@ -490,8 +490,7 @@ def test_the_checkpoint_of_the_request_is_the_bases(host, second):
 
 @pytest.mark.parametrize("switch", [0.5, 0.8])
 def test_the_refiner_switches_in_every_phase(host, switch):
-    if host.is_forge and hasattr(host.sd_samplers_common, "ORIGINAL_CHECKPOINT"):
-        pytest.skip("this host's refiner does not go back to the first checkpoint within a picture, and is refused")
+    host.needs_refiner()
     what = (lambda p: host.shared.sd_model.sd_checkpoint_info.name_for_extra,)
     job = dict(refiner_checkpoint="v-prediction", refiner_switch_at=switch, steps=6)
     plain = host.generate(**job)

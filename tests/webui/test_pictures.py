@@ -369,6 +369,7 @@ def test_inpainting_checkpoints_get_their_condition_cropped_like_x(host, checkpo
 
 
 def test_refiner_in_every_phase(host, options):
+    host.needs_refiner()
     before = host.shared.sd_model.sd_checkpoint_info.name
     with host.recorded_loads() as loads:
         reply = host.generate(True, 3, refiner_checkpoint="refiner.safetensors", refiner_switch_at=0.5)
