@@ -296,6 +296,8 @@ def test_what_cannot_work_is_refused_in_one_line(host, calls, coloured, sizes, a
     ],
 )
 def test_scripts_that_draw_parts_are_refused(host, calls, picture, name, arguments):
+    if name not in host.scripts.scripts_img2img.titles:
+        pytest.skip(f"this host has no script {name}")
     calls.calls = 0
     host.from_pictures([picture], *TWICE, script_name=name, script_args=arguments, width=128, height=128)
     assert calls.calls == 0
@@ -344,6 +346,8 @@ def job(host, pictures, *args, **settings):
 
 
 def test_the_batch_tab_enlarges_pictures_of_every_size(host, coloured, tmp_path):
+    if not host.makes_any_size:
+        pytest.skip("this host's batch tab makes the sides of its pictures whole numbers of 64 first")
     for number, size in enumerate([(128, 128), (160, 96), (100, 180)]):
         coloured(*size, number).save(tmp_path / f"{number}.png")
     (tmp_path / "out").mkdir()
