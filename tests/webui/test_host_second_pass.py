@@ -276,9 +276,9 @@ def test_at_cfg_1_the_phases_leave_the_negative_prompt_out(host, calls):
     ("settings", "line"),
     [
         ({"phase_sampler": "Elder"}, "there is no sampler 'Elder'; there are: DPM++ 2M, DPM++ SDE, "),
-        ({"phase_schedule": "Carras"}, "there is no schedule type 'Carras'; there are: Automatic, "),
+        ({"phase_schedule": "Carras"}, "there is no schedule type 'Carras'; there are: {schedules}, "),
         ({"phase_checkpoint": "no such"}, "there is no checkpoint 'no such'; there are: "),
-        ({"upscaler": "8x"}, "there is no upscaler '8x'; there are: "),
+        ({"upscaler": "8x"}, "there is no upscaler '8x'; there are: {upscalers}, "),
         ({"phase_prompt": "<lora:no such:1>"}, "there is no LoRA 'no such', which the phase prompt names; there are: "),
         ({"phase_sampler": "UniPC", "denoising_strength": 0.4}, "UniPC cannot do with the 2 of 4 steps that the denoising"),
         ({"phase_checkpoint": "inpainting"}, "inpainting is an inpainting checkpoint, and the base's is none; choose"),
@@ -292,6 +292,9 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_sampled(host, 
     if not (checkpoints / "tiny-sdxl.safetensors").exists():
         make_sdxl(checkpoints)
         host.sd_models.list_models()
+    upscalers = [*host.shared.latent_upscale_modes, *(known.name for known in host.shared.sd_upscalers)]
+    lists = dict(schedules=[known.label for known in host.sd_schedulers.schedulers], upscalers=upscalers)
+    line = line.format(**{name: ", ".join(known[:2]) for name, known in lists.items()})
     reply = host.generate(True, 2, settings)
     assert reply.images == []
     assert said(host, reply)["DemoFusion refused"].startswith(line)
