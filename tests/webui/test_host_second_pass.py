@@ -278,7 +278,7 @@ def test_at_cfg_1_the_phases_leave_the_negative_prompt_out(host, calls):
         ({"phase_sampler": "Elder"}, "there is no sampler 'Elder'; there are: DPM++ 2M, DPM++ SDE, "),
         ({"phase_schedule": "Carras"}, "there is no schedule type 'Carras'; there are: {schedules}, "),
         ({"phase_checkpoint": "no such"}, "there is no checkpoint 'no such'; there are: "),
-        ({"upscaler": "8x"}, "there is no upscaler '8x'; there are: {upscalers}, "),
+        ({"upscaler": "8x"}, "there is no upscaler '8x'; there are: {upscalers}"),
         ({"phase_prompt": "<lora:no such:1>"}, "there is no LoRA 'no such', which the phase prompt names; there are: "),
         ({"phase_sampler": "UniPC", "denoising_strength": 0.4}, "UniPC cannot do with the 2 of 4 steps that the denoising"),
         ({"phase_checkpoint": "inpainting"}, "inpainting is an inpainting checkpoint, and the base's is none; choose"),
