@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from evaluation import metrics, readers
 from evaluation.metrics import Normal, Statistic, mean_of
-from evaluation.scores import Record, Refused
+from evaluation.scores import Record, Refused, checksum
 from lib_demofusion.views import Size, window_starts
 from training.scenes import SIZE, Scene, render
 from training.train import to_unit
@@ -59,7 +59,7 @@ class SceneJudge:
 
     def __init__(self, layout: str = "anywhere"):
         self.reader, self.layout = readers.load(), layout
-        self.about = {"judge": VERSION, "reader": readers.checksum(), "layout": layout}
+        self.about = {"judge": VERSION, "reader": checksum(readers.WEIGHTS), "layout": layout}
 
     @property
     def tag(self) -> str:

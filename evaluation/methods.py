@@ -22,6 +22,7 @@ from PIL import Image
 
 from benchmarks.measure import base_alone
 from evaluation import upscaler
+from evaluation.scores import checksum
 from lib_demofusion import schedule
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import (
@@ -36,7 +37,7 @@ from lib_demofusion.hosts.diffusers import (
 from lib_demofusion.saved import SavedPhase
 from lib_demofusion.views import local_views
 from training.lcm import LORA
-from training.tile import CONTROLNET
+from training.tile import CONTROLNET, CONTROLNET_WEIGHTS
 
 CFG_SCALE = 7.5
 
@@ -82,7 +83,7 @@ class Picture:
 class Method:
     """run: makes a job's image and says its evaluations. stride: between its windows, as a share of the base's side.
 
-    tag: in the names of its kept pictures, so that those of other settings are not taken for its own.
+    tag: in the names of its kept pictures, so that those of other settings or weights are not taken for its own.
     """
 
     run: Callable[[Job], tuple[Image.Image, float]]
@@ -173,9 +174,9 @@ def demofusion(
     free = ("DemoFusion scale", "DemoFusion view batch size")  # of the job; and what no picture depends on
     changed = {key: value for key, value in config.to_infotext().items() if key not in free}
     if control:
-        changed["control"] = control
+        changed["control"] = *control, checksum(CONTROLNET / CONTROLNET_WEIGHTS)
     if few_step:
-        changed["few_step"] = few_step
+        changed["few_step"] = checksum(LORA)
     tag = f"-{zlib.crc32(str(changed).encode()):08x}" if changed else ""
 
     def run(job: Job) -> tuple[Image.Image, float]:
@@ -334,7 +335,7 @@ FEW_STEP_WEIGHTS: dict[str, Method] = {
 # The paper's table 1, what users of the WebUI do today, and the presets beside them.
 METHODS: dict[str, Method] = {
     "Lanczos": Method(lanczos),
-    "learned upscaler": Method(learned_upscaler),
+    "learned upscaler": Method(learned_upscaler, tag=f"-{checksum(upscaler.WEIGHTS)}"),
     "direct": Method(direct),
     "MultiDiffusion": demofusion(False, False, False),
     "ScaleCrafter": Method(scalecrafter),

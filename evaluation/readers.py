@@ -6,7 +6,6 @@ Its weights are part of the repository (`load`); `python -m evaluation.readers` 
 
 from __future__ import annotations
 
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -130,11 +129,6 @@ def train(scenes: int = SCENES, steps: int = STEPS) -> Reader:
 
     networks.fit(reader, loss, steps, weight_decay=0.01)
     return reader.eval()
-
-
-def checksum(file: Path = WEIGHTS) -> str:
-    """Of the weights: readers that differ read pictures otherwise."""
-    return f"{zlib.crc32(file.read_bytes()):08x}"
 
 
 def load(file: Path = WEIGHTS) -> Reader:

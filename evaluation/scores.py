@@ -11,6 +11,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def keep(record: Record, file: Path) -> None:
 def kept(file: Path) -> Record:
     packed = np.load(file)
     return {name: packed[name] for name in packed.dtype.names}
+
+
+def checksum(file: Path) -> str:
+    """Of weights: pictures are drawn, and read, otherwise by others."""
+    return f"{zlib.crc32(file.read_bytes()):08x}"
 
 
 def replace_file(file: Path, data: bytes) -> None:

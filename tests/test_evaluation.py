@@ -21,6 +21,7 @@ from evaluation.upscaler import load as load_upscaler
 from lib_demofusion import fusion, phases
 from lib_demofusion.config import DemoFusionConfig
 from lib_demofusion.hosts.diffusers import load_pipeline
+from training.tile import CONTROLNET_WEIGHTS
 
 STEPS, SCALE = 4, 2
 
@@ -138,6 +139,16 @@ def test_pictures_of_other_settings_have_other_names():
     assert len(set(tags)) == len(tags)
     assert demofusion(preset="Few-step", few_step=True).tag not in tags
     assert demofusion(scale=3.0).tag == demofusion().tag
+
+
+def test_pictures_by_other_weights_have_other_names(tmp_path, monkeypatch):
+    (tmp_path / CONTROLNET_WEIGHTS).write_bytes(b"others")
+    settings = [dict(few_step=True), dict(control=(1.0, 1.0))]
+    before = [demofusion(**own).tag for own in settings]
+    monkeypatch.setattr("evaluation.methods.LORA", tmp_path / CONTROLNET_WEIGHTS)
+    monkeypatch.setattr("evaluation.methods.CONTROLNET", tmp_path)
+    tags = [*before, *(demofusion(**own).tag for own in settings), METHODS["learned upscaler"].tag, demofusion().tag]
+    assert len(set(tags)) == len(tags)
 
 
 def test_the_base_is_the_first_phase_of_demofusion(job):

@@ -160,7 +160,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch):
 
 def test_scores_by_another_reader_or_judge_are_refused(build, tmp_path, monkeypatch, capsys):
     before = scored(monkeypatch, tmp_path, build)
-    monkeypatch.setattr("evaluation.readers.checksum", lambda: "0badf00d")
+    monkeypatch.setattr("evaluation.judges.checksum", lambda file: "0badf00d")
     line = refused(monkeypatch, capsys, tmp_path, "--from-scores")
     assert "scores-4x.npz is by reader" in line
     assert "this version's is 0badf00d: score the pictures again with --anew" in line

@@ -35,7 +35,7 @@ from training.train import (
     unet_stage,
 )
 
-CONTROLNET = EMBEDDED_CHECKPOINT / "controlnet"
+CONTROLNET, CONTROLNET_WEIGHTS = EMBEDDED_CHECKPOINT / "controlnet", "diffusion_pytorch_model.safetensors"
 HINT_CHANNELS = (8, 16, 32, 64)  # of the hint's embedding, at 1, 1/2, 1/4 and 1/8 of its size
 BLUR = 8  # pixels of a picture that are one in its strongest blur, each way
 WEAR = 0.4  # most noise on the latents of worn hints, whose own spread is 1
