@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lib_demofusion.hosts.diffusers import load_pipeline
-from training import export_webui, train
-from training.lcm import LORA, consistency, guided_step, make_lora
+from evaluation import readers
+from lib_demofusion.config import DemoFusionConfig
+from lib_demofusion.hosts.diffusers import generate, load_pipeline
+from training import export_webui, lcm, train
+from training.lcm import LORA, Teacher, consistency, guided_step, make_lora
 from training.scenes import Scene, count_objects, crops, render
 from training.tile import worn
 
@@ -149,6 +151,23 @@ def test_four_steps_without_guidance_draw_what_was_asked_for(few_step_unet):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    ("caption", "seed"), [("one yellow striped square on sand", 214), ("one yellow striped star on night", 297)]
+)
+def test_phases_with_it_draw_stripes_that_the_base_lacks(pipe, few_step_unet, caption, seed):
+    """Of clean and worn pictures alone it had learnt to leave such objects plain."""
+    phase_pipe = load_pipeline()
+    phase_pipe.unet = few_step_unet
+    config = DemoFusionConfig.preset("Few-step", scale=4.0, view_batch_size=16)
+    result = generate(pipe, caption, config=config, seed=seed, steps=20, phase_pipe=phase_pipe)
+    scene = Scene(1, *np.array(caption.split())[[1, 2, 3, 5]].tolist())
+    crop = readers.close_up(np.asarray(result.images()[0]), scene, np.random.default_rng(seed))
+    reader = readers.load()
+    chances = reader.chances(reader(train.to_unit(crop[None])))["texture"][0]
+    assert chances[readers.CLASSES["texture"].index("striped")] > 0.8
+
+
+@torch.inference_mode()
 def test_webui_reads_the_same_changes_of_the_same_layers(pipe, deltas, tmp_path):
     """Layers are told by their weights in the checkpoint as the WebUI reads it, not by our names for them."""
     path = export_webui.export_lora(tmp_path)
@@ -172,24 +191,89 @@ def test_webui_reads_the_same_changes_of_the_same_layers(pipe, deltas, tmp_path)
         assert "embedded checkpoint" in file.metadata()["modelspec.description"]
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """Four scenes of noise, and two stages of two steps."""
+RECIPE = train.Recipe(5, "anywhere", (64, 96, 88), 3, ((2, 1e-3, 1, False), (2, 1e-3, 1, True)), scenes=4)
+
+
+def build_folder(folder):
+    """With the latents of four scenes of noise."""
+    folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    latents, old = torch.randn(2, 4, 4, 4, 16, 16, generator=generator).half()
-    for build in ("whole", "parts"):
-        (tmp_path / build).mkdir()
-        torch.save(latents, tmp_path / build / "latents.pt")
-        torch.save(old, tmp_path / build / "worn.pt")
-    return train.Recipe(5, "anywhere", (64, 96, 88), 3, ((2, 1e-3, 1, False), (2, 1e-3, 1, True)), scenes=4)
+    for name in ("latents.pt", "worn.pt"):
+        torch.save(torch.randn(4, 4, 4, 16, 16, generator=generator).half(), folder / name)
+    return folder
 
 
-def test_training_is_seeded_and_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(recipe, tmp_path):
-    make_lora(tmp_path / "whole", recipe)
-    make_lora(tmp_path / "parts", dataclasses.replace(recipe, stages=recipe.stages[:1]))
-    half = load_file(tmp_path / "parts" / "lora.safetensors")
+@torch.inference_mode()
+@pytest.mark.parametrize(("t", "steps"), [(299, 6), (101, 3), (50, 1), (1, 1)])
+def test_a_path_is_followed_to_its_end_in_steps_of_at_most_50(monkeypatch, t, steps):
+    teacher, told, made = Teacher(), [], []
+
+    def one_step(unet, noisy, here, before, *others):
+        told.append((here.unique().item(), before.unique().item()))
+        assert not made or noisy is made[-1]
+        made.append(guided_step(unet, noisy, here, before, *others))
+        return made[-1]
+
+    monkeypatch.setattr("training.lcm.guided_step", one_step)
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = teacher.encode(["two blue dotted stars on sand", "one red plain disc on snow"])
+    end = teacher.end(latents, t, text)
+    assert len(told) == steps
+    assert (told[0][0], told[-1][1]) == (t, 0)
+    assert all(0 < here - before <= 50 for here, before in told)
+    assert [before for _, before in told[:-1]] == [here for here, _ in told[1:]]
+    assert torch.equal(end, made[-1])
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory):
+    """A build folder with a LoRA, and a few views that the UNet has seen in phases with it."""
+    build = build_folder(tmp_path_factory.mktemp("views") / "build")
+    save_file({name: value.float() for name, value in load_file(LORA).items()}, build / "lora.safetensors")
+    few = dict(PICTURES=2, VIEWS=4, SHAPES=((16, 16), (8, 16)), BASE_STEPS=10, VIEWS_STAGE=(3, 1e-3, 1))
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in few.items():
+            patched.setattr(lcm, name, value)
+        lcm.make_views(build, RECIPE)
+        yield build
+
+
+def test_views_are_what_the_unet_sees_in_phases_and_where_the_guided_model_goes_from_there(views, pipe):
+    seen, signal = torch.load(views / "views.pt"), pipe.scheduler.alphas_cumprod
+    assert {shape: own["scene"].unique().tolist() for shape, own in seen.items()} == {(16, 16): [0], (8, 16): [1]}
+    for shape, own in seen.items():
+        t, noisy, end = own["t"], own["noisy"].float(), own["end"].float()
+        assert t.tolist() == [99] * 4 + [199] * 4 + [299] * 4
+        assert noisy.shape == end.shape == (12, 4, *shape)
+        share = signal[t].view(-1, 1, 1, 1)
+        noise, others = (((noisy - share.sqrt() * x) / (1 - share).sqrt()).std((1, 2, 3)) for x in (end, end.roll(1, 0)))
+        assert ((noise > 0.8) & (noise < 1.5)).all()
+        assert (noise < others).all()
+
+
+def test_training_on_views_is_seeded_and_goes_on_from_the_lora(views, tmp_path):
+    lcm.make_phase_lora(views, RECIPE)
+    once = load_file(views / "phase_lora.safetensors")
+    for file in ("phase_lora.safetensors", "phase_lora_checkpoint.pt"):
+        (views / file).unlink()
     torch.manual_seed(99)
-    make_lora(tmp_path / "parts", recipe)
-    whole, parts = (load_file(tmp_path / build / "lora.safetensors") for build in ("whole", "parts"))
+    lcm.make_phase_lora(views, RECIPE)
+    again, before = (load_file(views / name) for name in ("phase_lora.safetensors", "lora.safetensors"))
+    assert all(torch.equal(value, again[name]) for name, value in once.items())
+    moved = torch.stack([(once[name] - value).abs().max() for name, value in before.items()])
+    assert (moved > 0).all()
+    assert moved.max() < 0.01
+    lcm.export(views, tmp_path / "out.safetensors")
+    assert all(torch.equal(value, once[name].half()) for name, value in load_file(tmp_path / "out.safetensors").items())
+
+
+def test_training_is_seeded_and_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(tmp_path):
+    whole, parts = (build_folder(tmp_path / name) for name in ("whole", "parts"))
+    make_lora(whole, RECIPE)
+    make_lora(parts, dataclasses.replace(RECIPE, stages=RECIPE.stages[:1]))
+    half = load_file(parts / "lora.safetensors")
+    torch.manual_seed(99)
+    make_lora(parts, RECIPE)
+    whole, parts = (load_file(build / "lora.safetensors") for build in (whole, parts))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert not all(torch.equal(value, half[name]) for name, value in whole.items())
