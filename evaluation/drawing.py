@@ -126,7 +126,7 @@ TABLES = {
     ),
     "Few-step weights": Table(
         FEW_STEP_WEIGHTS,
-        "The embedded checkpoint's LCM-LoRA in the phases, without guidance, against Turbo.",
+        "The embedded checkpoint's LCM-LoRA in the phases, without guidance, and with flat areas held, against Turbo.",
         "Turbo",
         embedded=True,
     ),

@@ -331,6 +331,7 @@ FEW_STEPS: dict[str, Method] = {
 FEW_STEP_WEIGHTS: dict[str, Method] = {
     "Turbo": PRESETS["Turbo"],
     "Few-step": demofusion(preset="Few-step", few_step=True),
+    "Few-step, hold flat 15": demofusion(preset="Few-step", few_step=True, hold_flat=15.0),
 }
 # The paper's table 1, what users of the WebUI do today, and the presets beside them.
 METHODS: dict[str, Method] = {
