@@ -1,8 +1,8 @@
 """What pictures scored: a record of each beside it, and one small file of all at a size, of which alone the report is made.
 
 A file says what its pictures have in common (checkpoint, size, steps, arithmetic, judge), and has a record for each
-method and prompt. Methods are known by name and settings. What several runs and machines scored adds up; what was drawn or
-judged otherwise is refused.
+method and prompt. Methods are known by name, settings and weights. What several runs and machines scored adds up; what was
+drawn or judged otherwise is refused.
 """
 
 from __future__ import annotations

@@ -152,15 +152,15 @@ def test_four_steps_without_guidance_draw_what_was_asked_for(few_step_unet):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("caption", "seed"), [("one yellow striped square on sand", 214), ("one yellow striped star on night", 297)]
+    ("scene", "seed"),
+    [(Scene(1, "yellow", "striped", "square", "sand"), 214), (Scene(1, "yellow", "striped", "star", "night"), 297)],
 )
-def test_phases_with_it_draw_stripes_that_the_base_lacks(pipe, few_step_unet, caption, seed):
+def test_phases_with_it_draw_stripes_that_the_base_lacks(pipe, few_step_unet, scene, seed):
     """Of clean and worn pictures alone it had learnt to leave such objects plain."""
     phase_pipe = load_pipeline()
     phase_pipe.unet = few_step_unet
     config = DemoFusionConfig.preset("Few-step", scale=4.0, view_batch_size=16)
-    result = generate(pipe, caption, config=config, seed=seed, steps=20, phase_pipe=phase_pipe)
-    scene = Scene(1, *np.array(caption.split())[[1, 2, 3, 5]].tolist())
+    result = generate(pipe, scene.caption, config=config, seed=seed, steps=20, phase_pipe=phase_pipe)
     crop = readers.close_up(np.asarray(result.images()[0]), scene, np.random.default_rng(seed))
     reader = readers.load()
     chances = reader.chances(reader(train.to_unit(crop[None])))["texture"][0]
